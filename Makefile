@@ -1,0 +1,58 @@
+# Targets: build demo test race soak ci bench lint cross fuzz tools clean
+# Everything but Go, gcc, git and make is installed by `make tools` (Debian packages; needs root).
+
+SHELL      := /bin/bash
+VERSION    ?= $(shell git describe --always --dirty 2>/dev/null || echo devel)
+LDFLAGS    := -s -w -X github.com/tulle-net/tulle/internal/version.number=$(VERSION)
+BUILD      := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
+SUDO       := $(if $(filter 0,$(shell id -u)),,sudo -E env PATH=$$PATH)
+FUZZTIME   ?= 5s
+# Foreign software that the privileged tests run against.
+PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qemu-user-static
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test race soak ci bench lint cross fuzz tools clean
+
+build: bin/tulle
+
+.PHONY: bin/tulle
+bin/tulle:
+	$(BUILD) -o $@ ./cmd/tulle
+
+demo: bin/tulle
+	$(SUDO) bin/tulle demo
+
+tools:
+	@$(SUDO) ./.ci/tools $(PACKAGES)
+
+# Every test of up to a minute, the privileged ones too.
+test: tools bin/tulle
+	$(SUDO) go test ./...
+
+race: tools
+	$(SUDO) go test -race ./...
+
+# Longer ones, run before an issue is closed.
+soak: tools bin/tulle
+	$(SUDO) go test -tags soak -timeout 30m -count 1 ./e2e/...
+
+lint:
+	@bad=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
+	go vet ./...
+	go tool staticcheck ./...
+
+cross:
+	@for a in amd64 arm64 arm riscv64; do echo "build linux/$$a"; \
+	  GOARCH=$$a GOARM=7 $(BUILD) -o bin/tulle-linux-$$a ./cmd/tulle || exit 1; done
+
+fuzz:
+	./.ci/fuzz $(FUZZTIME)
+
+ci: tools
+	./.ci/ci
+
+bench: bin/tulle
+	$(SUDO) bench/run
+
+clean:
+	rm -rf bin

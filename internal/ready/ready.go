@@ -1,0 +1,141 @@
+// Package ready waits until a descriptor can be read.
+//
+// A File that was busy a moment ago waits in ppoll(2) with a bound, which wakes
+// faster than the runtime's poller; an idle one parks its goroutine there and
+// costs nothing. It does not read or write.
+package ready
+
+import (
+	"os"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// File is a non-blocking descriptor. Control is safe for concurrent use; Wait
+// belongs to one worker.
+type File struct {
+	f     *os.File
+	raw   syscall.RawConn
+	hot   time.Time // until when Wait polls
+	spin  func(fd uintptr)
+	look  func(fd uintptr)
+	park  func(fd uintptr) bool
+	found int16 // the last poll's events
+}
+
+const (
+	// hotFor is how long after it last found something Wait still polls.
+	hotFor = 2 * time.Millisecond
+	// pollBound is the longest single ppoll: a stop-the-world may wait that long.
+	pollBound = 200 * time.Microsecond
+)
+
+// New takes over fd, which the runtime's poller must be able to watch (a TAP:
+// only after TUNSETIFF); after an error fd is closed. name appears in errors.
+func New(fd int, name string) (*File, error) {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		_ = unix.Close(fd)
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	w, err := FromFile(f)
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return w, nil
+}
+
+// FromFile takes over an os.File whose descriptor is non-blocking; after an
+// error it is still the caller's. Reads through file and Wait belong to the
+// same worker.
+func FromFile(file *os.File) (*File, error) {
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	f := &File{f: file, raw: raw}
+	// Made once: a closure per call would allocate.
+	f.spin = func(fd uintptr) { f.found = poll(fd, pollBound) }
+	f.look = func(fd uintptr) { f.found = poll(fd, 0) }
+	f.park = func(fd uintptr) bool { f.found = poll(fd, 0); return f.found != 0 }
+	return f, nil
+}
+
+// Control calls fn with the descriptor, which stays open until fn returns. The
+// error is os.ErrClosed after Close. fn must not block without bound.
+func (f *File) Control(fn func(fd uintptr)) error {
+	if f.raw.Control(fn) != nil { // internal/poll has an error of its own for this
+		return os.ErrClosed
+	}
+	return nil
+}
+
+// Wait blocks until a read would not block, be it for data, an error or a
+// hang-up. The error is os.ErrClosed after Close.
+func (f *File) Wait() error {
+	for now := time.Now(); now.Before(f.hot); now = time.Now() {
+		if err := f.raw.Control(f.spin); err != nil {
+			return os.ErrClosed
+		}
+		if f.found != 0 {
+			f.hot = now.Add(hotFor)
+			return nil
+		}
+	}
+	if f.raw.Read(f.park) != nil {
+		// Either f is closed, or the runtime's poller refuses to wait because
+		// it saw an error event alone: then a read tells which.
+		if f.raw.Control(f.look) != nil {
+			return os.ErrClosed
+		}
+		if f.found == 0 {
+			// The error is gone again. The poller forgets it with its next
+			// event only, so wait in poll, without claiming to be hot.
+			return f.Control(f.spin)
+		}
+	}
+	f.hot = time.Now().Add(hotFor)
+	go wake()
+	return nil
+}
+
+// wake does nothing: starting it has the scheduler wake another thread, which
+// finds nothing else to run and sits down in the runtime's poller. Without that
+// the thread that has just left the poller would poll(2) for one File while
+// nobody waits for all the others.
+func wake() {}
+
+// Readable reports whether a read would not block now; like Wait it belongs to
+// the worker. After Close it is false.
+func (f *File) Readable() bool { return f.raw.Control(f.look) == nil && f.found != 0 }
+
+// Failed reports whether the last Wait or Readable found an error or a hang-up
+// and nothing to read: for a TAP, that the device is gone. (A socket with a
+// message in its error queue reports it too.)
+func (f *File) Failed() bool {
+	return f.found&unix.POLLIN == 0 && f.found&(unix.POLLERR|unix.POLLHUP|unix.POLLNVAL) != 0
+}
+
+// Close closes the descriptor once no Control call uses it; Wait returns.
+func (f *File) Close() error { return f.f.Close() }
+
+// poll returns the events of fd, waiting for at most d. An interrupted or
+// failed poll counts as readable: the read will tell.
+func poll(fd uintptr, d time.Duration) int16 {
+	p := unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	ts := unix.NsecToTimespec(int64(d))
+	// Raw: a call that is bounded by pollBound need not tell the scheduler,
+	// which saves the hand-over of the processor and the way back.
+	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(unsafe.Pointer(&ts)), 0, 0, 0)
+	switch {
+	case errno != 0:
+		return unix.POLLIN
+	case n == 0:
+		return 0
+	}
+	return p.Revents
+}

@@ -1,0 +1,136 @@
+// Package tap opens TAP devices: the edge where Ethernet frames enter and leave a node.
+//
+// A device is handed out as queues. Reading a queue yields either one
+// super-frame (a TCP or UDP train that the kernel left uncut) or all the small
+// frames that wait; writing takes a frame as parts, uncut as well. Drivers:
+//
+//	offload  TUNSETIFF with IFF_VNET_HDR, multi-queue, TUNSETOFFLOAD (the default)
+//	plain    github.com/songgao/water, a frame a call: where offloads are refused, and the oracle for offload
+//
+// The package does not look into frames beyond what finishing them in software
+// needs, and it does not know overlays.
+package tap
+
+import (
+	"errors"
+	"log/slog"
+	"net/netip"
+
+	"github.com/tulle-net/tulle/ether"
+)
+
+// Driver names an implementation.
+type Driver string
+
+const (
+	// DriverAuto is offload, or plain where the kernel refuses offload.
+	DriverAuto    Driver = "auto"
+	DriverOffload Driver = "offload"
+	DriverPlain   Driver = "plain"
+)
+
+// Config describes one device.
+type Config struct {
+	// Name of the network device, 1 to 15 bytes. A device of this name that
+	// exists already is refused, never taken over.
+	Name string
+	// MAC of the device; zero lets the kernel choose.
+	MAC ether.MAC
+	// MTU in bytes, 68 to 65535.
+	MTU int
+	// Addresses to assign; may be empty.
+	Addresses []netip.Prefix
+	// Queues is the number of queues, 1 to 256; default 1. DriverPlain has one.
+	Queues int
+	// Driver; default DriverAuto.
+	Driver Driver
+	// Netns is the path of the network namespace that the device is moved to
+	// after it was created in the caller's; empty: it stays.
+	Netns string
+	// GSOMaxSize bounds the super-frames that the kernel hands out, in bytes;
+	// 0: such that the train fits one UDP send (see DefaultGSOMaxSize). The
+	// kernel's own bound is 65,536.
+	GSOMaxSize int
+	// NoTSO, NoUSO and NoGRO switch off an offload: super-frames of TCP, of UDP
+	// on the way out of the kernel, super-frames on the way into it.
+	NoTSO, NoUSO, NoGRO bool
+	// Log takes warnings about offloads that failed their self-test.
+	Log *slog.Logger
+}
+
+// Offloads is the state of a device's offloads, for `tulle status`.
+type Offloads struct {
+	Driver Driver `json:"driver"`
+	// Each is "on", "off" (switched off) or the reason why it is not available.
+	Checksum string `json:"checksum"`
+	TSO4     string `json:"tso4"`
+	TSO6     string `json:"tso6"`
+	USO      string `json:"uso"`
+	GRO      string `json:"gro"`
+}
+
+// Device is one TAP. Its methods are safe for concurrent use.
+type Device interface {
+	Name() string
+	MAC() ether.MAC
+	Queues() []Queue
+	MTU() int
+	// SetMTU changes the MTU, also when the device was moved to another namespace.
+	SetMTU(bytes int) error
+	Offloads() Offloads
+	// SetOffload switches offloads off, or on again where the kernel has them,
+	// while the device runs; the arguments are those of Config.
+	SetOffload(noTSO, noUSO, noGRO bool) error
+	// Close ends all queues (their Wait returns ErrClosed) and removes the device.
+	Close() error
+}
+
+// Queue is one queue of a device. Wait and Read belong to one worker;
+// WriteFrame is safe for concurrent use.
+type Queue interface {
+	// Wait returns nil when Read may find a frame, ErrClosed after Close or
+	// when the device is gone.
+	Wait() error
+	// Read fills b with the small frames that wait, or with one super-frame
+	// (there may be small frames before it, never one behind it), and never
+	// blocks: no frames means that none wait. After an error other than
+	// ErrClosed, which counts one lost frame, b is empty and Read may be
+	// called again.
+	Read(b *Batch) error
+	// WriteFrame hands one frame, given as parts that follow each other, to
+	// the kernel. parts are borrowed until it returns. A super-frame that the
+	// driver cannot hand over whole is cut, a partial checksum finished. An
+	// error other than ErrClosed concerns this frame alone: EIO while the link
+	// is down, EINVAL for what is no Ethernet frame. It does not allocate.
+	WriteFrame(m ether.Meta, parts [][]byte) error
+}
+
+// ErrClosed: the device was closed, here or by the end of its namespace.
+var ErrClosed = errors.New("tap: device closed")
+
+const (
+	// BatchFrames is the most frames of one Read.
+	BatchFrames = 64
+	// batchBytes holds a super-frame behind the largest run of small ones.
+	batchBytes = 128 << 10
+)
+
+// Frame is one frame that was read. B is valid until the next Read into its Batch.
+type Frame struct {
+	B    []byte
+	Meta ether.Meta
+}
+
+// Batch is the memory of one worker's reads: it is given to Read again and again.
+type Batch struct {
+	Frames []Frame
+	buf    []byte
+}
+
+// NewBatch returns a Batch with its own memory.
+func NewBatch() *Batch {
+	return &Batch{Frames: make([]Frame, 0, BatchFrames), buf: make([]byte, batchBytes)}
+}
+
+// Buffer returns the memory behind the frames, for drivers and their fakes.
+func (b *Batch) Buffer() []byte { return b.buf }

@@ -1,0 +1,318 @@
+package underlay
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/ready"
+)
+
+// conn is the Conn over the kernel's sockets.
+type conn struct {
+	cfg       Config
+	stats     Stats
+	receivers []*receiver
+	local     []netip.AddrPort
+
+	// closing is held for reading while a Sender uses the pools' descriptors:
+	// they are bare, because the runtime's poller would be woken for every
+	// datagram that leaves a socket.
+	closing sync.RWMutex
+	closed  bool
+	pools   [2]atomic.Pointer[pool] // by family
+	making  sync.Mutex
+	retryAt [2]time.Time // when making a pool may be tried again; guarded by making
+
+	gso         atomic.Bool
+	gsoState    atomic.Pointer[string]
+	maxSegments int // of one train
+	groState    string
+	rcvBuf      int // granted
+	sndBuf      int
+}
+
+var _ Conn = (*conn)(nil)
+
+// Open listens for datagrams and tests the offloads. The sockets, also the ones
+// that are made on the first send, belong to the network namespace of the
+// thread that makes them. IPv6 datagrams with a zero UDP checksum are refused,
+// IPv4 ones accepted: the kernel's defaults (RFC 7348, section 5; RFC 6935).
+func Open(cfg Config) (Conn, error) {
+	cfg, err := cfg.validated()
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{cfg: cfg, maxSegments: minMaxSegments}
+	t := testOffloads(cfg)
+	c.setGSO(t.gso)
+	c.groState = t.gro
+	c.sndBuf = t.sndBuf
+	if t.longTrains {
+		c.maxSegments = longMaxSegments
+	}
+	if err := c.listen(); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// listen opens the listening sockets.
+func (c *conn) listen() error {
+	at := c.cfg.Listen
+	if at.Addr() != netip.IPv6Unspecified() {
+		return c.listenOn(at)
+	}
+	// With port 0 the kernel chooses for IPv4 what IPv6 may have in use.
+	var err error
+	for range 8 {
+		if err = c.listenOn(netip.AddrPortFrom(netip.IPv4Unspecified(), at.Port())); err != nil {
+			return err
+		}
+		err = c.listenOn(netip.AddrPortFrom(netip.IPv6Unspecified(), c.local[0].Port()))
+		if err == nil || noFamily(err) {
+			return nil
+		}
+		if at.Port() != 0 || !errors.Is(err, unix.EADDRINUSE) {
+			return err
+		}
+		c.receivers[0].file.Close()
+		c.receivers, c.local = nil, nil
+	}
+	return err
+}
+
+// noFamily reports whether err says that this host has no IPv6.
+func noFamily(err error) bool {
+	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)
+}
+
+// listenOn adds one listening socket.
+func (c *conn) listenOn(at netip.AddrPort) error {
+	fd, err := listenSocket(at, c.cfg.ReceiveBuffer, c.groState == stateOn)
+	if err != nil {
+		return listenError(at, err)
+	}
+	c.rcvBuf = granted(fd, unix.SO_RCVBUF)
+	local, err := localAddr(fd)
+	if err != nil {
+		unix.Close(fd)
+		return listenError(at, err)
+	}
+	file, err := ready.New(fd, "udp:"+local.String())
+	if err != nil {
+		unix.Close(fd)
+		return listenError(at, err)
+	}
+	c.receivers = append(c.receivers, newReceiver(c, file))
+	c.local = append(c.local, local)
+	return nil
+}
+
+func listenSocket(at netip.AddrPort, buffer int, gro bool) (fd int, err error) {
+	f := familyOf(at.Addr())
+	fd, err = udpSocket(f)
+	if err != nil {
+		return -1, err
+	}
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
+		}
+	}()
+	if f == v6 {
+		if err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
+			return -1, os.NewSyscallError("IPV6_V6ONLY", err)
+		}
+	}
+	// Only groups that this socket joined. Without the option (IPv6 before
+	// Linux 4.20, emulated kernels) also those that others on this host joined:
+	// the bridge knows its own.
+	_ = unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MULTICAST_ALL, 0)
+	if f == v6 {
+		_ = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_MULTICAST_ALL, 0)
+	}
+	setBuffer(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, buffer)
+	// Without it (emulated kernels) RxOverflow stays 0.
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1)
+	if gro {
+		if err = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1); err != nil {
+			return -1, os.NewSyscallError("UDP_GRO", err)
+		}
+	}
+	if err = unix.Bind(fd, sockaddr(at)); err != nil {
+		return -1, os.NewSyscallError("bind", err)
+	}
+	return fd, nil
+}
+
+// listenError says what to do about err.
+func listenError(at netip.AddrPort, err error) error {
+	switch {
+	case errors.Is(err, unix.EADDRINUSE) && at.Port() == 4789:
+		culprit := "most likely a kernel vxlan device that is up, or Docker Swarm"
+		if names := devicesOf("vxlan"); len(names) > 0 {
+			culprit = "most likely the kernel vxlan device " + strings.Join(names, ", ") + " that is up, or Docker Swarm"
+		}
+		return fmt.Errorf("underlay: UDP port 4789 of %s is in use, %s: remove it, or choose another port with --listen [::]:4790 "+
+			"(nodes may use different ports; only foreign VTEPs must be told): %w", at.Addr(), culprit, err)
+	case errors.Is(err, unix.EADDRINUSE):
+		return fmt.Errorf("underlay: UDP port %d of %s is in use by another program: choose another with --listen [::]:PORT: %w", at.Port(), at.Addr(), err)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return fmt.Errorf("underlay: listen on %s: this host does not have the address; --listen [::]:%d listens on all: %w", at, at.Port(), err)
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("underlay: listen on %s: not permitted; a port below 1024 needs CAP_NET_BIND_SERVICE: %w", at, err)
+	}
+	return fmt.Errorf("underlay: listen on %s: %w", at, err)
+}
+
+// udpSocket returns a non-blocking socket.
+func udpSocket(f family) (int, error) {
+	fd, err := unix.Socket(f.domain(), unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	return fd, os.NewSyscallError("socket", err)
+}
+
+// setBuffer asks for n bytes, beyond the host's limit where that is allowed.
+// What was granted is told by granted: too little is not an error.
+func setBuffer(fd, force, plain, n int) {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, n) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, plain, n)
+	}
+}
+
+// granted returns a buffer's size: the kernel tells it doubled (socket(7)).
+func granted(fd, option int) int {
+	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, option)
+	if err != nil {
+		return 0
+	}
+	return n / 2
+}
+
+func (c *conn) Receivers() []Receiver {
+	rs := make([]Receiver, len(c.receivers))
+	for i, r := range c.receivers {
+		rs[i] = r
+	}
+	return rs
+}
+
+func (c *conn) LocalAddrs() []netip.AddrPort { return append([]netip.AddrPort(nil), c.local...) }
+func (c *conn) Stats() *Stats                { return &c.stats }
+func (c *conn) NewSender() Sender            { return newSender(c) }
+
+func (c *conn) Offloads() Offloads {
+	return Offloads{GSO: *c.gsoState.Load(), GRO: c.groState, ReceiveBuffer: c.rcvBuf, SendBuffer: c.sndBuf}
+}
+
+// setGSO takes "on", "off" or the reason why there are no trains.
+func (c *conn) setGSO(state string) {
+	c.gsoState.Store(&state)
+	c.gso.Store(state == stateOn)
+}
+
+func (c *conn) Close() error {
+	c.closing.Lock()
+	defer c.closing.Unlock()
+	if c.closed {
+		return nil
+	}
+	c.closed = true
+	var errs []error
+	for _, r := range c.receivers {
+		errs = append(errs, r.file.Close())
+	}
+	for f := range c.pools {
+		if p := c.pools[f].Load(); p != nil {
+			p.close()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// JoinGroup and LeaveGroup work on the listening socket of group's family.
+func (c *conn) JoinGroup(group netip.Addr) error  { return c.membership(group, true) }
+func (c *conn) LeaveGroup(group netip.Addr) error { return c.membership(group, false) }
+
+func (c *conn) membership(group netip.Addr, join bool) error {
+	what := "leave"
+	if join {
+		what = "join"
+	}
+	if group = group.Unmap(); !group.IsMulticast() {
+		return fmt.Errorf("underlay: %s group %s: not a multicast address", what, group)
+	}
+	for i, r := range c.receivers {
+		if at := c.local[i].Addr(); familyOf(at) != familyOf(group) {
+			continue
+		} else if !at.IsUnspecified() {
+			return fmt.Errorf("underlay: %s group %s: a socket on %s gets no multicast; use --listen [::]:%d", what, group, at, c.local[i].Port())
+		}
+		var err error
+		ifindex := indexOf(c.cfg.Source)
+		if e := r.file.Control(func(fd uintptr) { err = setMembership(int(fd), group, ifindex, join) }); e != nil {
+			return ErrClosed
+		}
+		if err != nil {
+			return fmt.Errorf("underlay: %s group %s: %w", what, group, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("underlay: %s group %s: nothing listens for its family; use --listen [::]:4789", what, group)
+}
+
+func setMembership(fd int, group netip.Addr, ifindex int, join bool) error {
+	if group.Is4() {
+		option := unix.IP_DROP_MEMBERSHIP
+		if join {
+			option = unix.IP_ADD_MEMBERSHIP
+		}
+		return unix.SetsockoptIPMreqn(fd, unix.SOL_IP, option, &unix.IPMreqn{Multiaddr: group.As4(), Ifindex: int32(ifindex)})
+	}
+	option := unix.IPV6_LEAVE_GROUP
+	if join {
+		option = unix.IPV6_JOIN_GROUP
+	}
+	return unix.SetsockoptIPv6Mreq(fd, unix.SOL_IPV6, option, &unix.IPv6Mreq{Multiaddr: group.As16(), Interface: uint32(ifindex)})
+}
+
+// indexOf returns the index of the interface that holds a, or 0: the kernel
+// chooses by route.
+func indexOf(a netip.Addr) int {
+	if ifi := interfaceOf(a); ifi != nil {
+		return ifi.Index
+	}
+	return 0
+}
+
+// interfaceOf returns the interface that holds a, nil if none does.
+func interfaceOf(a netip.Addr) *net.Interface {
+	if !a.IsValid() {
+		return nil
+	}
+	all, err := net.Interfaces()
+	if err != nil {
+		return nil
+	}
+	for i := range all {
+		addrs, err := all[i].Addrs()
+		if err != nil {
+			continue
+		}
+		for _, n := range addrs {
+			if p, err := netip.ParsePrefix(n.String()); err == nil && p.Addr().Unmap() == a.WithZone("") {
+				return &all[i]
+			}
+		}
+	}
+	return nil
+}

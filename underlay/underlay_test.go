@@ -1,0 +1,759 @@
+package underlay
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var loopback4 = netip.MustParseAddr("127.0.0.1")
+
+// open returns a Conn that is closed at the end of the test.
+func open(t testing.TB, cfg Config) *conn {
+	t.Helper()
+	if !cfg.Listen.IsValid() {
+		cfg.Listen = netip.MustParseAddrPort("127.0.0.1:0")
+	}
+	c, err := Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c.(*conn)
+}
+
+// datagram is one received datagram, cut out of its slot.
+type datagram struct {
+	src netip.AddrPort
+	b   []byte
+}
+
+// receive reads want datagrams from r, or fails.
+func receive(t testing.TB, r Receiver, want int) []datagram {
+	t.Helper()
+	got := make([]datagram, 0, want)
+	var b Batch
+	stop := time.AfterFunc(10*time.Second, func() {
+		r.(*receiver).file.Close() // Wait returns: a test never hangs
+	})
+	defer stop.Stop()
+	for len(got) < want {
+		if err := r.Wait(); err != nil {
+			t.Fatalf("Wait after %d of %d datagrams: %v", len(got), want, err)
+		}
+		if err := r.Receive(&b); err != nil {
+			t.Fatalf("Receive: %v", err)
+		}
+		for _, s := range b.Slots {
+			got = appendSlot(got, s)
+		}
+	}
+	return got
+}
+
+func appendSlot(got []datagram, s Slot) []datagram {
+	rest := s.B
+	for {
+		n := len(rest)
+		if s.SegmentLen != 0 {
+			n = min(n, s.SegmentLen)
+		}
+		got = append(got, datagram{s.Src, bytes.Clone(rest[:n])})
+		if rest = rest[n:]; len(rest) == 0 {
+			return got
+		}
+	}
+}
+
+// put commits one datagram.
+func put(s Sender, dst netip.AddrPort, flow uint32, b []byte) {
+	copy(s.Reserve(len(b)), b)
+	s.Commit(dst, flow, len(b))
+}
+
+// pattern returns n bytes that tell which datagram they are.
+func pattern(i, n int) []byte {
+	b := make([]byte, max(n, 4))
+	binary.BigEndian.PutUint32(b, uint32(i))
+	for j := 4; j < n; j++ {
+		b[j] = byte(i*31 + j)
+	}
+	return b
+}
+
+func TestTrainsExactBytes(t *testing.T) {
+	sizes := []int{
+		1400, 1400, 1400, 900, // a train and its tail
+		1400,             // after a shorter one: a new train
+		4, 4, 4, 4, 1400, // a longer one ends it
+		65507,      // the largest
+		65507, 100, // no room in a train
+		1, 1,
+		9000, 9000, 9000, 9000, 9000, 9000, 9000, 9000, // more than 65,507 bytes
+	}
+	for range 200 { // more than maxSegments
+		sizes = append(sizes, 60)
+	}
+	for _, tc := range []struct {
+		name         string
+		noGSO, noGRO bool
+	}{{"gso gro", false, false}, {"gso", false, true}, {"gro", true, false}, {"neither", true, true}} {
+		t.Run(tc.name, func(t *testing.T) {
+			// An MTU of 65,536 lets the largest datagram pass the loopback.
+			c := open(t, Config{NoGSO: tc.noGSO, NoGRO: tc.noGRO})
+			s := c.NewSender()
+			for i, n := range sizes {
+				put(s, c.LocalAddrs()[0], 7, pattern(i, n)[:max(n, 1)])
+			}
+			s.Flush()
+			total := 0
+			for i, g := range receive(t, c.Receivers()[0], len(sizes)) {
+				if want := pattern(i, sizes[i])[:sizes[i]]; !bytes.Equal(g.b, want) {
+					t.Fatalf("datagram %d: got %d bytes %x…, want %d bytes %x…", i, len(g.b), g.b[:min(8, len(g.b))], len(want), want[:min(8, len(want))])
+				}
+				total += sizes[i]
+			}
+			st := c.Stats()
+			if n := st.TxDatagrams.Load(); n != uint64(len(sizes)) {
+				t.Errorf("TxDatagrams = %d, want %d", n, len(sizes))
+			}
+			if n := st.RxDatagrams.Load(); n != uint64(len(sizes)) {
+				t.Errorf("RxDatagrams = %d, want %d", n, len(sizes))
+			}
+			if tx, rx := st.TxBytes.Load(), st.RxBytes.Load(); tx != uint64(total) || rx != uint64(total) {
+				t.Errorf("TxBytes = %d, RxBytes = %d, want %d", tx, rx, total)
+			}
+			trains, datagrams := st.TxTrains.Load(), st.TxDatagrams.Load()
+			if tc.noGSO && trains != datagrams {
+				t.Errorf("GSO is off and %d datagrams left in %d messages", datagrams, trains)
+			}
+			if !tc.noGSO && trains > 20 {
+				t.Errorf("GSO is on and %d datagrams left in %d messages", datagrams, trains)
+			}
+			if slots := st.RxSlots.Load(); !tc.noGSO && !tc.noGRO && slots > 20 {
+				t.Errorf("GRO is on and %d datagrams came in %d slots", datagrams, slots)
+			}
+			o := c.Offloads()
+			if (o.GSO == "on") == tc.noGSO || (o.GRO == "on") == tc.noGRO {
+				t.Errorf("Offloads = %+v", o)
+			}
+		})
+	}
+}
+
+// Several flows and destinations between each other: each flow in its order,
+// from one port, and still in trains.
+func TestFlowsKeepPortAndOrder(t *testing.T) {
+	a := open(t, Config{SourcePorts: 4})
+	b := open(t, Config{})
+	s := a.NewSender()
+	const flows, each = 8, 50
+	for i := range each {
+		for f := range flows {
+			dst := a.LocalAddrs()[0]
+			if f%2 == 1 {
+				dst = b.LocalAddrs()[0]
+			}
+			put(s, dst, uint32(f), pattern(f<<16|i, 200))
+		}
+	}
+	s.Flush()
+	ports := map[uint16]bool{}
+	for side, c := range []*conn{a, b} {
+		next, srcs := map[int]int{}, map[int]netip.AddrPort{}
+		for _, g := range receive(t, c.Receivers()[0], flows/2*each) {
+			id := int(binary.BigEndian.Uint32(g.b))
+			f, i := id>>16, id&0xffff
+			if f%2 != side || i != next[f] || !bytes.Equal(g.b, pattern(id, 200)) {
+				t.Fatalf("side %d: got datagram %d of flow %d, want %d", side, i, f, next[f])
+			}
+			next[f]++
+			if src, ok := srcs[f]; ok && src != g.src {
+				t.Fatalf("flow %d came from %s and %s", f, src, g.src)
+			}
+			srcs[f] = g.src
+			ports[g.src.Port()] = true
+			if p := g.src.Port(); p < 49152 {
+				t.Errorf("source port %d is below 49152", p)
+			}
+		}
+	}
+	if len(ports) != 4 {
+		t.Errorf("%d source ports were used, want 4", len(ports))
+	}
+	if n := a.Stats().TxTrains.Load(); n > 16 {
+		t.Errorf("%d datagrams of interleaved flows left in %d messages, want at most 16", flows*each, n)
+	}
+}
+
+// 100,000 datagrams in lockstep with the receiver, so that none may be lost.
+func TestManyDatagrams(t *testing.T) {
+	c := open(t, Config{})
+	s, r := c.NewSender(), c.Receivers()[0]
+	sizes := []int{1400, 1400, 1400, 60, 800, 800, 1, 1400}
+	const total, round = 100_000, 500
+	for base := 0; base < total; base += round {
+		for i := base; i < base+round; i++ {
+			put(s, c.LocalAddrs()[0], 1, pattern(i, sizes[i%len(sizes)]))
+		}
+		s.Flush()
+		for i, g := range receive(t, r, round) {
+			if !bytes.Equal(g.b, pattern(base+i, sizes[(base+i)%len(sizes)])) {
+				t.Fatalf("datagram %d is wrong", base+i)
+			}
+		}
+	}
+	if st := c.Stats(); st.TxDatagrams.Load() != total || st.RxDatagrams.Load() != total || st.RxOverflow.Load() != 0 {
+		t.Errorf("sent %d, received %d, overflow %d; want %d, %[4]d, 0", st.TxDatagrams.Load(), st.RxDatagrams.Load(), st.RxOverflow.Load(), total)
+	}
+}
+
+func TestDualStack(t *testing.T) {
+	c := open(t, Config{Listen: netip.MustParseAddrPort("[::]:0")})
+	if len(c.LocalAddrs()) == 1 {
+		t.Skip("this host has no IPv6")
+	}
+	a4, a6 := c.LocalAddrs()[0], c.LocalAddrs()[1]
+	if !a4.Addr().Is4() || !a6.Addr().Is6() || a4.Port() != a6.Port() {
+		t.Fatalf("LocalAddrs = %v, want one port on both families", c.LocalAddrs())
+	}
+	s := c.NewSender()
+	for i, dst := range []string{"127.0.0.1", "::1", "::ffff:127.0.0.1"} {
+		put(s, netip.AddrPortFrom(netip.MustParseAddr(dst), a4.Port()), 0, pattern(i, 100))
+	}
+	s.Flush()
+	got4 := receive(t, c.Receivers()[0], 2)
+	for _, g := range got4 {
+		if g.src.Addr() != loopback4 {
+			t.Errorf("IPv4 source = %s, want 127.0.0.1 and not IPv4-mapped", g.src)
+		}
+	}
+	// Addresses of a disabled IPv6 do not exist: then it is counted.
+	if c.Stats().TxUnreachable.Load() == 0 {
+		if g := receive(t, c.Receivers()[1], 1)[0]; g.src.Addr() != netip.IPv6Loopback() {
+			t.Errorf("IPv6 source = %s, want ::1", g.src)
+		}
+	}
+}
+
+func TestPoolDropsWhatArrives(t *testing.T) {
+	c := open(t, Config{SourcePorts: 2})
+	s := c.NewSender()
+	put(s, c.LocalAddrs()[0], 0, []byte("x"))
+	s.Flush()
+	src := receive(t, c.Receivers()[0], 1)[0].src
+	put(s, src, 0, []byte("answer to a port that only sends"))
+	put(s, c.LocalAddrs()[0], 0, []byte("y"))
+	s.Flush()
+	receive(t, c.Receivers()[0], 1) // the answer was delivered before
+	for _, fd := range c.pools[v4].Load().fds {
+		if _, _, err := unix.Recvfrom(fd, make([]byte, 64), unix.MSG_DONTWAIT); err != unix.EAGAIN {
+			t.Errorf("a source port has something to read: %v", err)
+		}
+		at, err := localAddr(fd)
+		if err != nil || at.Port() < minSourcePort {
+			t.Errorf("source port %v, %v; want %d to %d", at, err, minSourcePort, maxSourcePort)
+		}
+	}
+}
+
+func TestSourceAddress(t *testing.T) {
+	c := open(t, Config{Listen: netip.MustParseAddrPort("0.0.0.0:0"), Source: netip.MustParseAddr("127.1.2.3")})
+	s := c.NewSender()
+	put(s, netip.AddrPortFrom(loopback4, c.LocalAddrs()[0].Port()), 0, []byte("x"))
+	s.Flush()
+	if g := receive(t, c.Receivers()[0], 1)[0]; g.src.Addr() != netip.MustParseAddr("127.1.2.3") {
+		t.Errorf("source = %s, want 127.1.2.3", g.src)
+	}
+	// An address of another host: the kernel's choice.
+	c = open(t, Config{Source: netip.MustParseAddr("203.0.113.7")})
+	s = c.NewSender()
+	put(s, c.LocalAddrs()[0], 0, []byte("x"))
+	s.Flush()
+	if g := receive(t, c.Receivers()[0], 1)[0]; g.src.Addr() != loopback4 {
+		t.Errorf("source = %s, want 127.0.0.1", g.src)
+	}
+}
+
+func TestPortInUse(t *testing.T) {
+	c := open(t, Config{})
+	_, err := Open(Config{Listen: c.LocalAddrs()[0]})
+	if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "--listen") {
+		t.Errorf("Open of a port in use: %v", err)
+	}
+	err = listenError(netip.MustParseAddrPort("[::]:4789"), unix.EADDRINUSE)
+	for _, want := range []string{"4789", "kernel vxlan", "Docker Swarm", "--listen [::]:4790"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("error %q does not say %q", err, want)
+		}
+	}
+	if _, err = Open(Config{Listen: netip.MustParseAddrPort("203.0.113.7:0")}); !errors.Is(err, unix.EADDRNOTAVAIL) || !strings.Contains(err.Error(), "does not have the address") {
+		t.Errorf("Open of a foreign address: %v", err)
+	}
+}
+
+func TestNoFamily(t *testing.T) {
+	for err, want := range map[error]bool{unix.EAFNOSUPPORT: true, unix.EADDRNOTAVAIL: true, unix.EADDRINUSE: false, unix.EACCES: false} {
+		if got := noFamily(listenError(netip.MustParseAddrPort("[::]:1"), err)); got != want {
+			t.Errorf("noFamily(%v) = %v, want %v", err, got, want)
+		}
+	}
+}
+
+func TestConfigFaults(t *testing.T) {
+	for name, tc := range map[string]struct {
+		cfg  Config
+		want string
+	}{
+		"no listen":    {Config{}, "listen"},
+		"ports":        {Config{Listen: netip.MustParseAddrPort("[::]:1"), SourcePorts: 65}, "1 to 64"},
+		"ports < 0":    {Config{Listen: netip.MustParseAddrPort("[::]:1"), SourcePorts: -1}, "1 to 64"},
+		"group":        {Config{Listen: netip.MustParseAddrPort("[::]:1"), GroupTTL: map[netip.Addr]int{loopback4: 1}}, "not a multicast"},
+		"ttl":          {Config{Listen: netip.MustParseAddrPort("[::]:1"), GroupTTL: map[netip.Addr]int{netip.MustParseAddr("239.1.1.1"): 256}}, "1 to 255"},
+		"buffer":       {Config{Listen: netip.MustParseAddrPort("[::]:1"), SendBuffer: -1}, "buffer"},
+		"source":       {Config{Listen: netip.MustParseAddrPort("[::]:1"), Source: netip.IPv6Unspecified()}, "no address"},
+		"more than 1":  {Config{SourcePorts: 99}, "\n"},
+		"rcv too long": {Config{Listen: netip.MustParseAddrPort("[::]:1"), ReceiveBuffer: maxBuffer + 1}, "buffer"},
+	} {
+		if _, err := Open(tc.cfg); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: Open = %v, want an error with %q", name, err, tc.want)
+		}
+	}
+}
+
+func TestTooBigIsCounted(t *testing.T) {
+	bell := make(chan struct{}, 1)
+	c := open(t, Config{TooBig: bell})
+	s := c.NewSender()
+	// Past Reserve's bound, because the loopback's MTU takes all that it allows.
+	s.(*sender).grow()
+	s.(*sender).reserved = maxTrain + 1
+	s.Commit(c.LocalAddrs()[0], 0, maxTrain+1)
+	put(s, c.LocalAddrs()[0], 0, []byte("small"))
+	s.Flush()
+	if g := receive(t, c.Receivers()[0], 1)[0]; string(g.b) != "small" {
+		t.Errorf("got %q, want the small datagram", g.b)
+	}
+	if n := c.Stats().TxTooBig.Load(); n != 1 {
+		t.Errorf("TxTooBig = %d, want 1", n)
+	}
+	select {
+	case <-bell:
+	default:
+		t.Error("the bell TooBig did not ring")
+	}
+}
+
+func TestUnreachableIsCounted(t *testing.T) {
+	c := open(t, Config{})
+	s := c.NewSender()
+	put(s, netip.MustParseAddrPort("255.255.255.255:4789"), 0, []byte("broadcast is not permitted"))
+	put(s, c.LocalAddrs()[0], 0, []byte("x"))
+	s.Flush()
+	receive(t, c.Receivers()[0], 1)
+	if st := c.Stats(); st.TxUnreachable.Load() != 1 || st.TxDatagrams.Load() != 1 {
+		t.Errorf("unreachable %d, sent %d; want 1 and 1", st.TxUnreachable.Load(), st.TxDatagrams.Load())
+	}
+}
+
+// An ICMP error that an earlier datagram caused does not cost a later one.
+func TestPendingErrorDoesNotFailTheNext(t *testing.T) {
+	c := open(t, Config{SourcePorts: 1})
+	dead := open(t, Config{})
+	deadAddr := dead.LocalAddrs()[0]
+	dead.Close()
+	s := c.NewSender()
+	const rounds = 20
+	for i := range rounds {
+		put(s, deadAddr, 0, []byte("refused"))
+		s.Flush()
+		put(s, c.LocalAddrs()[0], 0, pattern(i, 50)) // a train
+		put(s, c.LocalAddrs()[0], 0, pattern(i, 50))
+		s.Flush()
+	}
+	receive(t, c.Receivers()[0], 2*rounds)
+	st := c.Stats()
+	if st.TxDatagrams.Load() != 3*rounds || st.TxUnreachable.Load()+st.TxError.Load() != 0 {
+		t.Errorf("sent %d of %d, unreachable %d, error %d", st.TxDatagrams.Load(), 3*rounds, st.TxUnreachable.Load(), st.TxError.Load())
+	}
+	if st.ICMPErrors.Load() == 0 {
+		t.Error("no ICMP error was counted, so nothing was tested")
+	}
+	if c.Offloads().GSO != "on" {
+		t.Errorf("GSO = %q", c.Offloads().GSO)
+	}
+}
+
+func TestWaitIsBounded(t *testing.T) {
+	c := open(t, Config{})
+	s := newSender(c)
+	s.grow()
+	fds := make([]int, 2)
+	if err := unix.Pipe2(fds, unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[0])
+	defer unix.Close(fds[1])
+	for { // a full pipe is never ready for POLLOUT
+		if _, err := unix.Write(fds[1], make([]byte, 4096)); err != nil {
+			break
+		}
+	}
+	for _, errno := range []unix.Errno{unix.EAGAIN, unix.ENOBUFS} {
+		s.out.begin()
+		start, waits := time.Now(), 0
+		for s.out.wait(fds[1], errno) {
+			waits++
+		}
+		if d := time.Since(start); d < txWait || d > 100*txWait || waits == 0 {
+			t.Errorf("%v: %d waits of together %v, want %v", errno, waits, d, txWait)
+		}
+	}
+}
+
+func TestCloseWakesWait(t *testing.T) {
+	c := open(t, Config{Listen: netip.MustParseAddrPort("[::]:0")})
+	done := make(chan error)
+	rs := c.Receivers()
+	for _, r := range rs {
+		go func() { done <- r.Wait() }()
+	}
+	runtime.Gosched()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range rs {
+		select {
+		case err := <-done:
+			if err != ErrClosed {
+				t.Errorf("Wait = %v, want ErrClosed", err)
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatal("Wait did not return after Close")
+		}
+	}
+	var b Batch
+	if err := rs[0].Receive(&b); err != ErrClosed {
+		t.Errorf("Receive after Close = %v, want ErrClosed", err)
+	}
+	s := c.NewSender() // sends into nothing, and must not touch others' descriptors
+	put(s, netip.AddrPortFrom(loopback4, 9), 0, []byte("x"))
+	s.Flush()
+	if n := c.Stats().TxDatagrams.Load(); n != 0 {
+		t.Errorf("%d datagrams were sent after Close", n)
+	}
+	if err := c.Close(); err != nil {
+		t.Errorf("second Close: %v", err)
+	}
+}
+
+func TestReceiveNeverBlocks(t *testing.T) {
+	c := open(t, Config{})
+	var b Batch
+	if err := c.Receivers()[0].Receive(&b); err != nil || len(b.Slots) != 0 {
+		t.Errorf("Receive = %v with %d slots, want none", err, len(b.Slots))
+	}
+}
+
+func TestOverflowIsCounted(t *testing.T) {
+	c := open(t, Config{ReceiveBuffer: 8 << 10, NoGSO: true, NoGRO: true})
+	s, r := c.NewSender(), c.Receivers()[0]
+	const sent = 200
+	for i := range sent {
+		put(s, c.LocalAddrs()[0], 0, pattern(i, 1000))
+	}
+	s.Flush()
+	var b Batch
+	got := 0
+	for {
+		if err := r.Receive(&b); err != nil {
+			t.Fatal(err)
+		}
+		if len(b.Slots) == 0 {
+			break
+		}
+		got += len(b.Slots)
+	}
+	put(s, c.LocalAddrs()[0], 0, []byte("tells of the drops"))
+	s.Flush()
+	receive(t, r, 1)
+	if n := c.Stats().RxOverflow.Load(); got == sent || n != uint64(sent-got) {
+		t.Errorf("RxOverflow = %d, want %d - %d", n, sent, got)
+	}
+}
+
+func TestTruncatedIsCounted(t *testing.T) {
+	c := open(t, Config{NoGRO: true})
+	s := c.NewSender()
+	for _, n := range []int{100, 101, 99} {
+		put(s, c.LocalAddrs()[0], 0, pattern(n, n))
+	}
+	s.Flush()
+	b := Batch{Memory: newRxMemory(100), Slots: make([]Slot, 0, rxSlots)}
+	if err := c.Receivers()[0].Receive(&b); err != nil {
+		t.Fatal(err)
+	}
+	if len(b.Slots) != 2 || len(b.Slots[0].B) != 100 || len(b.Slots[1].B) != 99 || c.Stats().RxTruncated.Load() != 1 {
+		t.Errorf("%d slots, truncated %d; want 2 and 1", len(b.Slots), c.Stats().RxTruncated.Load())
+	}
+}
+
+// A datagram of no bytes is a slot of no bytes.
+func TestEmptyDatagram(t *testing.T) {
+	c := open(t, Config{})
+	fd, err := udpSocket(v4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Sendto(fd, nil, 0, sockaddr(c.LocalAddrs()[0])); err != nil {
+		t.Fatal(err)
+	}
+	if g := receive(t, c.Receivers()[0], 1); len(g) != 1 || len(g[0].b) != 0 {
+		t.Errorf("got %v", g)
+	}
+}
+
+// A kernel that refuses trains: those of its datagrams go one by one, in order,
+// and no more trains are made.
+func TestSplitSwitchesGSOOff(t *testing.T) {
+	for _, tc := range []struct {
+		cause unix.Errno
+		off   bool
+	}{{unix.EIO, true}, {unix.EINVAL, true}, {unix.EOPNOTSUPP, true}, {unix.EMSGSIZE, false}} {
+		t.Run(tc.cause.Error(), func(t *testing.T) {
+			c := open(t, Config{})
+			s := newSender(c)
+			s.grow()
+			sizes := []int{500, 500, 500, 20}
+			for i, n := range sizes {
+				put(s, c.LocalAddrs()[0], 0, pattern(i, n))
+				put(s, c.LocalAddrs()[0], 1, []byte("between")) // so that a message has several pieces
+			}
+			c.closing.RLock()
+			p, err := c.pool(v4)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.out.begin()
+			s.put(0, 0)
+			s.split(p.fds[0], 0, tc.cause)
+			c.closing.RUnlock()
+			for i, g := range receive(t, c.Receivers()[0], len(sizes)) {
+				if !bytes.Equal(g.b, pattern(i, sizes[i])) {
+					t.Errorf("datagram %d: %d bytes", i, len(g.b))
+				}
+			}
+			if off := c.Offloads().GSO != "on"; off != tc.off {
+				t.Errorf("GSO = %q", c.Offloads().GSO)
+			}
+			if tc.off && !strings.Contains(c.Offloads().GSO, tc.cause.Error()) {
+				t.Errorf("GSO = %q does not give the reason %q", c.Offloads().GSO, tc.cause)
+			}
+		})
+	}
+}
+
+func TestReserveWithoutCommitIsVoid(t *testing.T) {
+	c := open(t, Config{})
+	s := c.NewSender()
+	copy(s.Reserve(1000), bytes.Repeat([]byte("void"), 250))
+	copy(s.Reserve(10), "committed!")
+	s.Commit(c.LocalAddrs()[0], 0, 6)
+	s.Reserve(50)
+	s.Flush()
+	if g := receive(t, c.Receivers()[0], 1)[0]; string(g.b) != "commit" {
+		t.Errorf("got %q, want %q", g.b, "commit")
+	}
+}
+
+func TestMisusePanics(t *testing.T) {
+	c := open(t, Config{})
+	for name, f := range map[string]func(Sender){
+		"Reserve(0)":        func(s Sender) { s.Reserve(0) },
+		"Reserve(65508)":    func(s Sender) { s.Reserve(65508) },
+		"Commit of more":    func(s Sender) { s.Reserve(1); s.Commit(c.LocalAddrs()[0], 0, 2) },
+		"Commit of nothing": func(s Sender) { s.Reserve(1); s.Commit(c.LocalAddrs()[0], 0, 0) },
+		"second Commit": func(s Sender) {
+			s.Reserve(1)
+			s.Commit(c.LocalAddrs()[0], 0, 1)
+			s.Commit(c.LocalAddrs()[0], 0, 1)
+		},
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s did not panic", name)
+				}
+			}()
+			f(c.NewSender())
+		}()
+	}
+}
+
+func TestGroups(t *testing.T) {
+	c := open(t, Config{Listen: netip.MustParseAddrPort("0.0.0.0:0"), Source: loopback4})
+	group := netip.MustParseAddr("239.255.47.89")
+	if err := c.JoinGroup(group); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.LeaveGroup(group); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.LeaveGroup(group); err == nil {
+		t.Error("LeaveGroup of a group that was not joined: no error")
+	}
+	if err := c.JoinGroup(loopback4); err == nil || !strings.Contains(err.Error(), "not a multicast") {
+		t.Errorf("JoinGroup(127.0.0.1) = %v", err)
+	}
+	if err := c.JoinGroup(netip.MustParseAddr("ff02::4789")); err == nil || !strings.Contains(err.Error(), "--listen") {
+		t.Errorf("JoinGroup of IPv6 = %v", err)
+	}
+	one := open(t, Config{})
+	if err := one.JoinGroup(group); err == nil || !strings.Contains(err.Error(), "--listen [::]") {
+		t.Errorf("JoinGroup on 127.0.0.1 = %v", err)
+	}
+}
+
+func TestRoutes(t *testing.T) {
+	c := open(t, Config{})
+	if mtu, err := c.PathMTU(loopback4); err != nil || mtu < 1500 {
+		t.Errorf("PathMTU(127.0.0.1) = %d, %v", mtu, err)
+	}
+	if a, err := SourceFor(netip.MustParseAddr("127.0.0.9")); err != nil || a != loopback4 {
+		t.Errorf("SourceFor(127.0.0.9) = %s, %v; want 127.0.0.1", a, err)
+	}
+	if _, err := SourceFor(netip.Addr{}); err == nil {
+		t.Error("SourceFor of nothing: no error")
+	}
+	if !IsVirtual(loopback4) || IsVirtual(netip.MustParseAddr("203.0.113.7")) {
+		t.Error("IsVirtual: want the loopback, not an address of another host")
+	}
+}
+
+func TestSockaddrRoundTrip(t *testing.T) {
+	for _, s := range []string{"192.0.2.1:4789", "[2001:db8::1]:65535", "[::1]:1", "0.0.0.0:0", "[fe80::1%3]:4789"} {
+		a := netip.MustParseAddrPort(s)
+		var sa unix.RawSockaddrInet6
+		putSockaddr(&sa, a, scopeOf(a.Addr().Zone()))
+		if got := addrPortOf(&sa); got != a {
+			t.Errorf("%s became %s", a, got)
+		}
+	}
+	sa := unix.RawSockaddrInet6{Family: unix.AF_INET6, Addr: netip.MustParseAddr("::ffff:192.0.2.1").As16()}
+	if got := addrPortOf(&sa); got.Addr() != netip.MustParseAddr("192.0.2.1") {
+		t.Errorf("an IPv4-mapped address became %s", got)
+	}
+}
+
+func TestOffloadsTold(t *testing.T) {
+	o := open(t, Config{ReceiveBuffer: 100_000, SendBuffer: 50_000}).Offloads()
+	if o.ReceiveBuffer != 100_000 || o.SendBuffer != 50_000 || o.GSO != "on" || o.GRO != "on" {
+		t.Errorf("Offloads = %+v", o)
+	}
+}
+
+func TestNoAllocs(t *testing.T) {
+	for _, listen := range []string{"127.0.0.1:0", "[::1]:0"} {
+		c, err := Open(Config{Listen: netip.MustParseAddrPort(listen)})
+		if errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAFNOSUPPORT) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		s, r, dst := c.NewSender(), c.Receivers()[0], c.LocalAddrs()[0]
+		var b Batch
+		round := func() {
+			for i := range 50 {
+				s.Reserve(1400)
+				s.Commit(dst, uint32(i/25), 1400)
+			}
+			s.Flush()
+			for got := 0; got < 50*1400; {
+				if r.Wait() != nil || r.Receive(&b) != nil {
+					panic("closed")
+				}
+				for _, slot := range b.Slots {
+					got += len(slot.B)
+				}
+			}
+		}
+		round()
+		if n := testing.AllocsPerRun(100, round); n != 0 {
+			t.Errorf("%s: %v allocations for 50 datagrams sent and received, want 0", listen, n)
+		}
+		// Errors do not allocate either.
+		bad := netip.MustParseAddrPort("255.255.255.255:9")
+		fail := func() {
+			for range 3 {
+				s.Reserve(10)
+				s.Commit(bad, 0, 10)
+			}
+			s.Flush()
+		}
+		fail()
+		if n := testing.AllocsPerRun(100, fail); n != 0 {
+			t.Errorf("%s: %v allocations for an error, want 0", listen, n)
+		}
+	}
+}
+
+func BenchmarkSendReceive(b *testing.B) {
+	for _, bc := range []struct {
+		name     string
+		n, bytes int
+		noGSO    bool
+	}{{"train of 46x1400", 46, 1400, false}, {"one by one 46x1400", 46, 1400, true}, {"64 of 64 bytes", 64, 64, false}, {"one of 64 bytes", 1, 64, false}} {
+		b.Run(bc.name, func(b *testing.B) {
+			c := open(b, Config{NoGSO: bc.noGSO})
+			s, r, dst := c.NewSender(), c.Receivers()[0], c.LocalAddrs()[0]
+			var batch Batch
+			b.SetBytes(int64(bc.n * bc.bytes))
+			b.ReportAllocs()
+			for b.Loop() {
+				for range bc.n {
+					s.Reserve(bc.bytes)
+					s.Commit(dst, 1, bc.bytes)
+				}
+				s.Flush()
+				for got := 0; got < bc.n*bc.bytes; {
+					if r.Receive(&batch) != nil {
+						b.Fatal("closed")
+					}
+					for _, slot := range batch.Slots {
+						got += len(slot.B)
+					}
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkCommit(b *testing.B) {
+	c := open(b, Config{})
+	s := newSender(c)
+	s.grow()
+	dst := netip.MustParseAddrPort("192.0.2.1:4789")
+	b.SetBytes(1400)
+	b.ReportAllocs()
+	for b.Loop() {
+		s.Reserve(1400)
+		s.Commit(dst, 1, 1400)
+		if s.used > arenaLen-1400 { // without the calls: only the building
+			s.used, s.messages, s.pieces, s.inUse = 0, s.messages[:0], s.pieces[:0], s.inUse[:0]
+			s.queues[v4][1].used = false
+		}
+	}
+}

@@ -1,0 +1,353 @@
+// Package bridge switches Ethernet frames between a node's TAPs and its tunnel.
+//
+// One Bridge is one overlay: a learning switch with an FDB, local ports and a
+// flood list (head-end replication, RFC 7348 section 4.2 in its unicast form).
+// The Tunnel is the node's side towards the underlay, shared by all bridges.
+//
+//	egress   tap.Queue.Read → Bridge.forward → ether.Segmenter → vxlan.Put → underlay.Sender
+//	ingress  underlay.Receiver → demultiplex → vxlan.Parse → Bridge.deliver → ether.Coalescer → tap.Queue.WriteFrame
+//
+// A worker runs each way to completion: no queue and no hand-over between a TAP
+// and a socket. What comes from the tunnel never goes back into it (split
+// horizon). The package knows neither gossip nor settings: whoever owns it says
+// which VTEPs are members and which of them carry an overlay.
+package bridge
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/puzpuzpuz/xsync/v4"
+
+	"github.com/tulle-net/tulle/ether"
+	"github.com/tulle-net/tulle/tap"
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+// MaxVTEPs bounds the remote VTEPs that one overlay keeps.
+const MaxVTEPs = 16384
+
+// Config of one overlay's bridge.
+type Config struct {
+	Name string
+	VNI  vxlan.VNI
+	// Peers are foreign VTEPs that may send and get BUM frames.
+	Peers []netip.AddrPort
+	// Group, if valid, gets BUM frames in place of the members (RFC 7348,
+	// section 4.2), which are then learnt as VTEPs like everybody else.
+	Group netip.AddrPort
+	// LearnVTEPs accepts frames from any source address. A learnt VTEP is never
+	// on the flood list.
+	LearnVTEPs bool
+	// FloodGossip, if set, is offered each BUM frame first; it returns false
+	// when the flood list must take it. The frame is borrowed.
+	FloodGossip func(vni vxlan.VNI, frame []byte) bool
+	// AgeAfter is how long a MAC stays without being seen; default 300 s.
+	AgeAfter time.Duration
+	// MaxMACs bounds the FDB; default 65,536.
+	MaxMACs int
+	// MaxMACsPerPort bounds what one port or VTEP may fill; default 16,384.
+	MaxMACsPerPort int
+}
+
+// Bridge is one overlay on this node. Its methods are safe for concurrent use.
+type Bridge struct {
+	cfg    Config
+	tunnel *Tunnel
+	fdb    *fdb
+
+	ports   atomic.Pointer[[]*Port]  // read by workers
+	flood   atomic.Pointer[[]*place] // read by workers
+	refused atomic.Pointer[map[netip.Addr]struct{}]
+	remotes *xsync.Map[netip.Addr, *place] // by source address
+
+	mu      sync.Mutex // serialises changes of the above
+	members []netip.AddrPort
+	closed  bool
+	ageAt   atomic.Int64 // tick of the next sweep
+
+	Counters
+	// Flooded counts frames that went to the flood list.
+	Flooded atomic.Uint64
+}
+
+// Counters count inner frames and their bytes, by direction; super-frames
+// count as what they stand for.
+type Counters struct {
+	TxFrames, TxBytes, RxFrames, RxBytes atomic.Uint64
+}
+
+func (c *Counters) tx(frames, bytes int) {
+	c.TxFrames.Add(uint64(frames))
+	c.TxBytes.Add(uint64(bytes))
+}
+
+func (c *Counters) rx(frames, bytes int) {
+	c.RxFrames.Add(uint64(frames))
+	c.RxBytes.Add(uint64(bytes))
+}
+
+// place is where a MAC lives: a local port or a remote VTEP. There is one for
+// each, so "has it moved" compares pointers.
+type place struct {
+	port *Port          // local; nil for a VTEP
+	vtep netip.AddrPort // remote: where to send
+	// member: the VTEP is another Tulle node, whose frames are finished.
+	member bool
+	// listed: in Config.Peers; it stays when members come and go.
+	listed bool
+	macs   atomic.Int64 // FDB entries
+	gone   atomic.Bool
+	Counters
+}
+
+// ErrClosed: the bridge was removed.
+var ErrClosed = errors.New("bridge: overlay was removed")
+
+func newBridge(t *Tunnel, cfg Config) *Bridge {
+	if cfg.AgeAfter == 0 {
+		cfg.AgeAfter = 300 * time.Second
+	}
+	if cfg.MaxMACs == 0 {
+		cfg.MaxMACs = 65536
+	}
+	if cfg.MaxMACsPerPort == 0 {
+		cfg.MaxMACsPerPort = 16384
+	}
+	b := &Bridge{
+		cfg:     cfg,
+		tunnel:  t,
+		fdb:     newFDB(cfg.MaxMACs, cfg.MaxMACsPerPort),
+		remotes: xsync.NewMap[netip.Addr, *place](),
+	}
+	b.ports.Store(&[]*Port{})
+	b.refused.Store(&map[netip.Addr]struct{}{})
+	for _, a := range cfg.Peers {
+		b.remotes.Store(a.Addr(), &place{vtep: a, listed: true})
+	}
+	b.mu.Lock()
+	b.setFlood()
+	b.mu.Unlock()
+	return b
+}
+
+// Name returns the overlay's name.
+func (b *Bridge) Name() string { return b.cfg.Name }
+
+// VNI returns the overlay's network identifier.
+func (b *Bridge) VNI() vxlan.VNI { return b.cfg.VNI }
+
+// Port is a TAP that is attached to a bridge.
+type Port struct {
+	bridge *Bridge
+	dev    tap.Device
+	queues []tap.Queue
+	at     *place
+	done   sync.WaitGroup
+}
+
+// AddPort attaches a device and starts a worker per queue. The bridge closes
+// the device with RemovePort or Close.
+func (b *Bridge) AddPort(dev tap.Device) (*Port, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return nil, ErrClosed
+	}
+	p := &Port{bridge: b, dev: dev, queues: dev.Queues()}
+	p.at = &place{port: p}
+	if mac := dev.MAC(); mac.IsValid() {
+		if e, ok := b.fdb.entries.Load(mac); ok && e.static {
+			return nil, fmt.Errorf("bridge: %s: %s has the MAC %s already: give one of the two another", dev.Name(), e.at.port.dev.Name(), mac)
+		}
+		b.fdb.pin(mac, p.at)
+	}
+	ports := append(slices.Clone(*b.ports.Load()), p)
+	b.ports.Store(&ports)
+	for _, q := range p.queues {
+		p.done.Add(1)
+		go p.run(q)
+	}
+	return p, nil
+}
+
+// RemovePort detaches p, closes its device and waits for its workers.
+func (b *Bridge) RemovePort(p *Port) error {
+	b.mu.Lock()
+	ports := slices.DeleteFunc(slices.Clone(*b.ports.Load()), func(q *Port) bool { return q == p })
+	b.ports.Store(&ports)
+	p.at.gone.Store(true)
+	b.fdb.forget(p.at)
+	b.mu.Unlock()
+	err := p.dev.Close()
+	p.done.Wait()
+	return err
+}
+
+// Device returns the port's TAP.
+func (p *Port) Device() tap.Device { return p.dev }
+
+// WriteFrame hands a frame to the port's device: the Port is an ether.Sink.
+func (p *Port) WriteFrame(m ether.Meta, parts [][]byte) {
+	q := p.queues[0]
+	if len(p.queues) > 1 {
+		// The kernel sends a flow's answers to the queue that it was written to:
+		// one flow, one queue.
+		q = p.queues[ether.FlowHash(parts[0])%uint32(len(p.queues))]
+	}
+	if q.WriteFrame(m, parts) != nil {
+		p.bridge.tunnel.drops.add(DropTapWrite)
+	}
+}
+
+// Close removes the bridge from its tunnel and closes its devices.
+func (b *Bridge) Close() error {
+	b.tunnel.remove(b)
+	b.mu.Lock()
+	b.closed = true
+	ports := *b.ports.Load()
+	b.mu.Unlock()
+	var errs []error
+	for _, p := range ports {
+		errs = append(errs, b.RemovePort(p))
+	}
+	return errors.Join(errs...)
+}
+
+// SetMembers says which nodes carry this overlay (they get BUM frames) and
+// from which source addresses it is refused because of a conflict of names.
+// What a VTEP that is gone had taught is forgotten at once.
+func (b *Bridge) SetMembers(vteps []netip.AddrPort, refused []netip.Addr) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	no := make(map[netip.Addr]struct{}, len(refused))
+	for _, a := range refused {
+		no[a] = struct{}{}
+	}
+	b.refused.Store(&no)
+	b.members = slices.Clone(vteps)
+	for _, a := range vteps {
+		b.remote(a.Addr(), a, true)
+	}
+	b.prune()
+	b.setFlood()
+}
+
+// prune drops the places of VTEPs that may no longer send. b.mu is held.
+func (b *Bridge) prune() {
+	known := *b.tunnel.members.Load()
+	b.remotes.Range(func(src netip.Addr, p *place) bool {
+		vtep, isMember := known[src]
+		_, refused := (*b.refused.Load())[src]
+		stays := p.listed || (p.member && isMember && vtep == p.vtep) || (!p.member && !isMember && b.cfg.LearnVTEPs)
+		if !stays || refused {
+			b.dropPlace(src, p)
+		}
+		return true
+	})
+}
+
+func (b *Bridge) dropPlace(src netip.Addr, p *place) {
+	b.remotes.Delete(src)
+	p.gone.Store(true)
+	b.fdb.forget(p)
+}
+
+// remote returns the place of the VTEP behind source address src, making it if
+// need be. b.mu is held.
+func (b *Bridge) remote(src netip.Addr, vtep netip.AddrPort, member bool) *place {
+	if p, ok := b.remotes.Load(src); ok {
+		if p.listed || (p.vtep == vtep && p.member == member) {
+			return p
+		}
+		b.dropPlace(src, p) // another port, or it has become a member
+	}
+	p := &place{vtep: vtep, member: member}
+	b.remotes.Store(src, p)
+	return p
+}
+
+// setFlood derives the flood list. b.mu is held.
+func (b *Bridge) setFlood() {
+	var list []*place
+	add := func(a netip.AddrPort) {
+		p, ok := b.remotes.Load(a.Addr())
+		if ok && !slices.Contains(list, p) {
+			list = append(list, p)
+		}
+	}
+	for _, a := range b.cfg.Peers {
+		add(a)
+	}
+	if b.cfg.Group.IsValid() {
+		list = append(list, b.group())
+	} else {
+		for _, a := range b.members {
+			add(a)
+		}
+	}
+	b.flood.Store(&list)
+}
+
+// group returns the place that stands for the multicast group; no MAC lives there.
+func (b *Bridge) group() *place {
+	if old := b.flood.Load(); old != nil {
+		for _, p := range *old {
+			if p.vtep == b.cfg.Group {
+				return p
+			}
+		}
+	}
+	return &place{vtep: b.cfg.Group}
+}
+
+// admit decides about the first datagram from src: it returns the sender's
+// place, or nil and the reason why it may not send.
+func (b *Bridge) admit(src netip.AddrPort) (*place, Drop) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if p, ok := b.remotes.Load(src.Addr()); ok {
+		return p, 0
+	}
+	if b.closed {
+		return nil, DropUnknownVNI
+	}
+	if _, no := (*b.refused.Load())[src.Addr()]; no {
+		return nil, DropOverlayConflict
+	}
+	if vtep, ok := (*b.tunnel.members.Load())[src.Addr()]; ok {
+		return b.remote(src.Addr(), vtep, true), 0
+	}
+	if !b.cfg.LearnVTEPs {
+		return nil, DropUnknownVTEP
+	}
+	if b.remotes.Size() >= MaxVTEPs {
+		return nil, DropVTEPLimit
+	}
+	// Its source port is entropy (RFC 7348, section 5): it listens where we do.
+	return b.remote(src.Addr(), netip.AddrPortFrom(src.Addr(), b.tunnel.cfg.Port), false), 0
+}
+
+// age forgets what was not seen for AgeAfter; it is called about once a tick.
+func (b *Bridge) age(now int64) {
+	after := int64(b.cfg.AgeAfter / tick)
+	if now < b.ageAt.Load() {
+		return
+	}
+	b.ageAt.Store(now + max(after/16, 1))
+	b.fdb.age(now - after)
+	// A learnt VTEP goes with its last MAC, or forged sources would fill the table.
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.remotes.Range(func(src netip.Addr, p *place) bool {
+		if !p.listed && !p.member && p.macs.Load() == 0 {
+			b.dropPlace(src, p)
+		}
+		return true
+	})
+}

@@ -1,0 +1,86 @@
+package bridge
+
+import "sync/atomic"
+
+// Drop is the reason why a frame or datagram went no further.
+type Drop uint8
+
+const (
+	// DropUnknownType: the datagram's first byte belongs to nothing that this
+	// node speaks.
+	DropUnknownType Drop = iota
+	// DropControl: a QUIC datagram, and no control endpoint takes them.
+	DropControl
+	// DropUnknownSession: a sealed datagram of a session that does not exist.
+	DropUnknownSession
+	// DropShort: shorter than a VXLAN header.
+	DropShort
+	// DropUnknownVNI: no overlay here has the datagram's VNI.
+	DropUnknownVNI
+	// DropUnknownVTEP: plaintext from a source that is neither a member nor a
+	// listed peer.
+	DropUnknownVTEP
+	// DropPlaintextRefused: plaintext for an overlay that requires encryption.
+	DropPlaintextRefused
+	// DropOverlayConflict: the sender uses the VNI or the name for another overlay.
+	DropOverlayConflict
+	// DropOwnFrame: a frame of this node that came back.
+	DropOwnFrame
+	// DropShortFrame: the inner frame is shorter than an Ethernet header.
+	DropShortFrame
+	// DropBadSource: the frame's source is zero or a group address.
+	DropBadSource
+	// DropSplitHorizon: a frame from the tunnel for a MAC behind the tunnel.
+	DropSplitHorizon
+	// DropSamePort: a frame for a MAC at the port that it came from.
+	DropSamePort
+	// DropMalformed: a super-frame whose headers contradict its metadata.
+	DropMalformed
+	// DropTapWrite: the kernel refused the frame (the device is down or its queue full).
+	DropTapWrite
+	// DropMACLimit: not a lost frame but a MAC not learnt: the FDB or the
+	// port's share of it is full.
+	DropMACLimit
+	// DropVTEPLimit: a datagram of a learnt VTEP beyond MaxVTEPs.
+	DropVTEPLimit
+
+	numDrops
+)
+
+var dropNames = [numDrops]string{
+	DropUnknownType:      "unknown_type",
+	DropControl:          "control_refused",
+	DropUnknownSession:   "unknown_session",
+	DropShort:            "short",
+	DropUnknownVNI:       "unknown_vni",
+	DropUnknownVTEP:      "unknown_vtep",
+	DropPlaintextRefused: "plaintext_refused",
+	DropOverlayConflict:  "overlay_conflict",
+	DropOwnFrame:         "own_frame",
+	DropShortFrame:       "short_frame",
+	DropBadSource:        "bad_source",
+	DropSplitHorizon:     "split_horizon",
+	DropSamePort:         "same_port",
+	DropMalformed:        "malformed",
+	DropTapWrite:         "tap_write",
+	DropMACLimit:         "mac_limit",
+	DropVTEPLimit:        "vtep_limit",
+}
+
+// String returns the snake_case name that `tulle status` shows.
+func (d Drop) String() string { return dropNames[d] }
+
+// Drops counts by reason. Its methods are safe for concurrent use.
+type Drops struct{ n [numDrops]atomic.Uint64 }
+
+func (d *Drops) add(r Drop) { d.n[r].Add(1) }
+
+// Count returns how often r happened.
+func (d *Drops) Count(r Drop) uint64 { return d.n[r].Load() }
+
+// Each calls f for every reason, also those that never happened.
+func (d *Drops) Each(f func(name string, count uint64)) {
+	for r := range d.n {
+		f(Drop(r).String(), d.n[r].Load())
+	}
+}

@@ -1,0 +1,137 @@
+package bridge
+
+import (
+	"github.com/tulle-net/tulle/ether"
+	"github.com/tulle-net/tulle/tap"
+	"github.com/tulle-net/tulle/underlay"
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+// The functions in this file stand in the order in which a frame passes them.
+
+// lane is the memory of an egress worker that is awake; an idle one holds none,
+// so that hundreds of TAPs cost little.
+type lane struct {
+	batch *tap.Batch
+	tx    underlay.Sender
+	cut   ether.Segmenter
+	parts [1][]byte
+	now   int64
+}
+
+// run is the worker of one queue: TAP → tunnel, until the device is closed.
+func (p *Port) run(q tap.Queue) {
+	defer p.done.Done()
+	t := p.bridge.tunnel
+	for q.Wait() == nil {
+		l := t.lanes.Get().(*lane)
+		if !p.drain(q, l) {
+			return
+		}
+		t.lanes.Put(l)
+	}
+}
+
+// drain forwards what waits in q; it reports whether the device is still there.
+func (p *Port) drain(q tap.Queue, l *lane) bool {
+	for {
+		if q.Read(l.batch) != nil {
+			return false
+		}
+		if len(l.batch.Frames) == 0 {
+			return true
+		}
+		l.now = p.bridge.tunnel.now()
+		for i := range l.batch.Frames {
+			p.forward(l, &l.batch.Frames[i])
+		}
+		// Now, not with the next frames: a super-frame fills a train, and the
+		// receiver should work on it while we read on.
+		l.tx.Flush()
+	}
+}
+
+// forward switches one frame from the port p.
+func (p *Port) forward(l *lane, f *tap.Frame) {
+	b := p.bridge
+	if len(f.B) < ethernetHeader {
+		b.tunnel.drops.add(DropShortFrame)
+		return
+	}
+	dst, src := ether.MACFrom(f.B), ether.MACFrom(f.B[6:])
+	if !src.IsValid() {
+		b.tunnel.drops.add(DropBadSource)
+		return
+	}
+	switch b.fdb.learn(src, p.at, l.now) {
+	case fixed: // the MAC of another of our ports
+		b.tunnel.drops.add(DropOwnFrame)
+		return
+	case limited:
+		b.tunnel.drops.add(DropMACLimit)
+	}
+	var to *place
+	if !dst.IsMulticast() {
+		to = b.fdb.lookup(dst)
+	}
+	switch {
+	case to == nil:
+		p.floodFrame(l, f)
+	case to == p.at:
+		b.tunnel.drops.add(DropSamePort)
+	case to.port != nil:
+		// Local: the super-frame passes whole.
+		l.parts[0] = f.B
+		to.port.WriteFrame(f.Meta, l.parts[:])
+	default:
+		b.encap(l, to, f, ether.FlowHash(f.B))
+	}
+}
+
+// floodFrame sends a BUM frame to every other port and to the flood list.
+func (p *Port) floodFrame(l *lane, f *tap.Frame) {
+	b := p.bridge
+	l.parts[0] = f.B
+	for _, other := range *b.ports.Load() {
+		if other != p {
+			other.WriteFrame(f.Meta, l.parts[:])
+		}
+	}
+	list := *b.flood.Load()
+	if len(list) == 0 {
+		return
+	}
+	b.Flooded.Add(1)
+	if b.cfg.FloodGossip != nil && f.Meta == (ether.Meta{}) && b.cfg.FloodGossip(b.cfg.VNI, f.B) {
+		b.tx(1, len(f.B))
+		return
+	}
+	flow := ether.FlowHash(f.B)
+	for _, to := range list {
+		b.encap(l, to, f, flow)
+	}
+}
+
+// encap cuts a frame into what the wire takes and commits each piece, with its
+// VXLAN header, to the train for to.
+func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32) {
+	if l.cut.Reset(f.B, f.Meta) != nil {
+		b.tunnel.drops.add(DropMalformed)
+		return
+	}
+	room := vxlan.HeaderLen + l.cut.MaxLen()
+	frames, bytes := 0, 0
+	for {
+		d := l.tx.Reserve(room)
+		n := l.cut.Next(d[vxlan.HeaderLen:])
+		if n == 0 {
+			break
+		}
+		vxlan.Put(d, b.cfg.VNI)
+		l.tx.Commit(to.vtep, flow, vxlan.HeaderLen+n)
+		frames++
+		bytes += n
+	}
+	b.tx(frames, bytes)
+	to.tx(frames, bytes)
+}

@@ -1,0 +1,237 @@
+package bridge
+
+import (
+	"net/netip"
+	"runtime"
+
+	"github.com/tulle-net/tulle/ether"
+	"github.com/tulle-net/tulle/underlay"
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+// The functions in this file stand in the order in which a datagram passes them.
+
+// maxSuperFrame is the most bytes of a merged IP packet.
+const maxSuperFrame = 65535
+
+const ethernetHeader = 14
+
+// noMAC is no address: it has 49 bits.
+const noMAC ether.MAC = 1 << 48
+
+// ingress is one worker: underlay → TAPs. It owns its memory.
+type ingress struct {
+	t     *Tunnel
+	batch *underlay.Batch
+	merge *ether.Coalescer
+	now   int64
+
+	// What the previous datagram of this batch had: the next one mostly has
+	// the same. b is nil when there is none.
+	src     netip.AddrPort
+	vni     vxlan.VNI
+	b       *Bridge
+	from    *place
+	lastSrc ether.MAC
+	lastDst ether.MAC
+	to      *Port // where lastDst lives; nil when unknown
+
+	// Counted since the last flush for b and from.
+	frames, bytes int
+}
+
+func newIngress(t *Tunnel) *ingress {
+	return &ingress{t: t, batch: &underlay.Batch{}, merge: ether.NewCoalescer(maxSuperFrame), lastSrc: noMAC, lastDst: noMAC}
+}
+
+// run receives until the Conn is closed.
+func (in *ingress) run(r underlay.Receiver) {
+	// The thread stays on its core and is woken without the scheduler's help.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for {
+		if r.Wait() != nil {
+			return
+		}
+		if r.Receive(in.batch) != nil {
+			return
+		}
+		in.handle()
+	}
+}
+
+// handle delivers the batch.
+func (in *ingress) handle() {
+	in.now = in.t.now()
+	for i := range in.batch.Slots {
+		in.slot(&in.batch.Slots[i])
+	}
+	in.merge.Flush()
+	// Nothing remembered survives the batch: bridges and places may go.
+	in.forget()
+}
+
+// slot takes apart what one receive delivered: each datagram of a train says
+// for itself what it is.
+func (in *ingress) slot(s *underlay.Slot) {
+	if s.Src != in.src {
+		in.forget()
+		in.src = s.Src
+	}
+	step := s.SegmentLen
+	if step <= 0 {
+		step = len(s.B)
+	}
+	for rest := s.B; ; {
+		d := rest[:min(step, len(rest))]
+		in.datagram(d)
+		if rest = rest[len(d):]; len(rest) == 0 {
+			return
+		}
+	}
+}
+
+// datagram demultiplexes by the first byte.
+func (in *ingress) datagram(d []byte) {
+	if len(d) == 0 {
+		in.t.drops.add(DropShort)
+		return
+	}
+	switch c := d[0]; {
+	case c == vxlan.FlagVNI:
+		in.plain(d)
+	case c == 0x04:
+		in.t.drops.add(DropUnknownSession)
+	case c&0x40 != 0: // RFC 9443: QUIC has the fixed bit set
+		in.t.drops.add(DropControl)
+	default:
+		in.t.drops.add(DropUnknownType)
+	}
+}
+
+// plain takes an RFC 7348 datagram.
+func (in *ingress) plain(d []byte) {
+	vni, frame, err := vxlan.Parse(d)
+	if err != nil {
+		in.t.drops.add(DropShort)
+		return
+	}
+	if in.b == nil || vni != in.vni {
+		if drop, ok := in.resolve(vni); !ok {
+			in.t.drops.add(drop)
+			return
+		}
+	}
+	if in.from.member || !in.t.cfg.Unfinished {
+		in.deliver(frame, ether.Meta{})
+		return
+	}
+	m, _ := ether.Unfinished(frame, in.t.cfg.MTU(vni))
+	in.deliver(frame, m)
+}
+
+// resolve finds bridge and place for a datagram from in.src.
+func (in *ingress) resolve(vni vxlan.VNI) (Drop, bool) {
+	in.forget()
+	b := (*in.t.bridges.Load())[vni]
+	if b == nil {
+		return DropUnknownVNI, false
+	}
+	if _, own := in.t.self[in.src.Addr()]; own {
+		return DropOwnFrame, false
+	}
+	from, ok := b.remotes.Load(in.src.Addr())
+	if !ok {
+		var drop Drop
+		if from, drop = b.admit(in.src); from == nil {
+			return drop, false
+		}
+	}
+	in.vni, in.b, in.from = vni, b, from
+	return 0, true
+}
+
+// forget ends the run of datagrams that share bridge and source.
+func (in *ingress) forget() {
+	in.settle()
+	in.b, in.from, in.to = nil, nil, nil
+	in.lastSrc, in.lastDst = noMAC, noMAC
+}
+
+// settle adds what was counted to the shared counters: once a run, not once a frame.
+func (in *ingress) settle() {
+	if in.frames == 0 {
+		return
+	}
+	in.b.rx(in.frames, in.bytes)
+	in.from.rx(in.frames, in.bytes)
+	in.frames, in.bytes = 0, 0
+}
+
+// deliver hands a frame from the tunnel to the ports; never back into the
+// tunnel (split horizon). frame is borrowed until the batch is flushed.
+func (in *ingress) deliver(frame []byte, m ether.Meta) {
+	if len(frame) < ethernetHeader {
+		in.t.drops.add(DropShortFrame)
+		return
+	}
+	dst, src := ether.MACFrom(frame), ether.MACFrom(frame[6:])
+	if src != in.lastSrc {
+		if !in.learn(src) {
+			return
+		}
+		in.lastSrc = src
+	}
+	in.frames++
+	in.bytes += len(frame)
+	if dst != in.lastDst {
+		in.lastDst, in.to = dst, nil
+		if !dst.IsMulticast() {
+			if p := in.b.fdb.lookup(dst); p != nil {
+				if p.port == nil {
+					in.lastDst = noMAC
+					in.t.drops.add(DropSplitHorizon)
+					return
+				}
+				in.to = p.port
+			}
+		}
+	}
+	if in.to != nil {
+		in.merge.Add(in.to, frame, m)
+		return
+	}
+	for _, p := range *in.b.ports.Load() {
+		in.merge.Add(p, frame, m)
+	}
+}
+
+// learn notes the source of a frame and says whether the frame may go on.
+func (in *ingress) learn(src ether.MAC) bool {
+	if !src.IsValid() {
+		in.t.drops.add(DropBadSource)
+		return false
+	}
+	switch in.b.fdb.learn(src, in.from, in.now) {
+	case fixed: // the MAC of one of our own devices
+		in.t.drops.add(DropOwnFrame)
+		return false
+	case limited:
+		in.t.drops.add(DropMACLimit)
+	}
+	return true
+}
+
+// DeliverFlood takes a BUM frame that the VTEP from flooded by gossip. frame is
+// borrowed until it returns.
+func (t *Tunnel) DeliverFlood(from netip.AddrPort, vni vxlan.VNI, frame []byte) {
+	in := newIngress(t)
+	in.now, in.src = t.now(), from
+	if drop, ok := in.resolve(vni); !ok {
+		t.drops.add(drop)
+		return
+	}
+	in.deliver(frame, ether.Meta{})
+	in.settle()
+	in.merge.Flush()
+}

@@ -1,0 +1,63 @@
+package bridge
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/tulle-net/tulle/ether"
+)
+
+// Entry is one row of an FDB, as shown to people; either Port or VTEP is set.
+type Entry struct {
+	MAC    ether.MAC
+	Port   string // the local device's name
+	VTEP   netip.AddrPort
+	Age    time.Duration // since the MAC was last a source; 0 when Static
+	Static bool
+}
+
+// FDB returns a snapshot of the table, by MAC.
+func (b *Bridge) FDB() []Entry {
+	now := b.tunnel.now()
+	var list []Entry
+	b.fdb.entries.Range(func(mac ether.MAC, e *entry) bool {
+		row := Entry{MAC: mac, VTEP: e.at.vtep, Static: e.static}
+		if e.at.port != nil {
+			row.Port = e.at.port.dev.Name()
+		}
+		if !e.static {
+			row.Age = time.Duration(now-e.seen.Load()) * tick
+		}
+		list = append(list, row)
+		return true
+	})
+	slices.SortFunc(list, func(a, b Entry) int {
+		if a.MAC < b.MAC {
+			return -1
+		}
+		return 1
+	})
+	return list
+}
+
+// MACs returns the number of FDB entries.
+func (b *Bridge) MACs() int { return int(b.fdb.size.Load()) }
+
+// FloodList returns the VTEPs that get BUM frames; a multicast group stands for itself.
+func (b *Bridge) FloodList() []netip.AddrPort {
+	list := []netip.AddrPort{}
+	for _, p := range *b.flood.Load() {
+		list = append(list, p.vtep)
+	}
+	return list
+}
+
+// VTEPCounters calls f with each remote VTEP that frames are exchanged with,
+// whether it is a member, and its counters.
+func (b *Bridge) VTEPCounters(f func(vtep netip.AddrPort, member bool, c *Counters)) {
+	b.remotes.Range(func(_ netip.Addr, p *place) bool {
+		f(p.vtep, p.member, &p.Counters)
+		return true
+	})
+}

@@ -1,0 +1,152 @@
+package bridge
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tulle-net/tulle/tap"
+	"github.com/tulle-net/tulle/underlay"
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+// tick is the unit of the FDB's clock.
+const tick = 100 * time.Millisecond
+
+// TunnelConfig of a node's tunnel side.
+type TunnelConfig struct {
+	// Conn is the UDP side. The Tunnel does not close it.
+	Conn underlay.Conn
+	// Self are this node's own source addresses: datagrams from them are its
+	// own that came back.
+	Self []netip.Addr
+	// Port is the UDP port that learnt VTEPs are assumed to listen on; default 4789.
+	Port uint16
+	// Unfinished says that foreign VTEPs may send inner frames with unfinished
+	// checksums and uncut super-frames, as the kernel's vxlan does on a virtual
+	// underlay. It weakens the check of their checksums by one in 65,536.
+	Unfinished bool
+	// MTU returns an overlay's MTU in bytes, to cut such super-frames by.
+	MTU func(vxlan.VNI) int
+}
+
+// Tunnel is the node's side towards the underlay: bridges by VNI, and the
+// workers that receive. Its methods are safe for concurrent use.
+type Tunnel struct {
+	cfg     TunnelConfig
+	start   time.Time
+	self    map[netip.Addr]struct{}
+	bridges atomic.Pointer[map[vxlan.VNI]*Bridge]
+	members atomic.Pointer[map[netip.Addr]netip.AddrPort]
+	drops   Drops
+	lanes   sync.Pool // *lane: the memory of egress workers that are awake
+
+	mu sync.Mutex // serialises changes of bridges and members
+}
+
+// NewTunnel returns a Tunnel without bridges; Run makes it receive.
+func NewTunnel(cfg TunnelConfig) *Tunnel {
+	if cfg.Port == 0 {
+		cfg.Port = vxlan.Port
+	}
+	t := &Tunnel{cfg: cfg, start: time.Now(), self: map[netip.Addr]struct{}{}}
+	for _, a := range cfg.Self {
+		t.self[a] = struct{}{}
+	}
+	t.bridges.Store(&map[vxlan.VNI]*Bridge{})
+	t.members.Store(&map[netip.Addr]netip.AddrPort{})
+	t.lanes.New = func() any { return &lane{batch: tap.NewBatch(), tx: cfg.Conn.NewSender()} }
+	return t
+}
+
+// now returns the FDB's clock.
+func (t *Tunnel) now() int64 { return int64(time.Since(t.start) / tick) }
+
+// Drops returns the counters of what went no further.
+func (t *Tunnel) Drops() *Drops { return &t.drops }
+
+// Add makes a bridge. A VNI or a name that is there already is refused.
+func (t *Tunnel) Add(cfg Config) (*Bridge, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	old := *t.bridges.Load()
+	if b, ok := old[cfg.VNI]; ok {
+		return nil, fmt.Errorf("bridge: overlay %s: VNI %d belongs to overlay %s: choose another", cfg.Name, cfg.VNI, b.Name())
+	}
+	for _, b := range old {
+		if b.Name() == cfg.Name {
+			return nil, fmt.Errorf("bridge: overlay %s is there already, with VNI %d", cfg.Name, b.VNI())
+		}
+	}
+	b := newBridge(t, cfg)
+	next := maps.Clone(old)
+	next[cfg.VNI] = b
+	t.bridges.Store(&next)
+	return b, nil
+}
+
+func (t *Tunnel) remove(b *Bridge) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	next := maps.Clone(*t.bridges.Load())
+	if next[b.VNI()] == b {
+		delete(next, b.VNI())
+	}
+	t.bridges.Store(&next)
+}
+
+// Bridge returns the bridge of an overlay's VNI, or nil.
+func (t *Tunnel) Bridge(v vxlan.VNI) *Bridge { return (*t.bridges.Load())[v] }
+
+// Bridges returns all bridges, by name.
+func (t *Tunnel) Bridges() []*Bridge {
+	return slices.SortedFunc(maps.Values(*t.bridges.Load()), func(a, b *Bridge) int {
+		if a.Name() < b.Name() {
+			return -1
+		}
+		return 1
+	})
+}
+
+// SetMembers says which nodes there are: source address → VTEP. Their
+// plaintext is accepted; that of former members is not, from now on.
+func (t *Tunnel) SetMembers(vteps []netip.AddrPort) {
+	m := make(map[netip.Addr]netip.AddrPort, len(vteps))
+	for _, a := range vteps {
+		m[a.Addr()] = a
+	}
+	t.mu.Lock()
+	t.members.Store(&m)
+	t.mu.Unlock()
+	for _, b := range t.Bridges() {
+		b.mu.Lock()
+		b.prune()
+		b.mu.Unlock()
+	}
+}
+
+// Run receives until the Conn is closed, and ages the FDBs until ctx is done.
+func (t *Tunnel) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for _, r := range t.cfg.Conn.Receivers() {
+		wg.Go(func() { newIngress(t).run(r) })
+	}
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			wg.Wait()
+			return nil
+		case <-ticker.C:
+			for _, b := range *t.bridges.Load() {
+				b.age(t.now())
+			}
+		}
+	}
+}

@@ -1,0 +1,343 @@
+// Package discovery finds the other nodes by Serf gossip: who is there, at
+// which VTEP, with which overlays.
+//
+// A node's Serf tags hold its wire version, its VTEP and a digest of the list
+// of overlays that it carries. The list itself is pulled from its owner over
+// TCP on the gossip port (docs/design/0001-overlay-list-pull.md). Small frames
+// can be flooded to all members as Serf user events.
+//
+// Nothing here is authenticated: who reaches the gossip port can take part.
+package discovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/hashicorp/serf/serf"
+	"golang.org/x/time/rate"
+
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+// Config of a node's membership.
+type Config struct {
+	// Name is the node's name, unique in the cluster: [A-Za-z0-9][A-Za-z0-9-]{0,62}.
+	Name string
+	// Listen is the gossip address and port, TCP and UDP; an unspecified
+	// address listens on all, of both families where the host has both. Port 0
+	// lets the kernel choose.
+	Listen netip.AddrPort
+	// Advertise is the address that others reach this node at.
+	Advertise netip.Addr
+	// VTEP is this node's tunnel endpoint.
+	VTEP netip.AddrPort
+	// Seeds are the gossip addresses, HOST[:PORT], of nodes to join; default
+	// port 7946. Names are resolved anew at each try.
+	Seeds []string
+	// StateDir keeps the known members over a restart; empty: nothing is kept.
+	// It is created if it is not there.
+	StateDir string
+	// OnFlood is called with each frame that another member flooded by gossip;
+	// frame is owned by the callee. It holds up gossip and must not block.
+	OnFlood func(from netip.AddrPort, vni vxlan.VNI, frame []byte)
+	// Log; default none.
+	Log *slog.Logger
+}
+
+// Overlay is what a node tells others of an overlay that it carries.
+type Overlay struct {
+	VNI        vxlan.VNI
+	Name       string
+	Encryption string // none | required
+}
+
+// Status of a member.
+type Status string
+
+const (
+	Alive  Status = "alive"
+	Failed Status = "failed"
+	Left   Status = "left"
+)
+
+// Member is another node, or this one.
+type Member struct {
+	Name string
+	// Self marks this node.
+	Self   bool
+	Status Status
+	VTEP   netip.AddrPort
+	Gossip netip.AddrPort
+	// Overlays that the member carries, by VNI; nil until its list was pulled,
+	// and the list before while a changed one is being pulled. Shared: not to
+	// be modified.
+	Overlays []Overlay
+}
+
+// Stats counts since New.
+type Stats struct {
+	FloodsSent     uint64 // frames that Flood took
+	FloodsReceived uint64 // frames given to OnFlood
+	FloodsRefused  uint64 // received floods that were malformed, or whose sender is no alive member
+	Pulls          uint64 // overlay lists pulled from their owners
+	PullsFailed    uint64 // tries that failed
+	StreamsRefused uint64 // incoming streams closed because too many were open
+}
+
+type counters struct {
+	floodsSent, floodsReceived, floodsRefused, pulls, pullsFailed atomic.Uint64
+}
+
+// Discovery is this node's membership. Its methods are safe for concurrent use.
+type Discovery struct {
+	cfg   Config
+	seeds []seed
+	log   *slog.Logger
+	self  netip.AddrPort // advertised gossip address
+	port  *port
+	names *nameGuard
+	count counters
+
+	floodRate *rate.Limiter
+	floodSeq  atomic.Uint32
+
+	events  chan serf.Event
+	changed chan struct{}
+	moved   chan struct{} // tells follow that Serf's members changed
+	kick    chan struct{} // tells keepJoined that the peers changed
+	crash   chan struct{} // tests: end without leaving
+	ran     atomic.Bool
+
+	// publish serialises what this node says of itself; serf is set under it.
+	publish sync.Mutex
+	serf    atomic.Pointer[serf.Serf]
+	carried atomic.Pointer[list]
+
+	mu    sync.Mutex // guards peers, and view's making
+	peers map[string]*peer
+	view  atomic.Pointer[view]
+
+	pulls    sync.WaitGroup
+	pullSlot chan struct{}
+}
+
+// view is what Members shows, made anew at each change.
+type view struct {
+	members []Member
+	// senders are the VTEPs of the other alive members.
+	senders map[netip.AddrPort]struct{}
+}
+
+// New checks cfg and opens the gossip sockets. It joins nobody yet: that is
+// Run. Without a Run, Close frees the sockets.
+func New(cfg Config) (*Discovery, error) {
+	cfg, seeds, err := cfg.validated()
+	if err != nil {
+		return nil, err
+	}
+	d := &Discovery{
+		cfg: cfg, seeds: seeds, log: cfg.Log,
+		floodRate: rate.NewLimiter(FloodsPerSecond, FloodBurst),
+		events:    make(chan serf.Event, eventBacklog),
+		changed:   make(chan struct{}, 1),
+		moved:     make(chan struct{}, 1),
+		kick:      make(chan struct{}, 1),
+		crash:     make(chan struct{}),
+		peers:     make(map[string]*peer),
+		pullSlot:  make(chan struct{}, maxPulls),
+	}
+	// Peers drop an event that they have seen; a restarted node must not start
+	// with the numbers that it used before.
+	d.floodSeq.Store(rand.Uint32())
+	empty, err := newList(nil)
+	if err != nil {
+		return nil, err
+	}
+	d.carried.Store(empty)
+	d.port, err = openPort(cfg.Listen, cfg.Advertise, d.serveList, d.log)
+	if err != nil {
+		return nil, err
+	}
+	d.self = netip.AddrPortFrom(cfg.Advertise, d.port.number())
+	d.names = newNameGuard(cfg.Name, d.self, d.log)
+	d.mu.Lock()
+	d.renew()
+	d.mu.Unlock()
+	return d, nil
+}
+
+// validated returns c with its defaults and its parsed seeds, or all its faults.
+func (c Config) validated() (Config, []seed, error) {
+	var faults []error
+	fault := func(format string, a ...any) {
+		faults = append(faults, fmt.Errorf("discovery: "+format, a...))
+	}
+	if !validName(c.Name) {
+		fault("node name %q: use letters, digits and hyphens, at most 63, with no hyphen first", c.Name)
+	}
+	c.Advertise = c.Advertise.Unmap()
+	c.Listen = netip.AddrPortFrom(c.Listen.Addr().Unmap(), c.Listen.Port())
+	c.VTEP = netip.AddrPortFrom(c.VTEP.Addr().Unmap(), c.VTEP.Port())
+	switch a := c.Advertise; {
+	case !a.IsValid() || a.IsUnspecified() || a.IsMulticast():
+		fault("advertised address %s is no address of a host: set --advertise", a)
+	case a.Zone() != "":
+		fault("advertised address %s means something on this host only: set --advertise to one without a zone", a)
+	}
+	switch l := c.Listen.Addr(); {
+	case !l.IsValid():
+		fault("gossip address is missing: use [::]:%d", DefaultPort)
+	case l.Zone() != "":
+		fault("gossip address %s: a zone is not supported; use [::]:%d", l, DefaultPort)
+	case !l.IsUnspecified() && c.Advertise.IsValid() && l.Is4() != c.Advertise.Is4():
+		fault("gossip listens on %s, which %s does not reach: set --gossip or --advertise to one family", l, c.Advertise)
+	}
+	if !validVTEP(c.VTEP) {
+		fault("VTEP %s is no address and port of a host", c.VTEP)
+	}
+	seeds := make([]seed, 0, len(c.Seeds))
+	for _, s := range c.Seeds {
+		sd, err := parseSeed(s)
+		if err != nil {
+			faults = append(faults, err)
+			continue
+		}
+		seeds = append(seeds, sd)
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c, seeds, errors.Join(faults...)
+}
+
+// Gossip returns the address and port that others reach this node's gossip at.
+func (d *Discovery) Gossip() netip.AddrPort { return d.self }
+
+// Close frees the sockets of a Discovery that was never run; after Run it does
+// nothing.
+func (d *Discovery) Close() {
+	if d.ran.CompareAndSwap(false, true) {
+		_ = d.port.Shutdown()
+	}
+}
+
+// Members returns all members, this one too, by name. It takes no lock.
+func (d *Discovery) Members() []Member { return slices.Clone(d.view.Load().members) }
+
+// Changed is rung when Members may have changed. One bell, for one listener.
+func (d *Discovery) Changed() <-chan struct{} { return d.changed }
+
+// Conflicts says in a sentence each which other nodes lately claimed this
+// node's name; empty is well.
+func (d *Discovery) Conflicts() []string { return d.names.conflicts() }
+
+// Stats returns the counters.
+func (d *Discovery) Stats() Stats {
+	return Stats{
+		FloodsSent:     d.count.floodsSent.Load(),
+		FloodsReceived: d.count.floodsReceived.Load(),
+		FloodsRefused:  d.count.floodsRefused.Load(),
+		Pulls:          d.count.pulls.Load(),
+		PullsFailed:    d.count.pullsFailed.Load(),
+		StreamsRefused: d.port.refused.Load(),
+	}
+}
+
+// SetOverlays says what this node carries from now on, at most MaxOverlays and
+// MaxListBytes when encoded, names and VNIs unique. It may be called before
+// Run; while running it waits until the news is on its way, at most
+// broadcastTimeout.
+func (d *Discovery) SetOverlays(overlays []Overlay) error {
+	l, err := newList(overlays)
+	if err != nil {
+		return err
+	}
+	d.publish.Lock()
+	defer d.publish.Unlock()
+	old := d.carried.Swap(l)
+	if old.digest == l.digest {
+		return nil
+	}
+	d.mu.Lock()
+	d.renew()
+	d.mu.Unlock()
+	ring(d.changed)
+	if s := d.serf.Load(); s != nil {
+		// It can fail in one way: nobody took the news in time. It is queued,
+		// and whoever joins gets it anyway.
+		if err := s.SetTags(d.tags(l)); err != nil {
+			d.log.Debug("discovery: overlay digest is still spreading", "err", err)
+		}
+	}
+	return nil
+}
+
+// Run joins and stays joined until ctx ends. Then it leaves, which peers know
+// within a second, and closes the sockets. The error is nil after a clean
+// leave. A Discovery runs once.
+func (d *Discovery) Run(ctx context.Context) error {
+	if !d.ran.CompareAndSwap(false, true) {
+		return errors.New("discovery: it has run already, or was closed")
+	}
+	s, err := d.start()
+	if err != nil {
+		_ = d.port.Shutdown()
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := make(chan struct{})
+	var joins, loop sync.WaitGroup
+	joins.Go(func() { d.keepJoined(ctx, s) })
+	loop.Go(func() { d.takeEvents(stop) })
+	loop.Go(func() { d.follow(ctx, s, stop) })
+
+	leave := true
+	select {
+	case <-ctx.Done():
+	case <-d.crash:
+		leave = false
+	}
+	cancel()
+	d.port.hangUp()
+	joins.Wait()
+	var left error
+	if leave {
+		left = s.Leave()
+	}
+	err = errors.Join(left, s.Shutdown())
+	close(stop) // not before: Serf blocks when nobody takes its events
+	loop.Wait()
+	d.pulls.Wait()
+	if err != nil {
+		return fmt.Errorf("discovery: leave: %w", err)
+	}
+	return nil
+}
+
+// start makes this node a cluster of one.
+func (d *Discovery) start() (*serf.Serf, error) {
+	d.publish.Lock()
+	defer d.publish.Unlock()
+	s, err := serf.Create(d.serfConfig(d.tags(d.carried.Load())))
+	if err != nil {
+		return nil, fmt.Errorf("discovery: start gossip: %w", err)
+	}
+	d.serf.Store(s)
+	return s, nil
+}
+
+// ring fills a bell of capacity 1.
+func ring(bell chan struct{}) {
+	select {
+	case bell <- struct{}{}:
+	default:
+	}
+}

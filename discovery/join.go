@@ -1,0 +1,354 @@
+package discovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/serf/serf"
+)
+
+const (
+	// A node that knows nobody tries at once, and then after aloneRetryMin,
+	// doubled up to aloneRetryMax.
+	aloneRetryMin = 100 * time.Millisecond
+	aloneRetryMax = 5 * time.Second
+	// A node that lacks some members tries after splitRetryMin, doubled up to
+	// rejoinEvery: Serf itself does not heal a long partition.
+	splitRetryMin = time.Second
+	rejoinEvery   = time.Minute
+	// remindEvery is how often a join that still fails is logged again.
+	remindEvery = time.Minute
+	// knockTimeout and maxKnocks bound the look whether an address answers.
+	knockTimeout = 2 * time.Second
+	maxKnocks    = 16
+	// resolveTimeout bounds one look-up of a seed's name.
+	resolveTimeout = 3 * time.Second
+)
+
+// seed is the address of a node to join.
+type seed struct {
+	text string
+	host string
+	port uint16
+	ip   netip.Addr // the host, if it is an address
+}
+
+// parseSeed parses HOST[:PORT]; an IPv6 address may be without brackets if it
+// is without a port.
+func parseSeed(text string) (seed, error) {
+	s := seed{text: text, host: text, port: DefaultPort}
+	bad := fmt.Errorf("discovery: cannot join %q: use HOST or HOST:PORT", text)
+	if ip, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(text, "["), "]")); err == nil {
+		s.ip = ip.Unmap()
+		s.host = s.ip.String()
+	} else if strings.Contains(text, ":") {
+		host, number, err := net.SplitHostPort(text)
+		if err != nil {
+			return seed{}, bad
+		}
+		n, err := strconv.ParseUint(number, 10, 16)
+		if err != nil || n == 0 {
+			return seed{}, bad
+		}
+		s.host, s.port = host, uint16(n)
+		if ip, err := netip.ParseAddr(host); err == nil {
+			s.ip = ip.Unmap()
+		}
+	}
+	if s.host == "" || strings.ContainsAny(s.host, " /%") || s.ip.IsUnspecified() || s.ip.IsMulticast() {
+		return seed{}, bad
+	}
+	return s, nil
+}
+
+// need is how badly a node has to join.
+type need int
+
+const (
+	settled need = iota
+	split        // a seed or a known member is not among the alive
+	alone        // nobody else is alive
+)
+
+// known is a member as the decision to join sees it.
+type known struct {
+	gossip netip.AddrPort
+	status Status
+}
+
+// rejoin decides whom to join: the seeds that are not alive members and the
+// last addresses of failed members; a node that is alone tries also those
+// that it remembers from before its start. self is never among them.
+func rejoin(self netip.AddrPort, seeds, remembered []netip.AddrPort, members []known) (need, []netip.AddrPort) {
+	alive := map[netip.AddrPort]bool{self: true}
+	others := false
+	for _, m := range members {
+		if m.status == Alive {
+			alive[m.gossip] = true
+			others = true
+		}
+	}
+	var targets []netip.AddrPort
+	add := func(a netip.AddrPort) {
+		if !alive[a] && !slices.Contains(targets, a) {
+			targets = append(targets, a)
+		}
+	}
+	for _, a := range seeds {
+		add(a)
+	}
+	for _, m := range members {
+		if m.status == Failed {
+			add(m.gossip)
+		}
+	}
+	switch {
+	case !others:
+		for _, a := range remembered {
+			add(a)
+		}
+		return alone, targets
+	case len(targets) > 0:
+		return split, targets
+	}
+	return settled, nil
+}
+
+// joiner is keepJoined's state.
+type joiner struct {
+	d     *Discovery
+	s     *serf.Serf
+	state memory
+	seeds []netip.AddrPort // as last resolved
+	was   need
+	last  []netip.AddrPort // targets
+	wait  backoff
+	next  time.Time // of the next try
+	since time.Time // when joining was last reported to fail; zero: it did not
+}
+
+// keepJoined joins at once, and whenever it is needed, until ctx ends.
+func (d *Discovery) keepJoined(ctx context.Context, s *serf.Serf) {
+	j := &joiner{d: d, s: s, was: settled, state: openMemory(d.cfg.StateDir, d.log)}
+	for ctx.Err() == nil {
+		j.step(ctx)
+		t := time.NewTimer(time.Until(j.next))
+		select {
+		case <-t.C:
+		case <-d.kick:
+		case <-ctx.Done():
+		}
+		t.Stop()
+	}
+}
+
+// step tries to join if it is time to.
+func (j *joiner) step(ctx context.Context) {
+	members := j.members()
+	j.state.save(members)
+	due := !time.Now().Before(j.next)
+	var resolveErr error
+	if due {
+		resolveErr = j.resolve(ctx)
+	}
+	now, targets := rejoin(j.d.self, j.seeds, j.state.remembered, knownOf(members))
+	if j.turn(now, targets) {
+		return
+	}
+	if !due && time.Now().Before(j.next) {
+		return
+	}
+	if len(targets) == 0 && resolveErr == nil {
+		j.next = time.Now().Add(rejoinEvery)
+		return
+	}
+	err := errors.Join(resolveErr, j.try(ctx, targets))
+	j.next = time.Now().Add(j.wait.next())
+	if now == alone && err != nil && ctx.Err() == nil {
+		j.report(err)
+	}
+}
+
+// turn sets the pace where the need or the targets are new, and reports
+// whether there is nothing to do until j.next.
+func (j *joiner) turn(now need, targets []netip.AddrPort) bool {
+	fresh := slices.ContainsFunc(targets, func(a netip.AddrPort) bool { return !slices.Contains(j.last, a) })
+	was := j.was
+	j.was, j.last = now, targets
+	if now == was && !(now == split && fresh) {
+		return false
+	}
+	switch now {
+	case settled:
+		j.next = time.Now().Add(rejoinEvery)
+	case split:
+		j.wait = backoff{min: splitRetryMin, max: rejoinEvery}
+		j.next = time.Now().Add(j.wait.next())
+	case alone:
+		j.wait = backoff{min: aloneRetryMin, max: aloneRetryMax}
+		j.next = time.Now()
+		return false
+	}
+	if was == alone {
+		j.d.log.Info("joined the cluster")
+		j.since = time.Time{}
+	}
+	return true
+}
+
+// try joins those of targets that answer. Its error says why it did not reach
+// some of them, or is nil if it reached one.
+func (j *joiner) try(ctx context.Context, targets []netip.AddrPort) error {
+	answer, err := j.d.knock(ctx, targets)
+	if len(answer) == 0 {
+		return err
+	}
+	// Old events are ignored: they are frames of long ago.
+	n, err := j.s.Join(answer, true)
+	if n == 0 {
+		return err
+	}
+	j.d.names.forget()
+	j.d.log.Debug("joined", "peer", answer)
+	return nil
+}
+
+// knock returns those addresses at which TCP connects: Serf tries one after
+// the other, and would wait long for each that is gone.
+func (d *Discovery) knock(ctx context.Context, targets []netip.AddrPort) ([]string, error) {
+	errs := make([]error, len(targets))
+	slot := make(chan struct{}, maxKnocks)
+	var wg sync.WaitGroup
+	for i, a := range targets {
+		slot <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slot }()
+			dialer := net.Dialer{Timeout: knockTimeout}
+			c, err := dialer.DialContext(ctx, "tcp", a.String())
+			if err != nil {
+				errs[i] = err
+				return
+			}
+			_ = c.Close()
+		})
+	}
+	wg.Wait()
+	var answer []string
+	for i, a := range targets {
+		if errs[i] == nil {
+			answer = append(answer, a.String())
+		}
+	}
+	return answer, errors.Join(errs...)
+}
+
+// report logs that this node is alone: at once and then now and then.
+func (j *joiner) report(err error) {
+	if !j.since.IsZero() && time.Since(j.since) < remindEvery {
+		return
+	}
+	j.since = time.Now()
+	// One line: joined errors have several.
+	text := strings.Join(strings.Fields(err.Error()), " ")
+	if len(j.d.seeds) == 0 {
+		j.d.log.Info("no known member answers yet; trying on", "err", text)
+		return
+	}
+	j.d.log.Warn("cannot join yet; trying on", "err", text)
+}
+
+// resolve looks the seeds up. A name that cannot be resolved now keeps nothing:
+// its nodes are then reached as members, or later.
+func (j *joiner) resolve(ctx context.Context) error {
+	var errs []error
+	var out []netip.AddrPort
+	for _, s := range j.d.seeds {
+		ips := []netip.Addr{s.ip}
+		if !s.ip.IsValid() {
+			lookup, cancel := context.WithTimeout(ctx, resolveTimeout)
+			var err error
+			ips, err = net.DefaultResolver.LookupNetIP(lookup, "ip", s.host)
+			cancel()
+			if err != nil {
+				errs = append(errs, err)
+			}
+		}
+		for _, ip := range ips {
+			a := netip.AddrPortFrom(ip.Unmap(), s.port)
+			if !j.d.isSelf(a) {
+				out = append(out, a)
+			}
+		}
+	}
+	j.seeds = out
+	return errors.Join(errs...)
+}
+
+// isSelf reports whether a is this node's own gossip port: all nodes of a
+// cluster may have been given the same seeds.
+func (d *Discovery) isSelf(a netip.AddrPort) bool {
+	if a == d.self {
+		return true
+	}
+	if a.Port() != d.self.Port() {
+		return false
+	}
+	if l := d.cfg.Listen.Addr(); !l.IsUnspecified() {
+		return a.Addr() == l
+	}
+	own, err := net.InterfaceAddrs()
+	if err != nil {
+		return false
+	}
+	for _, n := range own {
+		if p, ok := n.(*net.IPNet); ok {
+			if ip, ok := netip.AddrFromSlice(p.IP); ok && ip.Unmap() == a.Addr() {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// members returns the other members as Serf knows them, whatever version they speak.
+func (j *joiner) members() []serf.Member {
+	return slices.DeleteFunc(j.s.Members(), func(m serf.Member) bool { return m.Name == j.d.cfg.Name })
+}
+
+func knownOf(members []serf.Member) []known {
+	out := make([]known, 0, len(members))
+	for _, m := range members {
+		k := known{gossip: gossipAddr(m.Addr, m.Port), status: Alive}
+		switch m.Status {
+		case serf.StatusFailed:
+			k.status = Failed
+		case serf.StatusLeft:
+			k.status = Left
+		}
+		out = append(out, k)
+	}
+	return out
+}
+
+// backoff doubles from min to max, each with a quarter more or less.
+type backoff struct {
+	min, max time.Duration
+	last     time.Duration
+}
+
+func (b *backoff) next() time.Duration {
+	b.last = min(max(2*b.last, b.min), b.max)
+	jitter := time.Duration(rand.Int64N(int64(b.last)/2 + 1))
+	return min(b.last*3/4+jitter, b.max)
+}
+
+func (b *backoff) reset() { b.last = 0 }

@@ -1,0 +1,190 @@
+package discovery
+
+import (
+	"cmp"
+	"context"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/serf/serf"
+)
+
+const (
+	// maxPeers bounds how many other members are listed.
+	maxPeers = 4096
+	// refreshEvery looks at Serf's members even if no event came.
+	refreshEvery = time.Second
+)
+
+// peer is another node, alive or not. Discovery.mu guards it.
+type peer struct {
+	status  Status
+	gossip  netip.AddrPort
+	card    card
+	list    *list  // the newest that was pulled; nil: none yet
+	refused string // why it is not listed; it is logged once
+	pulling bool
+	wake    chan struct{} // what is wanted changed
+}
+
+// lacking reports whether p's list should be pulled.
+func (p *peer) lacking() bool {
+	return p.refused == "" && p.status == Alive && (p.list == nil || p.list.digest != p.card.digest)
+}
+
+// follow keeps peers up to date until stop is closed, and starts pulls until
+// ctx ends.
+func (d *Discovery) follow(ctx context.Context, s *serf.Serf, stop <-chan struct{}) {
+	tick := time.NewTicker(refreshEvery)
+	defer tick.Stop()
+	for {
+		d.refresh(ctx, s)
+		select {
+		case <-d.moved:
+		case <-tick.C:
+		case <-stop:
+			return
+		}
+	}
+}
+
+// takeEvents takes Serf's events until stop is closed. It asks Serf nothing:
+// Serf holds its locks while an event waits to be taken.
+func (d *Discovery) takeEvents(stop <-chan struct{}) {
+	for {
+		select {
+		case e := <-d.events:
+			d.take(e)
+		case <-stop:
+			// Serf's last goroutine ends when it has got rid of its events.
+			for {
+				select {
+				case <-d.events:
+				case <-time.After(10 * time.Millisecond):
+					return
+				}
+			}
+		}
+	}
+}
+
+func (d *Discovery) take(e serf.Event) {
+	switch e := e.(type) {
+	case serf.UserEvent:
+		d.takeFlood(e.Name, e.Payload)
+	case serf.MemberEvent:
+		ring(d.moved)
+	}
+}
+
+// refresh brings peers up to what Serf knows. Events are only a bell for it:
+// one that was lost does no harm.
+func (d *Discovery) refresh(ctx context.Context, s *serf.Serf) {
+	members := s.Members()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	changed := false
+	seen := make(map[string]struct{}, len(members))
+	for _, m := range members {
+		if m.Name == d.cfg.Name {
+			continue
+		}
+		p := d.peers[m.Name]
+		if p == nil {
+			if len(d.peers) >= maxPeers {
+				continue
+			}
+			p = &peer{wake: make(chan struct{}, 1)}
+			d.peers[m.Name] = p
+		}
+		seen[m.Name] = struct{}{}
+		if d.update(p, m) {
+			changed = true
+		}
+		if p.lacking() && !p.pulling && ctx.Err() == nil {
+			p.pulling = true
+			d.pulls.Go(func() { d.pull(ctx, m.Name, p) })
+		}
+	}
+	for name := range d.peers {
+		if _, ok := seen[name]; !ok {
+			delete(d.peers, name)
+			changed = true
+		}
+	}
+	if changed {
+		d.renew()
+		d.tell()
+	}
+}
+
+// update makes p what Serf says of it, and reports whether that is news. d.mu
+// is held.
+func (d *Discovery) update(p *peer, m serf.Member) bool {
+	now := peer{gossip: gossipAddr(m.Addr, m.Port)}
+	switch m.Status {
+	case serf.StatusFailed:
+		now.status = Failed
+	case serf.StatusLeft:
+		now.status = Left
+	default: // also one that said it will leave: it is there until it is not
+		now.status = Alive
+	}
+	c, err := parseTags(m.Tags)
+	now.card = c
+	switch {
+	case err != nil:
+		now.refused = err.Error()
+	case c.vtep == d.cfg.VTEP && now.status == Alive:
+		now.refused = "it claims this node's own VTEP " + c.vtep.String()
+	}
+	if now.refused != "" && now.refused != p.refused {
+		d.log.Warn("a member is left out", "peer", m.Name, "err", now.refused)
+	}
+	if p.status == now.status && p.gossip == now.gossip && p.card == now.card && p.refused == now.refused {
+		return false
+	}
+	p.status, p.gossip, p.card, p.refused = now.status, now.gossip, now.card, now.refused
+	ring(p.wake)
+	return true
+}
+
+// renew makes the view anew. d.mu is held.
+func (d *Discovery) renew() {
+	v := &view{
+		members: make([]Member, 0, len(d.peers)+1),
+		senders: make(map[netip.AddrPort]struct{}, len(d.peers)),
+	}
+	v.members = append(v.members, Member{
+		Name: d.cfg.Name, Self: true, Status: Alive, VTEP: d.cfg.VTEP, Gossip: d.self,
+		Overlays: d.carried.Load().overlays,
+	})
+	for name, p := range d.peers {
+		if p.refused != "" {
+			continue
+		}
+		m := Member{Name: name, Status: p.status, VTEP: p.card.vtep, Gossip: p.gossip}
+		if p.list != nil {
+			m.Overlays = p.list.overlays
+		}
+		v.members = append(v.members, m)
+		if p.status == Alive {
+			v.senders[p.card.vtep] = struct{}{}
+		}
+	}
+	slices.SortFunc(v.members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
+	d.view.Store(v)
+}
+
+// tell rings for the listener, and for keepJoined.
+func (d *Discovery) tell() {
+	ring(d.changed)
+	ring(d.kick)
+}
+
+// gossipAddr returns the address that memberlist keeps as a slice.
+func gossipAddr(ip []byte, port uint16) netip.AddrPort {
+	a, _ := netip.AddrFromSlice(ip)
+	return netip.AddrPortFrom(a.Unmap(), port)
+}

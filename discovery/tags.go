@@ -1,0 +1,66 @@
+package discovery
+
+import (
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"strconv"
+)
+
+// wireVersion of the tags, the floods and the list exchange. Nodes of another
+// version are members of the gossip and nothing else.
+const wireVersion = "1"
+
+// Tags, about 80 bytes when encoded; Serf allows 512.
+const (
+	tagVersion = "v" // wireVersion
+	tagVTEP    = "t" // IP:PORT
+	tagDigest  = "d" // the list's digest, 16 hexadecimal digits
+	tagCount   = "n" // how many overlays are in the list
+)
+
+// card is what a member's tags say.
+type card struct {
+	vtep   netip.AddrPort
+	digest digest
+	count  int
+}
+
+// tags returns this node's tags while it carries l.
+func (d *Discovery) tags(l *list) map[string]string {
+	return map[string]string{
+		tagVersion: wireVersion,
+		tagVTEP:    d.cfg.VTEP.String(),
+		tagDigest:  hex.EncodeToString(l.digest[:]),
+		tagCount:   strconv.Itoa(len(l.overlays)),
+	}
+}
+
+// parseTags returns what tags say, or what is wrong with them; the error is
+// part of a sentence.
+func parseTags(tags map[string]string) (card, error) {
+	var c card
+	if v := tags[tagVersion]; v != wireVersion {
+		return card{}, fmt.Errorf("it speaks wire version %.16q and this node %q: run one release of tulle on both", v, wireVersion)
+	}
+	vtep, err := netip.ParseAddrPort(tags[tagVTEP])
+	c.vtep = netip.AddrPortFrom(vtep.Addr().Unmap(), vtep.Port())
+	if err != nil || !validVTEP(c.vtep) {
+		return card{}, fmt.Errorf("wire version %q: its VTEP tag %.64q is no address and port", wireVersion, tags[tagVTEP])
+	}
+	sum, err := hex.DecodeString(tags[tagDigest])
+	if err != nil || len(sum) != len(c.digest) {
+		return card{}, fmt.Errorf("wire version %q: its digest tag %.64q is malformed", wireVersion, tags[tagDigest])
+	}
+	c.digest = digest(sum)
+	if c.count, err = strconv.Atoi(tags[tagCount]); err != nil || c.count < 0 || c.count > MaxOverlays {
+		return card{}, fmt.Errorf("wire version %q: its count tag %.16q is not 0 to %d", wireVersion, tags[tagCount], MaxOverlays)
+	}
+	return c, nil
+}
+
+// validVTEP reports whether datagrams can be sent to a from any node.
+func validVTEP(a netip.AddrPort) bool {
+	ip := a.Addr()
+	return a.IsValid() && a.Port() != 0 && !ip.IsUnspecified() && !ip.IsMulticast() && ip.Zone() == ""
+}

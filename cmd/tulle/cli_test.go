@@ -1,0 +1,416 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/goccy/go-yaml"
+	"github.com/spf13/cobra"
+	"go.uber.org/goleak"
+
+	"github.com/tulle-net/tulle/node"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Unsetenv("TULLE_SOCKET")
+	goleak.VerifyTestMain(m)
+}
+
+// tulle runs one command as a shell would.
+func tulle(t *testing.T, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	var out, errOut bytes.Buffer
+	status = execute(t.Context(), args, &out, &errOut)
+	return out.String(), errOut.String(), status
+}
+
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	path := filepath.Join("testdata", name+".golden")
+	if *update {
+		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("%s:\n%s\nwant:\n%s", name, got, want)
+	}
+}
+
+// fakeAPI answers as a node does: by path, with a value or a raw body.
+type fakeAPI map[string]any
+
+func (f fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, ok := f[r.URL.Path]
+	switch {
+	case !ok:
+		w.WriteHeader(http.StatusNotFound)
+		body = node.Error{Error: fmt.Sprintf("no overlay %q here: `tulle overlays` lists them", strings.Split(r.URL.Path, "/")[3])}
+	case r.Method != http.MethodGet:
+		w.WriteHeader(http.StatusMethodNotAllowed)
+	}
+	if raw, ok := body.(string); ok {
+		_, _ = io.WriteString(w, raw)
+		return
+	}
+	_ = json.NewEncoder(w).Encode(body)
+}
+
+// serve answers at a socket of its own until the test ends.
+func serve(t *testing.T, h http.Handler) (socket string) {
+	t.Helper()
+	socket = filepath.Join(t.TempDir(), "s")
+	ln, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: time.Second}
+	var served sync.WaitGroup
+	served.Go(func() { _ = srv.Serve(ln) })
+	t.Cleanup(func() { srv.Close(); served.Wait() })
+	return socket
+}
+
+// aNode is a node with everything to show. It started 51 hours and a half ago,
+// so that no test sees its age change.
+func aNode() fakeAPI {
+	ap := netip.MustParseAddrPort
+	blue := node.OverlayStatus{
+		Name: "blue", VNI: 100, Subnets: []netip.Prefix{netip.MustParsePrefix("10.32.0.0/16")}, Encryption: "none", Flood: "unicast",
+		Address: "10.32.0.1/16", Tap: "blue0", MAC: 0x0254_0a20_0001, MTU: 1450, MACs: 3,
+		FloodList: []netip.AddrPort{ap("192.0.2.2:4789"), ap("192.0.2.9:4789")},
+		TxFrames:  12_345, TxBytes: 18_446_744_073_709_551_615, RxFrames: 9_999, RxBytes: 999_999, Flooded: 7,
+	}
+	red := node.OverlayStatus{Name: "red", VNI: 70_000, Subnets: []netip.Prefix{}, Encryption: "none", Flood: "gossip", Tap: "red", MAC: 0x1234_5610_2030, MTU: 1400, FloodList: []netip.AddrPort{}}
+	s := node.Status{
+		Node: node.NodeStatus{
+			Name: "n1", Version: "v0.1.0", Cluster: "open", VTEP: ap("192.0.2.1:4789"), Listen: []string{"[::]:4789"}, Gossip: ap("192.0.2.1:7946"),
+			Started: time.Now().Add(-51*time.Hour - 30*time.Minute), Peers: 2, PeersLost: 1, Conflicts: []string{"nodes n1 and n4 are both named n1"},
+		},
+		Overlays: []node.OverlayStatus{blue, red},
+		Drops:    map[string]uint64{"short": 3, "unknown_vni": 12_000, "own_frame": 3, "plaintext_refused": 0},
+	}
+	s.Offloads.Underlay.GSO, s.Offloads.Underlay.GRO = "on", "not available: EINVAL"
+	s.Offloads.Underlay.ReceiveBuffer, s.Offloads.Underlay.SendBuffer = 7_340_032, 425_984
+	const taps = `{"blue0":{"driver":"offload","checksum":"on","tso4":"on","tso6":"on","uso":"off","gro":"on"},
+		"red":{"driver":"plain","checksum":"off","tso4":"off","tso6":"off","uso":"off","gro":"off"}}`
+	if err := json.Unmarshal([]byte(taps), &s.Offloads.Taps); err != nil {
+		panic(err)
+	}
+	traffic := node.TrafficStatus{TxFrames: 10, TxBytes: 1_500, RxFrames: 20_000, RxBytes: 64_000_000}
+	return fakeAPI{
+		"/v1/status":   s,
+		"/v1/overlays": node.Overlays{Overlays: s.Overlays},
+		"/v1/peers": node.Peers{
+			Peers: []node.PeerStatus{
+				{Name: "n2", Status: "alive", VTEP: ap("192.0.2.2:4789"), Overlays: []string{"blue", "red"}, TrafficStatus: traffic},
+				{Name: "n3", Status: "failed", VTEP: ap("[2001:db8::3]:4789"), Overlays: []string{}},
+				{Name: "\x1b[31mred", Status: "left", VTEP: ap("192.0.2.4:4789")},
+			},
+			Foreign: []node.ForeignStatus{{VTEP: ap("192.0.2.9:4789"), Overlays: []string{"blue"}, TrafficStatus: traffic}},
+		},
+		"/v1/overlays/blue/fdb": node.FDB{Overlay: "blue", Entries: []node.FDBEntry{
+			{MAC: 0x0254_0a20_0001, Port: "blue0", Static: true},
+			{MAC: 0x0254_0a20_0002, VTEP: "192.0.2.2:4789", Peer: "n2", AgeSeconds: 12.75},
+			{MAC: 0x1234_5610_2030, VTEP: "192.0.2.9:4789", AgeSeconds: 125},
+		}},
+		"/v1/overlays/a b%2f/fdb": node.FDB{},
+	}
+}
+
+func TestTables(t *testing.T) {
+	socket := serve(t, aNode())
+	for _, args := range []string{"status", "peers", "overlays", "fdb blue"} {
+		out, errOut, status := tulle(t, append(strings.Fields(args), "--socket", socket)...)
+		if status != exitDone || errOut != "" {
+			t.Errorf("tulle %s = %d, stderr %q", args, status, errOut)
+		}
+		golden(t, strings.Fields(args)[0]+".table", out)
+	}
+}
+
+func TestEmptyTables(t *testing.T) {
+	socket := serve(t, fakeAPI{
+		"/v1/status": node.Status{Drops: map[string]uint64{"short": 0}}, "/v1/peers": node.Peers{}, "/v1/overlays": node.Overlays{}, "/v1/overlays/blue/fdb": node.FDB{Overlay: "blue"},
+	})
+	for _, tt := range []struct{ args, want string }{
+		{"status", "no drops\n"},
+		{"peers", "no other node is known yet\n"},
+		{"overlays", "OVERLAY  VNI  ADDRESS"},
+		{"fdb blue", "no MAC is known yet in overlay blue\n"},
+	} {
+		out, _, status := tulle(t, append(strings.Fields(tt.args), "--socket", socket)...)
+		if status != exitDone || !strings.Contains(out, tt.want) {
+			t.Errorf("tulle %s = %d, %q, want %q", tt.args, status, out, tt.want)
+		}
+	}
+}
+
+// TestDocuments: JSON and YAML are the API's bodies, digit by digit, also with
+// what this version knows nothing of.
+func TestDocuments(t *testing.T) {
+	const peers = `{"peers":[{"name":"n1","status":"alive","vtep":"192.0.2.1:4789","overlays":[],"tx_bytes":18446744073709551615,"new":{"a":[1.5,null,true,{}]}}],
+		"odd":["12:34:56:10:20:30","1e3","0x1f","on","","- a","a: b","#","äö","line\nline","~","2026-01-01",".5","-1","+1"],"100":1,"no":2}`
+	socket := serve(t, fakeAPI{"/v1/peers": peers})
+	out, errOut, status := tulle(t, "peers", "-o", "json", "--socket", socket)
+	if status != exitDone {
+		t.Fatalf("status %d, %s", status, errOut)
+	}
+	golden(t, "peers.json", out)
+	var compact bytes.Buffer
+	if err := json.Compact(&compact, []byte(out)); err != nil {
+		t.Fatal(err)
+	}
+	if want := strings.NewReplacer("\n", "", "\t", "").Replace(peers); compact.String() != want {
+		t.Errorf("JSON = %s, want %s", &compact, want)
+	}
+
+	out, errOut, status = tulle(t, "peers", "-o", "yaml", "--socket", socket)
+	if status != exitDone {
+		t.Fatalf("status %d, %s", status, errOut)
+	}
+	golden(t, "peers.yaml", out)
+	back, err := yaml.YAMLToJSON([]byte(out))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got, want any
+	if err := json.Unmarshal(back, &got); err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal([]byte(peers), &want); err != nil {
+		t.Fatal(err)
+	}
+	if fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("YAML = %s, read back as %v, want %v", out, got, want)
+	}
+}
+
+func TestSocketFlagAndEnvironment(t *testing.T) {
+	socket := serve(t, aNode())
+	if out, errOut, status := tulle(t, "--socket", socket, "peers"); status != exitDone || !strings.Contains(out, "n2") {
+		t.Errorf("--socket before the command: %d, %s", status, errOut)
+	}
+	t.Setenv("TULLE_SOCKET", socket)
+	if out, errOut, status := tulle(t, "peers"); status != exitDone || !strings.Contains(out, "n2") {
+		t.Errorf("TULLE_SOCKET: %d, %s", status, errOut)
+	}
+	if _, errOut, status := tulle(t, "peers", "--socket", socket+"x"); status != exitFailed {
+		t.Errorf("--socket does not win over TULLE_SOCKET: %d, %s", status, errOut)
+	}
+}
+
+// TestUsage: wrong calls end with 2, and one line says what to do.
+func TestUsage(t *testing.T) {
+	for _, tt := range []struct{ args, want string }{
+		{"stauts", "tulle: unknown command \"stauts\"; did you mean \"status\"?\n"},
+		{"stauts -o json", "tulle: unknown command \"stauts\"; did you mean \"status\"?\n"},
+		{"xyzzy", "tulle: unknown command \"xyzzy\"; see `tulle --help`\n"},
+		{"help xyzzy", "tulle: unknown command \"xyzzy\"; see `tulle --help`\n"},
+		{"--nope", "tulle: unknown flag: --nope; see `tulle --help`\n"},
+		{"status --nope", "tulle: unknown flag: --nope; see `tulle status --help`\n"},
+		{"status now", "tulle: unexpected \"now\"; see `tulle status --help`\n"},
+		{"status --watch 5s", "tulle: unexpected \"5s\"; an interval is written --watch=5s\n"},
+		{"status --watch=1ms", "tulle: --watch=1ms: want 100ms or more\n"},
+		{"status --watch=often", "tulle: invalid argument \"often\" for \"--watch\" flag: "},
+		{"status -o xml", "tulle: invalid argument \"xml\" for \"-o, --output\" flag: want table, json or yaml; see `tulle status --help`\n"},
+		{"fdb", "tulle: want the name of one overlay, as in `tulle fdb blue`; `tulle overlays` lists them\n"},
+		{"fdb a b", "tulle: want the name of one overlay"},
+		{"completion tcsh", "tulle: want one shell: bash, zsh, fish, powershell\n"},
+		{"demo now", "tulle: unknown command \"now\" for \"tulle demo\"\n"},
+		{"up now", "tulle: unexpected \"now\"; see `tulle up --help`\n"},
+		{"up --listen nowhere", "tulle: config: listen \"nowhere\": want ADDRESS:PORT, ADDRESS or :PORT, as in [::]:4789\n"},
+		{"up --overlay name=a,vni=0 --join a/b", "tulle: config: join \"a/b\": want HOST or HOST:PORT, as in 192.0.2.1, node1.example.net:7946 or [2001:db8::1]:7946\n" +
+			"tulle: config: overlay \"name=a,vni=0\": vni \"0\": 0 is reserved by Tulle"},
+		{"up --log-level loud", "tulle: invalid argument \"loud\" for \"--log-level\" flag: want info, debug, warn or error;"},
+	} {
+		out, errOut, status := tulle(t, strings.Fields(tt.args)...)
+		if status != exitUsage || out != "" || !strings.HasPrefix(errOut, tt.want) {
+			t.Errorf("tulle %s = %d, %q, stderr %q, want 2, %q", tt.args, status, out, errOut, tt.want)
+		}
+		if !strings.Contains(tt.want, "\ntulle: ") && strings.Count(errOut, "\n") != 1 {
+			t.Errorf("tulle %s: stderr is not one line: %q", tt.args, errOut)
+		}
+	}
+}
+
+// TestFailures: what was asked rightly and failed ends with 1.
+func TestFailures(t *testing.T) {
+	dir := t.TempDir()
+	dead := filepath.Join(dir, "dead") // a node that was killed leaves its socket
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.SetUnlinkOnClose(false)
+	ln.Close()
+	socket := serve(t, aNode())
+	text := serve(t, fakeAPI{"/v1/status": "hello"})
+	list := serve(t, fakeAPI{"/v1/status": "[]"})
+	for _, tt := range []struct{ socket, args, want string }{
+		{dir + "/none", "status", "no node is running here: nothing answers at " + dir + "/none; start one with `tulle up`, or give --socket PATH"},
+		{dead, "status", "no node is running here: nothing answers at " + dead},
+		{socket, "fdb green", "no overlay \"green\" here: `tulle overlays` lists them"},
+		{socket, "fdb ../../peers", "no overlay \"..\" here"}, // escaped on its way
+		{text, "status", "what answers at " + text + " is no Tulle: give the node's --socket PATH"},
+		{list, "status", "the node's answer is none of this version: "},
+		{dir + "/none", "status --watch", "no node is running here"},
+		{socket, "up --name n1", "config: no overlay: "},
+		{socket, "up --name a_b --overlay name=blue,vni=1", "config: name \"a_b\": want "},
+		{socket, "up --config " + dir + "/none.yaml", "config: open " + dir + "/none.yaml: no such file or directory"},
+	} {
+		out, errOut, status := tulle(t, append(strings.Fields(tt.args), "--socket", tt.socket)...)
+		if status != exitFailed || out != "" || !strings.HasPrefix(errOut, "tulle: "+tt.want) {
+			t.Errorf("tulle %s = %d, %q, stderr %q, want 1, %q", tt.args, status, out, errOut, tt.want)
+		}
+	}
+}
+
+func TestExplain(t *testing.T) {
+	c := newClient("/s")
+	for _, tt := range []struct {
+		err  error
+		want string
+	}{
+		{os.ErrPermission, "no permission to ask the node at /s: run this with sudo"},
+		{context.DeadlineExceeded, "the node at /s did not answer within 5s: see its log"},
+		{io.ErrUnexpectedEOF, "ask the node at /s: dial: unexpected EOF"},
+	} {
+		if got := c.explain(fmt.Errorf("dial: %w", tt.err)).Error(); !strings.HasPrefix(got, tt.want) {
+			t.Errorf("explain(%v) = %s, want %s", tt.err, got, tt.want)
+		}
+	}
+}
+
+// TestClientGivesUp: a node that hangs does not hang its client.
+func TestClientGivesUp(t *testing.T) {
+	hang := make(chan struct{})
+	socket := serve(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-hang }))
+	defer close(hang)
+	c := newClient(socket)
+	c.http.Timeout = 20 * time.Millisecond
+	if _, err := c.get(t.Context(), "/v1/status"); err == nil || !strings.Contains(err.Error(), "did not answer") {
+		t.Errorf("get from a node that hangs = %v", err)
+	}
+}
+
+// TestWatch asks again and again, and ends with 0 when it is told to.
+func TestWatch(t *testing.T) {
+	for _, tt := range []struct{ format, between string }{{"table", "\n"}, {"json", ""}, {"yaml", "---\n"}} {
+		ctx, cancel := context.WithCancel(t.Context())
+		var mu sync.Mutex
+		asked := 0
+		socket := serve(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			mu.Lock()
+			defer mu.Unlock()
+			if asked++; asked == 3 {
+				cancel()
+			}
+			_, _ = io.WriteString(w, `{"peers":[]}`)
+		}))
+		var out, errOut bytes.Buffer
+		status := execute(ctx, []string{"peers", "--watch=100ms", "-o", tt.format, "--socket", socket}, &out, &errOut)
+		once, _, _ := tulle(t, "peers", "-o", tt.format, "--socket", socket)
+		if want := once + tt.between + once; status != exitDone || out.String() != want || errOut.Len() > 0 {
+			t.Errorf("watch -o %s = %d, %q, stderr %q, want 0, %q", tt.format, status, &out, &errOut, want)
+		}
+		cancel()
+	}
+}
+
+func TestHelp(t *testing.T) {
+	root := newRoot()
+	all := append([]*cobra.Command{root, helpCommand()}, root.Commands()...)
+	for _, cmd := range all {
+		if cmd.Short == "" || strings.HasSuffix(cmd.Short, ".") {
+			t.Errorf("%s: short help %q", cmd.Name(), cmd.Short)
+		}
+		if cmd.Example == "" && cmd.Name() != "demo" { // it takes no arguments
+			t.Errorf("%s has no example", cmd.Name())
+		}
+		if cmd == root {
+			continue
+		}
+		out, errOut, status := tulle(t, cmd.Name(), "--help")
+		again, _, _ := tulle(t, "help", cmd.Name())
+		if status != exitDone || errOut != "" || !strings.Contains(out, "Usage:\n  tulle "+cmd.Name()) || out != again && cmd.Name() != "help" {
+			t.Errorf("tulle %s --help = %d, %q, stderr %q; help %s: %q", cmd.Name(), status, out, errOut, cmd.Name(), again)
+		}
+	}
+	bare, _, status := tulle(t)
+	if help, _, _ := tulle(t, "--help"); bare != help || status != exitDone {
+		t.Errorf("tulle = %d, %q, want the help", status, bare)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	out, _, status := tulle(t, "version")
+	if status != exitDone || !strings.HasPrefix(out, "tulle ") || !strings.Contains(out, "go1.") {
+		t.Errorf("version = %d, %q", status, out)
+	}
+	out, _, status = tulle(t, "version", "-o", "json")
+	var b build
+	if err := json.Unmarshal([]byte(out), &b); err != nil || status != exitDone || b.Version == "" || b.OS != "linux" {
+		t.Errorf("version -o json = %d, %q, %v", status, out, err)
+	}
+}
+
+func TestCompletion(t *testing.T) {
+	for _, shell := range []string{"bash", "zsh", "fish", "powershell"} {
+		if out, errOut, status := tulle(t, "completion", shell); status != exitDone || !strings.Contains(out, "__complete") {
+			t.Errorf("completion %s = %d, %.40q, stderr %q", shell, status, out, errOut)
+		}
+	}
+	socket := serve(t, aNode())
+	for _, tt := range []struct{ args, want string }{
+		{"fdb --socket " + socket + " ", "blue\nred\n:4\n"},
+		{"fdb --socket " + socket + " blue ", ":4\n"},
+		{"fdb --socket " + socket + "x ", ":4\n"},
+		{"status -o ", "table\njson\nyaml\n:4\n"},
+		{"up --log-level ", "info\ndebug\nwarn\nerror\n:4\n"},
+	} {
+		out, _, status := tulle(t, append([]string{"__complete"}, strings.Split(tt.args, " ")...)...)
+		if status != exitDone || out != tt.want {
+			t.Errorf("complete %q = %d, %q, want %q", tt.args, status, out, tt.want)
+		}
+	}
+}
+
+func TestNumbers(t *testing.T) {
+	for _, tt := range []struct {
+		n            uint64
+		count, bytes string
+	}{
+		{0, "0", "0B"}, {999, "999", "999B"}, {1000, "1000", "1.0kB"}, {9_999, "9999", "9.9kB"}, {10_000, "10.0k", "10.0kB"},
+		{999_999, "999.9k", "999.9kB"}, {1_000_000, "1.0M", "1.0MB"}, {64_123_456_789, "64.1G", "64.1GB"}, {1<<64 - 1, "18.4E", "18.4EB"},
+	} {
+		if count(tt.n) != tt.count || bytesOf(tt.n) != tt.bytes {
+			t.Errorf("%d = %s, %s, want %s, %s", tt.n, count(tt.n), bytesOf(tt.n), tt.count, tt.bytes)
+		}
+	}
+	for d, want := range map[time.Duration]string{-1: "0s", 59 * time.Second: "59s", 90 * time.Second: "1m30s", 25 * time.Hour: "1d1h", 61 * time.Minute: "1h1m"} {
+		if got := period(d); got != want {
+			t.Errorf("period(%d) = %s, want %s", d, got, want)
+		}
+	}
+}

@@ -1,0 +1,11 @@
+// Command tulle runs a node of an overlay network, or asks a running one.
+package main
+
+import (
+	"context"
+	"os"
+)
+
+func main() {
+	os.Exit(execute(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
+}

@@ -1,0 +1,224 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/config"
+)
+
+// Exit status, the contract that scripts rely on.
+const (
+	exitDone   = 0
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+// failure is an error of a command that ran. Every other error is about how
+// the command was called.
+type failure struct{ err error }
+
+func (f failure) Error() string { return f.err.Error() }
+func (f failure) Unwrap() error { return f.err }
+
+// usageError is found while a command runs, and is about how it was called.
+type usageError struct{ err error }
+
+func (u usageError) Error() string { return u.err.Error() }
+func (u usageError) Unwrap() error { return u.err }
+
+// execute runs one command and returns the exit status. Faults go to stderr, a
+// line each.
+func execute(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := newRoot()
+	root.SetArgs(append([]string{}, args...)) // nil would be os.Args
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitDone
+	}
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		if line != "" {
+			fmt.Fprintf(stderr, "tulle: %s\n", line)
+		}
+	}
+	if _, failed := errors.AsType[failure](err); failed {
+		return exitFailed
+	}
+	return exitUsage
+}
+
+func newRoot() *cobra.Command {
+	socket := config.DefaultSocket
+	if s := os.Getenv("TULLE_SOCKET"); s != "" {
+		socket = s
+	}
+	root := &cobra.Command{
+		Use:   "tulle",
+		Short: "An overlay network in one binary: Ethernet over VXLAN, nodes found by gossip",
+		Example: `  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.1/16
+  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.2/16 --join 192.0.2.1   # on another host
+  tulle status`,
+		Args: unknownCommand,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		// execute prints errors, and nobody wants a page of usage behind one.
+		SilenceErrors:              true,
+		SilenceUsage:               true,
+		SuggestionsMinimumDistance: 2,
+	}
+	root.PersistentFlags().String("socket", socket, "local API of the node (or set TULLE_SOCKET)")
+	root.SetFlagErrorFunc(flagError)
+	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(), versionCommand(), completionCommand())
+	root.SetHelpCommand(helpCommand())
+	for _, cmd := range root.Commands() {
+		cmd.RunE = marked(cmd.RunE)
+	}
+	return root
+}
+
+// marked tells errors of a command that ran from those of its call.
+func marked(run func(*cobra.Command, []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		err := run(cmd, args)
+		if err == nil {
+			return nil
+		}
+		if _, usage := errors.AsType[usageError](err); usage {
+			return err
+		}
+		return failure{err}
+	}
+}
+
+func flagError(cmd *cobra.Command, err error) error {
+	// An unknown command with flags: cobra reads them as tulle's own.
+	if args := cmd.Flags().Args(); !cmd.HasParent() && len(args) > 0 {
+		return unknownCommand(cmd, args)
+	}
+	return fmt.Errorf("%w; see `%s --help`", err, cmd.CommandPath())
+}
+
+func unknownCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+		return fmt.Errorf("unknown command %q; did you mean %q?", args[0], strings.Join(near, `" or "`))
+	}
+	return fmt.Errorf("unknown command %q; see `%s --help`", args[0], cmd.CommandPath())
+}
+
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	if w := cmd.Flags().Lookup("watch"); w != nil && w.Changed {
+		return fmt.Errorf("unexpected %q; an interval is written --watch=%s", args[0], args[0])
+	}
+	return fmt.Errorf("unexpected %q; see `%s --help`", args[0], cmd.CommandPath())
+}
+
+func helpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "help [COMMAND]",
+		Short:   "Show what a command does",
+		Example: "  tulle help up",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			target, rest, err := cmd.Root().Find(args)
+			if err != nil {
+				return usageError{err}
+			}
+			if len(rest) > 0 {
+				return usageError{unknownCommand(cmd.Root(), rest)}
+			}
+			target.InitDefaultHelpFlag()
+			return target.Help()
+		},
+	}
+}
+
+func completionCommand() *cobra.Command {
+	shells := []string{"bash", "zsh", "fish", "powershell"}
+	return &cobra.Command{
+		Use:   "completion " + strings.Join(shells, "|"),
+		Short: "Print the completion script of a shell",
+		Example: `  source <(tulle completion bash)
+  tulle completion zsh > "${fpath[1]}/_tulle"
+  tulle completion fish > ~/.config/fish/completions/tulle.fish`,
+		Args:                  oneOf("shell", shells),
+		ValidArgs:             shells,
+		DisableFlagsInUseLine: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			root, out := cmd.Root(), cmd.OutOrStdout()
+			switch args[0] {
+			case "bash":
+				return root.GenBashCompletionV2(out, true)
+			case "zsh":
+				return root.GenZshCompletion(out)
+			case "fish":
+				return root.GenFishCompletion(out, true)
+			default:
+				return root.GenPowerShellCompletionWithDesc(out)
+			}
+		},
+	}
+}
+
+// oneOf accepts one argument out of choices.
+func oneOf(what string, choices []string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == 1 {
+			for _, c := range choices {
+				if args[0] == c {
+					return nil
+				}
+			}
+		}
+		return fmt.Errorf("want one %s: %s", what, strings.Join(choices, ", "))
+	}
+}
+
+// choice is a flag with few values.
+type choice struct {
+	value   string
+	choices []string
+}
+
+func (c *choice) String() string { return c.value }
+
+// Type appears in the help.
+func (c *choice) Type() string { return strings.Join(c.choices, "|") }
+
+// Set implements pflag.Value.
+func (c *choice) Set(s string) error {
+	for _, v := range c.choices {
+		if s == v {
+			c.value = s
+			return nil
+		}
+	}
+	last := len(c.choices) - 1
+	return fmt.Errorf("want %s or %s", strings.Join(c.choices[:last], ", "), c.choices[last])
+}
+
+// complete offers the values of a choice to the shell.
+func (c *choice) complete(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+	return c.choices, cobra.ShellCompDirectiveNoFileComp
+}
+
+// addChoice gives cmd a flag; the first choice is the default.
+func addChoice(cmd *cobra.Command, name, short, usage string, choices ...string) *choice {
+	c := &choice{choices[0], choices}
+	cmd.Flags().VarP(c, name, short, usage)
+	if err := cmd.RegisterFlagCompletionFunc(name, c.complete); err != nil {
+		panic(err) // the flag was made a line above
+	}
+	return c
+}

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"github.com/tulle-net/tulle/node"
+)
+
+// table writes aligned columns.
+type table struct{ w *tabwriter.Writer }
+
+func newTable(w io.Writer) table { return table{tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)} }
+
+// row writes one line; an empty cell shows as -. Names come from other nodes,
+// so what could steer a terminal is replaced.
+func (t table) row(cells ...string) {
+	for i, c := range cells {
+		cells[i] = cmp.Or(clean(c), "-")
+	}
+	fmt.Fprintln(t.w, strings.Join(cells, "\t"))
+}
+
+func (t table) flush() { _ = t.w.Flush() } // to memory
+
+func clean(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+func statusTable(w io.Writer, s *node.Status) {
+	n, t := &s.Node, newTable(w)
+	t.row("node", fmt.Sprintf("%s, %s cluster, up %s, version %s", n.Name, n.Cluster, period(time.Since(n.Started)), n.Version))
+	t.row("vtep", fmt.Sprintf("%s, listens on %s", n.VTEP, strings.Join(n.Listen, ", ")))
+	t.row("gossip", n.Gossip.String())
+	t.row("peers", fmt.Sprintf("%d alive, %d lost", n.Peers, n.PeersLost))
+	t.row("drops", drops(s.Drops))
+	for _, c := range n.Conflicts {
+		t.row("conflict", c)
+	}
+	t.flush()
+
+	fmt.Fprintln(w)
+	overlaysTable(w, &node.Overlays{Overlays: s.Overlays})
+
+	fmt.Fprintln(w)
+	fmt.Fprintln(w, "OFFLOADS")
+	t = newTable(w)
+	u := &s.Offloads.Underlay
+	t.row("underlay", fmt.Sprintf("gso %s, gro %s, buffers %s in, %s out", u.GSO, u.GRO, bytesOf(uint64(u.ReceiveBuffer)), bytesOf(uint64(u.SendBuffer))))
+	for _, name := range slices.Sorted(maps.Keys(s.Offloads.Taps)) {
+		o := s.Offloads.Taps[name]
+		t.row(name, fmt.Sprintf("%s: checksum %s, tso4 %s, tso6 %s, uso %s, gro %s", o.Driver, o.Checksum, o.TSO4, o.TSO6, o.USO, o.GRO))
+	}
+	t.flush()
+}
+
+// drops lists the reasons that counted something, the largest first.
+func drops(counts map[string]uint64) string {
+	var reasons []string
+	for r, n := range counts {
+		if n > 0 {
+			reasons = append(reasons, r)
+		}
+	}
+	if len(reasons) == 0 {
+		return "no drops"
+	}
+	slices.SortFunc(reasons, func(a, b string) int {
+		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
+	})
+	for i, r := range reasons {
+		reasons[i] = count(counts[r]) + " " + r
+	}
+	return strings.Join(reasons, ", ")
+}
+
+func peersTable(w io.Writer, p *node.Peers) {
+	if len(p.Peers)+len(p.Foreign) == 0 {
+		fmt.Fprintln(w, "no other node is known yet")
+		return
+	}
+	t := newTable(w)
+	t.row("NAME", "STATUS", "VTEP", "OVERLAYS", "TX-FRAMES", "TX-BYTES", "RX-FRAMES", "RX-BYTES")
+	row := func(name, status, vtep string, overlays []string, c *node.TrafficStatus) {
+		t.row(name, status, vtep, strings.Join(overlays, ","), count(c.TxFrames), bytesOf(c.TxBytes), count(c.RxFrames), bytesOf(c.RxBytes))
+	}
+	for i := range p.Peers {
+		s := &p.Peers[i]
+		row(s.Name, string(s.Status), s.VTEP.String(), s.Overlays, &s.TrafficStatus)
+	}
+	for i := range p.Foreign {
+		s := &p.Foreign[i]
+		row("", "foreign", s.VTEP.String(), s.Overlays, &s.TrafficStatus)
+	}
+	t.flush()
+}
+
+func overlaysTable(w io.Writer, o *node.Overlays) {
+	t := newTable(w)
+	t.row("OVERLAY", "VNI", "ADDRESS", "TAP", "MTU", "ENCRYPTION", "FLOOD", "MACS", "TX-FRAMES", "TX-BYTES", "RX-FRAMES", "RX-BYTES")
+	for i := range o.Overlays {
+		s := &o.Overlays[i]
+		t.row(s.Name, s.VNI.String(), s.Address, s.Tap, strconv.Itoa(s.MTU), s.Encryption,
+			fmt.Sprintf("%s(%d)", s.Flood, len(s.FloodList)), strconv.Itoa(s.MACs),
+			count(s.TxFrames), bytesOf(s.TxBytes), count(s.RxFrames), bytesOf(s.RxBytes))
+	}
+	t.flush()
+}
+
+func fdbTable(w io.Writer, f *node.FDB) {
+	if len(f.Entries) == 0 {
+		fmt.Fprintf(w, "no MAC is known yet in overlay %s\n", clean(f.Overlay))
+		return
+	}
+	t := newTable(w)
+	t.row("MAC", "PORT", "VTEP", "NODE", "AGE")
+	for i := range f.Entries {
+		e := &f.Entries[i]
+		age := "static"
+		if !e.Static {
+			age = period(time.Duration(e.AgeSeconds * float64(time.Second)))
+		}
+		t.row(e.MAC.String(), e.Port, e.VTEP, e.Peer, age)
+	}
+	t.flush()
+}
+
+// count returns n short: 9999, 12.3k, 4.6M.
+func count(n uint64) string {
+	if n < 10_000 {
+		return strconv.FormatUint(n, 10)
+	}
+	return scaled(n)
+}
+
+// bytesOf returns n bytes short, in powers of 1000: 999B, 1.5kB, 64.0MB.
+func bytesOf(n uint64) string {
+	if n < 1000 {
+		return strconv.FormatUint(n, 10) + "B"
+	}
+	return scaled(n) + "B"
+}
+
+// scaled cuts rather than rounds, so that 999,999 is not "1000.0k".
+func scaled(n uint64) string {
+	unit := uint64(1000)
+	i := 0
+	for ; n/unit >= 1000; i++ {
+		unit *= 1000
+	}
+	return fmt.Sprintf("%d.%d%c", n/unit, n/(unit/10)%10, "kMGTPE"[i])
+}
+
+// period returns the two largest units of d: 2d3h, 5m0s, 12s.
+func period(d time.Duration) string {
+	s := int64(max(d, 0) / time.Second)
+	switch {
+	case s >= 86400:
+		return fmt.Sprintf("%dd%dh", s/86400, s%86400/3600)
+	case s >= 3600:
+		return fmt.Sprintf("%dh%dm", s/3600, s%3600/60)
+	case s >= 60:
+		return fmt.Sprintf("%dm%ds", s/60, s%60)
+	}
+	return fmt.Sprintf("%ds", s)
+}

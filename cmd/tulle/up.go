@@ -1,0 +1,170 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/config"
+	"github.com/tulle-net/tulle/node"
+)
+
+func upCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "up",
+		Short: "Run a node in the foreground",
+		Long: `Runs a node until SIGTERM or Ctrl-C; then it tells its peers that it leaves. A second
+signal ends it at once.
+
+Settings come from --config, a YAML file, and from the flags, which win; --overlay adds
+to the file's overlays. An overlay takes every key that it has in the file: name, vni,
+encryption, address, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age,
+max-macs, max-macs-per-port, driver, netns, queues.`,
+		Example: `  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.1/16
+  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.2/16 --join 192.0.2.1
+  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.3/16,peer=192.0.2.9   # a foreign VTEP
+  tulle up --config /etc/tulle/tulle.yaml --log-level debug`,
+		Args: noArgs,
+	}
+	f := cmd.Flags()
+	f.String("config", "", "settings in YAML")
+	f.String("name", "", "name of the node (default: the host's)")
+	f.String("listen", "", "where VXLAN arrives, UDP (default [::]:4789)")
+	f.String("advertise", "", "IP address that others reach this node at (default: the source address of the route to the first --join)")
+	f.String("gossip", "", "where Serf listens, TCP and UDP (default [::]:7946)")
+	f.StringSlice("join", nil, "a node to join, HOST[:PORT] of its gossip; again for more")
+	f.String("token", "", "token to join a secure cluster with")
+	f.String("state-dir", "", "what is kept over a restart (default "+config.DefaultStateDir+")")
+	f.StringArray("overlay", nil, "an overlay, name=…,vni=…,address=…,tap=…,encryption=…,peer=…; again for more")
+	level := addChoice(cmd, "log-level", "", "what to log", "info", "debug", "warn", "error")
+	format := addChoice(cmd, "log-format", "", "how to log", "text", "json")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		cfg, err := settings(cmd)
+		if err != nil {
+			return err
+		}
+		log := newLog(cmd.ErrOrStderr(), level.value, format.value)
+		sigs := make(chan os.Signal, 2)
+		signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM)
+		defer signal.Stop(sigs)
+		return untilSignal(cmd.Context(), sigs, func(ctx context.Context) error { return run(ctx, cfg, log) })
+	}
+	return cmd
+}
+
+// settings joins file and flags and validates them.
+func settings(cmd *cobra.Command) (config.Config, error) {
+	f := cmd.Flags()
+	cfg := config.Default()
+	if path, _ := f.GetString("config"); path != "" {
+		var err error
+		if cfg, err = config.Load(path); err != nil {
+			return cfg, err
+		}
+	}
+	var faults []error
+	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir"} {
+		if f.Changed(key) {
+			faults = append(faults, cfg.Set(key, f.Lookup(key).Value.String()))
+		}
+	}
+	if f.Changed("join") {
+		seeds, _ := f.GetStringSlice("join")
+		faults = append(faults, cfg.Set("join", seeds...))
+	}
+	if f.Changed("socket") || os.Getenv("TULLE_SOCKET") != "" {
+		faults = append(faults, cfg.Set("socket", f.Lookup("socket").Value.String()))
+	}
+	overlays, _ := f.GetStringArray("overlay")
+	for _, s := range overlays {
+		o, err := config.ParseOverlay(s)
+		faults = append(faults, err)
+		cfg.Overlays = append(cfg.Overlays, o)
+	}
+	if err := errors.Join(faults...); err != nil {
+		return cfg, usageError{err}
+	}
+	return cfg, cfg.Validate()
+}
+
+func newLog(w io.Writer, level, format string) *slog.Logger {
+	levels := map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
+	opts := &slog.HandlerOptions{Level: levels[level]}
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+// untilSignal calls run with a context that the first signal ends. At the
+// second it returns without waiting for run: the process must end then.
+func untilSignal(ctx context.Context, sigs <-chan os.Signal, run func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- run(ctx) }()
+	select {
+	case err := <-done:
+		return err
+	case <-sigs:
+		cancel()
+	}
+	select {
+	case err := <-done:
+		return err
+	case s := <-sigs:
+		return fmt.Errorf("ended at once by a second signal (%s): peers may not know that this node has left", s)
+	}
+}
+
+// run is a node's life.
+func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+	n, err := node.New(cfg, log)
+	if err != nil {
+		return err
+	}
+	ended := make(chan struct{})
+	var notifier sync.WaitGroup
+	notifier.Go(func() {
+		select {
+		case <-n.Ready():
+			notify(log, "READY=1")
+		case <-ended:
+			return
+		}
+		select {
+		case <-ctx.Done():
+			notify(log, "STOPPING=1")
+		case <-ended:
+		}
+	})
+	defer notifier.Wait()
+	defer close(ended)
+	return n.Run(ctx)
+}
+
+// notify tells systemd of a change, if it waits for one (sd_notify(3)).
+func notify(log *slog.Logger, state string) {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	// net takes the leading @ of an abstract socket as systemd means it.
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err == nil {
+		_, err = c.Write([]byte(state))
+		err = errors.Join(err, c.Close())
+	}
+	if err != nil {
+		log.Warn("systemd was not told", "state", state, "err", err)
+	}
+}

@@ -1,0 +1,156 @@
+// Package config is the settings tree: parsed from flags and YAML, defaulted and validated once.
+//
+//	Default → Load (a file) or Set and ParseOverlay (flags) → Validate → node
+//
+// It reads no file but the one that Load is given, and asks the kernel for
+// nothing but the host's name: whether a port is free or an MTU fits is found
+// out when the node starts.
+package config
+
+import (
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/tulle-net/tulle/ether"
+	"github.com/tulle-net/tulle/tap"
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+// Defaults and bounds of the settings.
+const (
+	DefaultStateDir = "/var/lib/tulle"
+	DefaultSocket   = "/run/tulle/tulle.sock"
+	// GossipPort is Serf's own default.
+	GossipPort = 7946
+
+	defaultSourcePorts    = 16
+	maxSourcePorts        = 64
+	defaultGroupTTL       = 1
+	maxGroupTTL           = 255
+	defaultAge            = 300 * time.Second
+	minAge                = time.Second
+	maxAge                = 24 * time.Hour
+	defaultMACs           = 65_536
+	maxMACs               = 1 << 20
+	defaultMACsPerPort    = 16_384
+	minMTU                = 68 // RFC 791: what every IPv4 link carries
+	maxMTU                = 65_535
+	maxQueues             = 256
+	maxDeviceName         = 15  // IFNAMSIZ less the terminating zero
+	maxSocketPath         = 103 // sun_path less the terminating zero, and ".new", which the node makes first
+	maxFileBytes          = 4 << 20
+	encryptionNone        = "none"
+	encryptionRequired    = "required"
+	floodUnicast          = "unicast"
+	floodMulticast        = "multicast"
+	floodGossip           = "gossip"
+	unfinishedAuto        = "auto"
+	unfinishedOn          = "on"
+	unfinishedOff         = "off"
+	overlayExample        = "name=blue,vni=100,encryption=none,address=10.32.0.1/16"
+	openOnly              = "this version forms open clusters only"
+	reservedVNIReason     = "0 is reserved by Tulle: it is what a header that was never filled in carries"
+	sealedOverlaysMissing = "sealed overlays are not there yet: this version speaks plain VXLAN only; say encryption=none"
+)
+
+// Config is everything that `tulle up` can be told. A zero field stands for
+// its default, which Validate fills in.
+type Config struct {
+	// Name of the node, [A-Za-z0-9][A-Za-z0-9-]{0,62}; default: the host's
+	// name, cut at the first dot.
+	Name string
+	// Listen is where VXLAN arrives, UDP; default [::]:4789, both families.
+	Listen netip.AddrPort
+	// Advertise is the address that others reach this node at; default: the
+	// address of Listen where that is a single one, else the source address of
+	// the route to the first Join, else of the default route. It stays zero
+	// until the node asks for the route.
+	Advertise netip.Addr
+	// Gossip is where Serf listens, TCP and UDP; default [::]:7946.
+	Gossip netip.AddrPort
+	// Join are seeds, HOST[:PORT]; in an open cluster the gossip port, default 7946.
+	Join []string
+	// Token to join a secure cluster with.
+	Token Secret
+	// StateDir; default /var/lib/tulle.
+	StateDir string
+	// Socket of the local API, at most 103 bytes; default /run/tulle/tulle.sock.
+	Socket string
+	// SourcePorts is the number of UDP source ports for data, 1 to 64; default 16.
+	SourcePorts int
+	// UnfinishedChecksums says whether a foreign VTEP's datagrams may carry
+	// inner checksums that hold the pseudo-header's sum only, as the kernel's
+	// vxlan sends them over a virtual underlay: auto (default: where the
+	// underlay device is a veth, bridge or the like), on, off.
+	UnfinishedChecksums string
+	Overlays            []Overlay
+}
+
+// Overlay is one static overlay.
+type Overlay struct {
+	// Name, formed like a node's.
+	Name string
+	// VNI, 1 to 16777215: 0 is legal on the wire, but Tulle reserves it.
+	VNI vxlan.VNI
+	// Encryption: required (default) or none.
+	Encryption string
+	// Address is this host's own address in the overlay; may be absent.
+	Address netip.Prefix
+	// Tap is the name of the device, 1 to 15 bytes; default: the overlay's
+	// name, cut to 15 bytes.
+	Tap string
+	// MAC of the device; default: ether.MACOf(Address); without an Address the
+	// first 46 bits of SHA-256(node's name ‖ 0 ‖ overlay's name), local
+	// unicast, never in 02:54. So it survives a restart in both cases.
+	MAC ether.MAC
+	// MTU in bytes, 68 to 65535; 0: the underlay's less the overhead.
+	MTU int
+	// Peers are foreign VTEPs that speak plain VXLAN, IP[:PORT]; default port 4789.
+	Peers []netip.AddrPort
+	// Flood: unicast (default), multicast or gossip.
+	Flood string
+	// Group is the multicast group of Flood multicast.
+	Group netip.Addr
+	// GroupTTL is the TTL of multicast datagrams, 1 to 255; default 1. Overlays
+	// of one Group have one.
+	GroupTTL int
+	// LearnVTEPs accepts datagrams from VTEPs that are neither members nor
+	// listed; implied by Flood multicast.
+	LearnVTEPs bool
+	// AgeAfter is how long a MAC that is not seen stays in the FDB, 1 s to
+	// 24 h; default 300 s.
+	AgeAfter time.Duration
+	// MaxMACs bounds the FDB; default 65,536, 1 to 1,048,576.
+	MaxMACs int
+	// MaxMACsPerPort bounds what one port or VTEP may fill, 1 to MaxMACs;
+	// default 16,384, or MaxMACs where that is less.
+	MaxMACsPerPort int
+	// Driver of the TAP: auto (default), offload, plain.
+	Driver tap.Driver
+	// Netns is the path of a network namespace that the device is moved to.
+	Netns string
+	// Queues of the TAP, 1 to 256; default 1. The driver plain has one.
+	Queues int
+}
+
+// Default returns the settings of a node that was told nothing: every default
+// above that does not follow from another field. Name is empty where the host
+// has none.
+func Default() Config {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "" // Validate asks for a name
+	}
+	host, _, _ = strings.Cut(host, ".")
+	return Config{
+		Name:                host,
+		Listen:              netip.AddrPortFrom(netip.IPv6Unspecified(), vxlan.Port),
+		Gossip:              netip.AddrPortFrom(netip.IPv6Unspecified(), GossipPort),
+		StateDir:            DefaultStateDir,
+		Socket:              DefaultSocket,
+		SourcePorts:         defaultSourcePorts,
+		UnfinishedChecksums: unfinishedAuto,
+	}
+}

@@ -1,0 +1,259 @@
+// Package node assembles a node: it starts the parts in order, keeps them in step, and stops them in reverse.
+//
+//	underlay sockets → tunnel → discovery → overlays (bridge + TAP) → local API
+//
+// It holds no protocol logic and no per-frame code.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/tulle-net/tulle/bridge"
+	"github.com/tulle-net/tulle/config"
+	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/tap"
+	"github.com/tulle-net/tulle/underlay"
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+// resyncEvery bounds how long a missed notification can stay unnoticed.
+const resyncEvery = 10 * time.Second
+
+// Node is a running node. New opens everything, Run works until its context ends.
+type Node struct {
+	cfg     config.Config
+	log     *slog.Logger
+	started time.Time
+	ready   chan struct{}
+	tooBig  chan struct{} // rung when a path's MTU may have shrunk
+
+	state  *stateDir
+	conn   underlay.Conn
+	tunnel *bridge.Tunnel
+	disc   *discovery.Discovery
+	api    *apiServer
+
+	overlays []*overlay // fixed after New
+
+	mu        sync.Mutex
+	conflicts []string
+}
+
+// overlay is one overlay on this node: its bridge and its host's TAP.
+type overlay struct {
+	cfg config.Overlay
+	br  *bridge.Bridge
+	dev tap.Device
+}
+
+// New opens sockets and devices; nothing is left behind when it fails. cfg
+// must be valid (config.Config.Validate).
+func New(cfg config.Config, log *slog.Logger) (n *Node, err error) {
+	n = &Node{cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}), tooBig: make(chan struct{}, 1)}
+	defer func() {
+		if err != nil {
+			n.close()
+		}
+	}()
+	if n.cfg.Advertise, err = advertise(cfg); err != nil {
+		return nil, err
+	}
+	if n.state, err = openStateDir(cfg.StateDir); err != nil {
+		return nil, err
+	}
+	if n.api, err = claimSocket(cfg.Socket); err != nil {
+		return nil, err
+	}
+	n.conn, err = underlay.Open(underlay.Config{
+		Listen:      cfg.Listen,
+		Source:      n.cfg.Advertise,
+		SourcePorts: cfg.SourcePorts,
+		GroupTTL:    groupTTLs(cfg.Overlays),
+		TooBig:      n.tooBig,
+		Log:         log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	vtep := netip.AddrPortFrom(n.cfg.Advertise, cfg.Listen.Port())
+	n.tunnel = bridge.NewTunnel(bridge.TunnelConfig{
+		Conn:       n.conn,
+		Self:       []netip.Addr{n.cfg.Advertise},
+		Port:       cfg.Listen.Port(),
+		Unfinished: unfinishedChecksums(cfg.UnfinishedChecksums, n.cfg.Advertise),
+		MTU:        n.overlayMTU,
+	})
+	n.disc, err = discovery.New(discovery.Config{
+		Name:      cfg.Name,
+		Listen:    cfg.Gossip,
+		Advertise: n.cfg.Advertise,
+		VTEP:      vtep,
+		Seeds:     cfg.Join,
+		StateDir:  cfg.StateDir,
+		OnFlood:   n.tunnel.DeliverFlood,
+		Log:       log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, o := range cfg.Overlays {
+		if err := n.addOverlay(o); err != nil {
+			return nil, err
+		}
+	}
+	return n, n.disc.SetOverlays(n.carried())
+}
+
+// groupTTLs returns the TTL of each multicast group that an overlay floods to.
+func groupTTLs(overlays []config.Overlay) map[netip.Addr]int {
+	ttls := map[netip.Addr]int{}
+	for _, o := range overlays {
+		if o.Flood == "multicast" {
+			ttls[o.Group] = o.GroupTTL
+		}
+	}
+	return ttls
+}
+
+func unfinishedChecksums(mode string, underlayAddr netip.Addr) bool {
+	switch mode {
+	case "on":
+		return true
+	case "off":
+		return false
+	}
+	return underlay.IsVirtual(underlayAddr)
+}
+
+// addOverlay makes bridge and TAP of one overlay.
+func (n *Node) addOverlay(o config.Overlay) error {
+	mtu, err := n.fitMTU(o)
+	if err != nil {
+		return err
+	}
+	bc := bridge.Config{
+		Name: o.Name, VNI: o.VNI, Peers: o.Peers,
+		LearnVTEPs: o.LearnVTEPs, AgeAfter: o.AgeAfter,
+		MaxMACs: o.MaxMACs, MaxMACsPerPort: o.MaxMACsPerPort,
+	}
+	switch o.Flood {
+	case "multicast":
+		bc.Group = netip.AddrPortFrom(o.Group, n.cfg.Listen.Port())
+		if err := n.conn.JoinGroup(o.Group); err != nil {
+			return fmt.Errorf("node: overlay %s: %w", o.Name, err)
+		}
+	case "gossip":
+		bc.FloodGossip = n.disc.Flood
+	}
+	ov := &overlay{cfg: o}
+	if ov.br, err = n.tunnel.Add(bc); err != nil {
+		return err
+	}
+	n.overlays = append(n.overlays, ov)
+	tc := tap.Config{
+		Name: o.Tap, MAC: o.MAC, MTU: mtu, Queues: o.Queues,
+		Driver: o.Driver, Netns: o.Netns, Log: n.log,
+	}
+	if o.Address.IsValid() {
+		tc.Addresses = []netip.Prefix{o.Address}
+	}
+	if ov.dev, err = tap.Open(tc); err != nil {
+		return fmt.Errorf("node: overlay %s: %w", o.Name, err)
+	}
+	if _, err = ov.br.AddPort(ov.dev); err != nil {
+		ov.dev.Close()
+		return err
+	}
+	n.log.Info("overlay is up", "overlay", o.Name, "vni", o.VNI, "tap", ov.dev.Name(), "mac", ov.dev.MAC(), "mtu", mtu)
+	return nil
+}
+
+// Ready is closed when the local API answers.
+func (n *Node) Ready() <-chan struct{} { return n.ready }
+
+// Run works until ctx ends, then leaves the cluster and stops everything.
+func (n *Node) Run(ctx context.Context) error {
+	defer n.close()
+	bell, err := underlay.Changes(ctx)
+	if err != nil {
+		return err
+	}
+	// The parts stop in reverse: the leave is told while frames still flow.
+	tunnelCtx, stopTunnel := context.WithCancel(context.WithoutCancel(ctx))
+	var tunnel sync.WaitGroup
+	tunnel.Go(func() { n.tunnel.Run(tunnelCtx) })
+	defer tunnel.Wait()
+	defer stopTunnel()
+	defer n.conn.Close()
+
+	gossip := make(chan error, 1)
+	go func() { gossip <- n.disc.Run(ctx) }()
+	if err := n.api.serve(n); err != nil {
+		return err
+	}
+	n.log.Info("node is up", "name", n.cfg.Name, "vtep", netip.AddrPortFrom(n.cfg.Advertise, n.cfg.Listen.Port()))
+	close(n.ready)
+
+	resync := time.NewTicker(resyncEvery)
+	defer resync.Stop()
+	for {
+		n.sync()
+		select {
+		case err := <-gossip:
+			if ctx.Err() != nil && err == nil {
+				n.log.Info("node has left", "name", n.cfg.Name)
+			}
+			return err
+		case <-n.disc.Changed():
+		case <-bell:
+		case <-n.tooBig:
+		case <-resync.C:
+		}
+	}
+}
+
+// close stops what New opened, in reverse; it may be called twice.
+func (n *Node) close() error {
+	var errs []error
+	if n.api != nil {
+		errs = append(errs, n.api.close())
+	}
+	for _, o := range n.overlays {
+		errs = append(errs, o.br.Close())
+	}
+	n.overlays = nil
+	if n.disc != nil {
+		n.disc.Close()
+	}
+	if n.conn != nil {
+		errs = append(errs, n.conn.Close())
+	}
+	if n.state != nil {
+		errs = append(errs, n.state.close())
+	}
+	return errors.Join(errs...)
+}
+
+// carried is what this node tells others of its overlays.
+func (n *Node) carried() []discovery.Overlay {
+	list := make([]discovery.Overlay, 0, len(n.overlays))
+	for _, o := range n.overlays {
+		list = append(list, discovery.Overlay{VNI: o.cfg.VNI, Name: o.cfg.Name, Encryption: o.cfg.Encryption})
+	}
+	return list
+}
+
+func (n *Node) overlayMTU(v vxlan.VNI) int {
+	for _, o := range n.overlays {
+		if o.cfg.VNI == v && o.dev != nil {
+			return o.dev.MTU()
+		}
+	}
+	return 0
+}

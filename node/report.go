@@ -1,0 +1,155 @@
+package node
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/tulle-net/tulle/bridge"
+	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/internal/version"
+	"github.com/tulle-net/tulle/tap"
+)
+
+// The functions in this file answer the local API.
+
+func (n *Node) status() Status {
+	s := Status{
+		Node: NodeStatus{
+			Name: n.cfg.Name, Version: version.String(), Cluster: "open",
+			VTEP:    netip.AddrPortFrom(n.cfg.Advertise, n.cfg.Listen.Port()),
+			Gossip:  n.disc.Gossip(),
+			Started: n.started,
+		},
+		Overlays: n.overlayStatus(),
+		Offloads: OffloadStatus{Underlay: n.conn.Offloads(), Taps: map[string]tap.Offloads{}},
+		Drops:    n.drops(),
+	}
+	for _, a := range n.conn.LocalAddrs() {
+		s.Node.Listen = append(s.Node.Listen, a.String())
+	}
+	for _, m := range n.disc.Members() {
+		switch {
+		case m.Self:
+		case m.Status == discovery.Alive:
+			s.Node.Peers++
+		case m.Status == discovery.Failed:
+			s.Node.PeersLost++
+		}
+	}
+	for _, o := range n.overlays {
+		s.Offloads.Taps[o.dev.Name()] = o.dev.Offloads()
+	}
+	n.mu.Lock()
+	s.Node.Conflicts = append([]string{}, n.conflicts...)
+	n.mu.Unlock()
+	return s
+}
+
+// drops joins the counters of bridge and underlay under the names that
+// docs/architecture.md explains.
+func (n *Node) drops() map[string]uint64 {
+	d := map[string]uint64{}
+	n.tunnel.Drops().Each(func(name string, count uint64) { d[name] = count })
+	s := n.conn.Stats()
+	d["rx_overflow"] = s.RxOverflow.Load()
+	d["rx_truncated"] = s.RxTruncated.Load()
+	d["tx_too_big"] = s.TxTooBig.Load()
+	d["tx_unreachable"] = s.TxUnreachable.Load()
+	d["tx_full"] = s.TxFull.Load()
+	d["tx_error"] = s.TxError.Load()
+	return d
+}
+
+func (n *Node) overlayStatus() []OverlayStatus {
+	list := make([]OverlayStatus, 0, len(n.overlays))
+	for _, o := range n.overlays {
+		s := OverlayStatus{
+			Name: o.cfg.Name, VNI: o.cfg.VNI, Encryption: o.cfg.Encryption, Flood: o.cfg.Flood,
+			Subnets: []netip.Prefix{},
+			Tap:     o.dev.Name(), MAC: o.dev.MAC(), MTU: o.dev.MTU(),
+			MACs: o.br.MACs(), FloodList: o.br.FloodList(),
+			TxFrames: o.br.TxFrames.Load(), TxBytes: o.br.TxBytes.Load(),
+			RxFrames: o.br.RxFrames.Load(), RxBytes: o.br.RxBytes.Load(),
+			Flooded: o.br.Flooded.Load(),
+		}
+		if o.cfg.Address.IsValid() {
+			s.Address = o.cfg.Address.String()
+			s.Subnets = append(s.Subnets, o.cfg.Address.Masked())
+		}
+		list = append(list, s)
+	}
+	slices.SortFunc(list, func(a, b OverlayStatus) int { return int(a.VNI) - int(b.VNI) })
+	return list
+}
+
+func (n *Node) peers() Peers {
+	p := Peers{Peers: []PeerStatus{}, Foreign: []ForeignStatus{}}
+	byVTEP := map[netip.AddrPort]*TrafficStatus{}
+	foreign := map[netip.AddrPort]*ForeignStatus{}
+	for _, o := range n.overlays {
+		o.br.VTEPCounters(func(vtep netip.AddrPort, member bool, c *bridge.Counters) {
+			if !member {
+				f := foreign[vtep]
+				if f == nil {
+					f = &ForeignStatus{VTEP: vtep}
+					foreign[vtep] = f
+				}
+				f.Overlays = append(f.Overlays, o.cfg.Name)
+				f.add(c)
+				return
+			}
+			if byVTEP[vtep] == nil {
+				byVTEP[vtep] = &TrafficStatus{}
+			}
+			byVTEP[vtep].add(c)
+		})
+	}
+	for _, m := range n.disc.Members() {
+		if m.Self {
+			continue
+		}
+		s := PeerStatus{Name: m.Name, Status: m.Status, VTEP: m.VTEP, Overlays: []string{}}
+		for _, o := range m.Overlays {
+			s.Overlays = append(s.Overlays, o.Name)
+		}
+		slices.Sort(s.Overlays)
+		if c := byVTEP[m.VTEP]; c != nil && m.Status == discovery.Alive {
+			s.TrafficStatus = *c
+		}
+		p.Peers = append(p.Peers, s)
+	}
+	for _, f := range foreign {
+		p.Foreign = append(p.Foreign, *f)
+	}
+	slices.SortFunc(p.Foreign, func(a, b ForeignStatus) int { return a.VTEP.Compare(b.VTEP) })
+	return p
+}
+
+func (t *TrafficStatus) add(c *bridge.Counters) {
+	t.TxFrames += c.TxFrames.Load()
+	t.TxBytes += c.TxBytes.Load()
+	t.RxFrames += c.RxFrames.Load()
+	t.RxBytes += c.RxBytes.Load()
+}
+
+func (n *Node) fdb(name string) (FDB, bool) {
+	for _, o := range n.overlays {
+		if o.cfg.Name != name {
+			continue
+		}
+		names := map[netip.AddrPort]string{}
+		for _, m := range n.disc.Members() {
+			names[m.VTEP] = m.Name
+		}
+		table := FDB{Overlay: name, Entries: []FDBEntry{}}
+		for _, e := range o.br.FDB() {
+			entry := FDBEntry{MAC: e.MAC, Port: e.Port, AgeSeconds: e.Age.Seconds(), Static: e.Static}
+			if e.VTEP.IsValid() {
+				entry.VTEP, entry.Peer = e.VTEP.String(), names[e.VTEP]
+			}
+			table.Entries = append(table.Entries, entry)
+		}
+		return table, true
+	}
+	return FDB{}, false
+}

@@ -1,0 +1,105 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// apiServer is the local API's socket.
+type apiServer struct {
+	path string
+	ln   net.Listener
+	http *http.Server
+}
+
+// claimSocket checks that no other node answers at path, and listens under a
+// temporary name: the socket appears at path only when serve is ready.
+func claimSocket(path string) (*apiServer, error) {
+	if max := len(unix.RawSockaddrUnix{}.Path) - 1 - len(".new"); len(path) > max {
+		return nil, fmt.Errorf("node: socket path %s is longer than %d bytes: give a shorter --socket", path, max)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("node: socket: %w (run as root, or give --socket)", err)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("node: a node is running already at %s: stop it, or give this one another --socket", path)
+	} else if errors.Is(err, unix.EACCES) {
+		return nil, fmt.Errorf("node: socket %s: %w (run as root, or give --socket)", path, unix.EACCES)
+	}
+	if i, err := os.Stat(path); err == nil && i.Mode()&os.ModeSocket == 0 {
+		return nil, fmt.Errorf("node: %s is there and is no socket: remove it, or give another --socket", path)
+	}
+	tmp := path + ".new"
+	os.Remove(tmp) // left by a node that was killed
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("node: socket: %w (run as root, or give --socket)", err)
+	}
+	ln.SetUnlinkOnClose(false)
+	if err := os.Chmod(tmp, 0o600); err != nil {
+		ln.Close()
+		os.Remove(tmp)
+		return nil, fmt.Errorf("node: socket: %w", err)
+	}
+	return &apiServer{path: path, ln: ln}, nil
+}
+
+// serve answers requests from now on.
+func (s *apiServer) serve(n *Node) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, n.status()) })
+	mux.HandleFunc("GET /v1/peers", func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, n.peers()) })
+	mux.HandleFunc("GET /v1/overlays", func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, Overlays{n.overlayStatus()}) })
+	mux.HandleFunc("GET /v1/overlays/{name}/fdb", func(w http.ResponseWriter, r *http.Request) {
+		table, ok := n.fdb(r.PathValue("name"))
+		if !ok {
+			reply(w, http.StatusNotFound, Error{fmt.Sprintf("no overlay %q here: `tulle overlays` lists them", r.PathValue("name"))})
+			return
+		}
+		reply(w, http.StatusOK, table)
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		reply(w, http.StatusNotFound, Error{"no such resource: " + r.Method + " " + r.URL.Path})
+	})
+	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second}
+	go s.http.Serve(s.ln) // ends with close
+	if err := os.Rename(s.path+".new", s.path); err != nil {
+		return fmt.Errorf("node: socket: %w", err)
+	}
+	return nil
+}
+
+func reply(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	e.Encode(body) // fails only when the client has gone
+}
+
+// close ends open requests after a second at most and removes the socket.
+func (s *apiServer) close() error {
+	if s.ln == nil {
+		return nil
+	}
+	s.ln.Close()
+	if s.http != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		s.http.Shutdown(ctx)
+		os.Remove(s.path)
+	}
+	os.Remove(s.path + ".new")
+	s.ln = nil
+	return nil
+}

@@ -1,0 +1,40 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// stateDir is the node's state directory, locked while the node runs.
+type stateDir struct{ lock *os.File }
+
+// openStateDir makes and locks dir; a second node on it is refused.
+func openStateDir(dir string) (*stateDir, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("node: state directory: %w (run as root, or give --state-dir)", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("node: state directory: %w (run as root, or give --state-dir)", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("node: another node uses the state directory %s: stop it, or give this one another --state-dir", dir)
+		}
+		return nil, fmt.Errorf("node: lock %s: %w", dir, err)
+	}
+	return &stateDir{lock: f}, nil
+}
+
+func (s *stateDir) close() error {
+	err := s.lock.Close()
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
+	return err
+}

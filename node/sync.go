@@ -1,0 +1,93 @@
+package node
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+// sync brings bridges and devices in step with who is there.
+func (n *Node) sync() {
+	members := n.disc.Members()
+	v := viewOf(n.cfg.Name, n.carried(), members)
+	v.conflicts = append(v.conflicts, n.disc.Conflicts()...)
+	n.tell(v.conflicts)
+	n.tunnel.SetMembers(v.vteps)
+	for _, o := range n.overlays {
+		o.br.SetMembers(v.flood[o.cfg.VNI], v.refused[o.cfg.VNI])
+	}
+	n.followMTU(v.flood)
+}
+
+// tell logs conflicts that are new.
+func (n *Node) tell(conflicts []string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, c := range conflicts {
+		if !slices.Contains(n.conflicts, c) {
+			n.log.Error("conflict: " + c)
+		}
+	}
+	n.conflicts = conflicts
+}
+
+// view is what the members mean for this node.
+type view struct {
+	vteps     []netip.AddrPort               // of all members that are alive
+	flood     map[vxlan.VNI][]netip.AddrPort // who carries our overlays
+	refused   map[vxlan.VNI][]netip.Addr     // who calls them something else
+	conflicts []string
+}
+
+// viewOf derives the view of the node self, which carries mine.
+func viewOf(self string, mine []discovery.Overlay, members []discovery.Member) view {
+	v := view{flood: map[vxlan.VNI][]netip.AddrPort{}, refused: map[vxlan.VNI][]netip.Addr{}}
+	byVNI := make(map[vxlan.VNI]discovery.Overlay, len(mine))
+	byName := make(map[string]discovery.Overlay, len(mine))
+	for _, o := range mine {
+		byVNI[o.VNI], byName[o.Name] = o, o
+	}
+	owner := map[netip.Addr]string{}
+	for _, m := range members { // sorted by name
+		if m.Self || m.Status != discovery.Alive {
+			continue
+		}
+		if other, taken := owner[m.VTEP.Addr()]; taken {
+			v.conflicts = append(v.conflicts, fmt.Sprintf(
+				"nodes %s and %s both have the VTEP address %s: %s is ignored; run one node an address", other, m.Name, m.VTEP.Addr(), m.Name))
+			continue
+		}
+		owner[m.VTEP.Addr()] = m.Name
+		v.vteps = append(v.vteps, m.VTEP)
+		for _, theirs := range m.Overlays {
+			v.compare(self, m, theirs, byVNI, byName)
+		}
+	}
+	return v
+}
+
+// compare files one overlay of a member under flood list or refusal.
+func (v *view) compare(self string, m discovery.Member, theirs discovery.Overlay, byVNI map[vxlan.VNI]discovery.Overlay, byName map[string]discovery.Overlay) {
+	if ours, ok := byName[theirs.Name]; ok && ours.VNI != theirs.VNI {
+		v.conflicts = append(v.conflicts, fmt.Sprintf(
+			"overlay %s has VNI %d on node %s and VNI %d on node %s: give it one VNI on both", theirs.Name, ours.VNI, self, theirs.VNI, m.Name))
+		v.refused[ours.VNI] = append(v.refused[ours.VNI], m.VTEP.Addr())
+	}
+	ours, ok := byVNI[theirs.VNI]
+	switch {
+	case !ok:
+	case ours.Name != theirs.Name:
+		v.conflicts = append(v.conflicts, fmt.Sprintf(
+			"VNI %d is overlay %s on node %s and overlay %s on node %s: give each its own VNI", ours.VNI, ours.Name, self, theirs.Name, m.Name))
+		v.refused[ours.VNI] = append(v.refused[ours.VNI], m.VTEP.Addr())
+	case ours.Encryption != theirs.Encryption:
+		v.conflicts = append(v.conflicts, fmt.Sprintf(
+			"overlay %s has encryption %s on node %s and %s on node %s: make them equal", ours.Name, ours.Encryption, self, theirs.Encryption, m.Name))
+		v.refused[ours.VNI] = append(v.refused[ours.VNI], m.VTEP.Addr())
+	default:
+		v.flood[ours.VNI] = append(v.flood[ours.VNI], m.VTEP)
+	}
+}

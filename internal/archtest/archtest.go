@@ -1,0 +1,50 @@
+// Package archtest holds the project's structure as tables; its test fails on any import that is not in them.
+package archtest
+
+// module is the prefix of our own import paths.
+const module = "github.com/tulle-net/tulle/"
+
+// imports says, for each package, which of our packages it may import.
+// Tests may import more (a package's tests run it against fakes and the lab).
+var imports = map[string][]string{
+	"cmd/tulle": {"config", "node", "internal/demo", "internal/version"},
+
+	"node":   {"config", "bridge", "discovery", "tap", "underlay", "vxlan", "ether", "internal/version"},
+	"config": {"tap", "vxlan", "ether"},
+
+	"bridge":    {"tap", "underlay", "vxlan", "ether"},
+	"discovery": {"vxlan"},
+
+	"tap":                   {"ether", "internal/ready"},
+	"tap/taptest":           {"tap", "ether"},
+	"underlay":              {"internal/ready"},
+	"underlay/underlaytest": {"underlay"},
+
+	"vxlan":           {},
+	"ether":           {},
+	"ether/ethertest": {"ether"},
+
+	"internal/ready":       {},
+	"internal/version":     {},
+	"internal/archtest":    {},
+	"internal/lab":         {},
+	"internal/lab/labtest": {"internal/lab"},
+	"internal/demo":        {"internal/lab", "node"},
+
+	"examples/embed": {"bridge", "tap", "underlay"},
+}
+
+// thirdParty says which packages may import a module of somebody else: its
+// types stop there.
+var thirdParty = map[string][]string{
+	"github.com/hashicorp/":         {"discovery"},
+	"github.com/vishvananda/":       {"tap", "internal/lab"},
+	"github.com/songgao/water":      {"tap"},
+	"github.com/spf13/cobra":        {"cmd/tulle"},
+	"github.com/goccy/go-yaml":      {"config", "cmd/tulle"},
+	"github.com/puzpuzpuz/xsync/v4": {"bridge"},
+	"golang.org/x/time/rate":        {"discovery"},
+	"golang.org/x/sys/cpu":          {"ether"},
+	"golang.org/x/sys/unix":         {"tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "cmd/tulle"},
+	"golang.org/x/net":              {"internal/lab"},
+}

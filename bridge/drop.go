@@ -38,6 +38,8 @@ const (
 	DropMalformed
 	// DropTapWrite: the kernel refused the frame (the device is down or its queue full).
 	DropTapWrite
+	// DropTapRead: a frame that the TAP driver could not take.
+	DropTapRead
 	// DropMACLimit: not a lost frame but a MAC not learnt: the FDB or the
 	// port's share of it is full.
 	DropMACLimit
@@ -63,6 +65,7 @@ var dropNames = [numDrops]string{
 	DropSamePort:         "same_port",
 	DropMalformed:        "malformed",
 	DropTapWrite:         "tap_write",
+	DropTapRead:          "tap_read",
 	DropMACLimit:         "mac_limit",
 	DropVTEPLimit:        "vtep_limit",
 }

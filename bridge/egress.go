@@ -35,8 +35,11 @@ func (p *Port) run(q tap.Queue) {
 // drain forwards what waits in q; it reports whether the device is still there.
 func (p *Port) drain(q tap.Queue, l *lane) bool {
 	for {
-		if q.Read(l.batch) != nil {
-			return false
+		if err := q.Read(l.batch); err != nil {
+			if err == tap.ErrClosed {
+				return false
+			}
+			p.bridge.tunnel.drops.add(DropTapRead)
 		}
 		if len(l.batch.Frames) == 0 {
 			return true

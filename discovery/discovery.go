@@ -270,13 +270,25 @@ func (d *Discovery) SetOverlays(overlays []Overlay) error {
 	d.mu.Unlock()
 	ring(d.changed)
 	if s := d.serf.Load(); s != nil {
-		// It can fail in one way: nobody took the news in time. It is queued,
-		// and whoever joins gets it anyway.
-		if err := s.SetTags(d.tags(l)); err != nil {
-			d.log.Debug("discovery: overlay digest is still spreading", "err", err)
-		}
+		d.gossip(s)
 	}
 	return nil
+}
+
+// announce makes all members hear of this node anew.
+func (d *Discovery) announce(s *serf.Serf) {
+	d.publish.Lock()
+	defer d.publish.Unlock()
+	d.gossip(s)
+}
+
+// gossip spreads what this node says of itself. d.publish is held.
+func (d *Discovery) gossip(s *serf.Serf) {
+	// It can fail in one way: nobody took the news in time. It is queued, and
+	// whoever joins gets it anyway.
+	if err := s.SetTags(d.tags(d.carried.Load())); err != nil {
+		d.log.Debug("tags are still spreading", "err", err)
+	}
 }
 
 // Run joins and stays joined until ctx ends. Then it leaves, which peers know

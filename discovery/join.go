@@ -134,6 +134,7 @@ type joiner struct {
 	wait  backoff
 	next  time.Time // of the next try
 	since time.Time // when joining was last reported to fail; zero: it did not
+	again time.Time // when to say once more where this node is; zero: no need
 }
 
 // keepJoined joins at once, and whenever it is needed, until ctx ends.
@@ -141,7 +142,12 @@ func (d *Discovery) keepJoined(ctx context.Context, s *serf.Serf) {
 	j := &joiner{d: d, s: s, was: settled, state: openMemory(d.cfg.StateDir, d.log)}
 	for ctx.Err() == nil {
 		j.step(ctx)
-		t := time.NewTimer(time.Until(j.next))
+		j.reclaim()
+		wake := j.next
+		if !j.again.IsZero() && j.again.Before(wake) {
+			wake = j.again
+		}
+		t := time.NewTimer(time.Until(wake))
 		select {
 		case <-t.C:
 		case <-d.kick:
@@ -175,6 +181,19 @@ func (j *joiner) step(ctx context.Context) {
 	j.next = time.Now().Add(j.wait.next())
 	if now == alone && err != nil && ctx.Err() == nil {
 		j.report(err)
+	}
+}
+
+// reclaim says once more where this node is when it came back at another
+// address: for the first reclaimAfter after they saw it fail, others do not
+// take that in, and this node cannot know.
+func (j *joiner) reclaim() {
+	if j.d.names.reclaims.Swap(false) {
+		j.again = time.Now().Add(reclaimAfter * 3 / 2)
+	}
+	if !j.again.IsZero() && !time.Now().Before(j.again) {
+		j.again = time.Time{}
+		j.d.announce(j.s)
 	}
 }
 

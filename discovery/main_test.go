@@ -43,6 +43,7 @@ type testNode struct {
 	t      *testing.T
 	cancel context.CancelFunc
 	ended  chan error
+	once   sync.Once // closes crash
 	log    *logBuffer
 }
 
@@ -82,6 +83,7 @@ func (n *testNode) run() {
 	n.cancel = cancel
 	go func() { n.ended <- n.Run(ctx) }()
 	n.t.Cleanup(func() {
+		n.once.Do(func() { close(n.crash) }) // no test need wait for the others' leave
 		cancel()
 		if err := <-n.ended; err != nil {
 			n.t.Errorf("Run of %s: %v", n.cfg.Name, err)
@@ -94,7 +96,7 @@ func (n *testNode) run() {
 
 // leave ends the node as SIGTERM would, kill as kill -9 would.
 func (n *testNode) leave() { n.end(n.cancel) }
-func (n *testNode) kill()  { n.end(func() { close(n.crash) }) }
+func (n *testNode) kill()  { n.end(func() { n.once.Do(func() { close(n.crash) }) }) }
 
 func (n *testNode) end(how func()) {
 	n.t.Helper()

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -27,6 +28,9 @@ type nameGuard struct {
 	self netip.AddrPort
 	log  *slog.Logger
 	warn *rate.Limiter
+	// reclaims is set when this node joins nodes that know its earlier life at
+	// another address as failed.
+	reclaims atomic.Bool
 
 	mu   sync.Mutex
 	seen map[netip.AddrPort]time.Time
@@ -51,6 +55,9 @@ func (g *nameGuard) NotifyMerge(nodes []*memberlist.Node) error {
 		// This node's own earlier life may still be known: at this address it
 		// is this node, and elsewhere it gives way once it has failed or left.
 		if n.State == memberlist.StateDead || n.State == memberlist.StateLeft {
+			if n.Name == g.name && n.State == memberlist.StateDead && gossipAddr(n.Addr, n.Port) != g.self {
+				g.reclaims.Store(true)
+			}
 			continue
 		}
 		if err := g.check(n); err != nil {

@@ -67,11 +67,15 @@ func TestBadStreams(t *testing.T) {
 func TestStreamsAreBounded(t *testing.T) {
 	t.Parallel()
 	a := start(t, testConfig("a"))
+	var streams []net.Conn
 	for range maxStreamsPerPeer + 8 {
-		dial(t, a)
+		streams = append(streams, dial(t, a))
 	}
 	a.await(2*time.Second, "8 streams refused", func() bool { return a.Stats().StreamsRefused == 8 })
-	// They time out, and then there is room again.
+	// As they go there is room again.
+	for _, c := range streams {
+		_ = c.Close()
+	}
 	b := start(t, testConfig("b", a))
 	meet(t, a, b)
 }

@@ -114,7 +114,7 @@ func (n *tulle) start() {
 		n.t.Fatal(err)
 	}
 	n.proc = p
-	n.eventually(10*time.Second, "its API answers", func() bool {
+	n.eventually(30*time.Second, "its API answers", func() bool {
 		select {
 		case <-p.Done():
 			n.t.Fatalf("node %s ended:\n%s", n.name, p.Log())

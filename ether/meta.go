@@ -42,9 +42,9 @@ const (
 	ChecksumVerified
 )
 
-// MaxFrame is the largest super-frame: an IP packet of 65,535 bytes behind an
-// Ethernet header with two VLAN tags.
-const MaxFrame = 65535 + 14 + 8
+// MaxFrame is the largest super-frame: an IPv6 packet with a payload of 65,535
+// bytes behind an Ethernet header with two VLAN tags.
+const MaxFrame = 65535 + 40 + 14 + 8
 
 // Sink takes finished frames: a port, or a test.
 type Sink interface {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +25,14 @@ const probeTimeout = 250 * time.Millisecond
 // probeSegment is the payload bytes per segment of a probe, which has two.
 const probeSegment = 64
 
+// found is what the first self-test of this process found: offloads are the
+// kernel's and do not differ from TAP to TAP, while a test takes some 10 ms.
+var found struct {
+	mu    sync.Mutex
+	known bool
+	reasons
+}
+
 // selfTest tries each offload and switches off what fails. The device is down
 // before and after.
 func (d *offloadDevice) selfTest() error {
@@ -33,6 +42,15 @@ func (d *offloadDevice) selfTest() error {
 	}
 	defer h.Close()
 	d.mac = ether.MACFrom(dev.Attrs().HardwareAddr)
+	found.mu.Lock()
+	defer found.mu.Unlock()
+	d.state.mu.Lock()
+	if found.known {
+		d.state.reasons.fill(found.reasons)
+		defer d.state.mu.Unlock()
+		return d.apply()
+	}
+	d.state.mu.Unlock()
 	_ = h.LinkSetIP6AddrGenMode(dev, addrGenNone) // no router solicitations yet
 	if err := h.LinkSetUp(dev); err != nil {
 		return fmt.Errorf("bring the device up for its self-test: %w", err)
@@ -51,6 +69,7 @@ func (d *offloadDevice) selfTest() error {
 	d.warn()
 	d.state.mu.Lock()
 	defer d.state.mu.Unlock()
+	found.known, found.reasons = true, d.state.reasons
 	return d.apply()
 }
 
@@ -97,14 +116,9 @@ func (d *offloadDevice) probeRead(fd, index int, kind ether.GSO) error {
 	out := make([]byte, virtioLen, virtioLen+len(frame))
 	encodeVirtio(out, m)
 	out = append(out, frame...)
-	proto := binary.BigEndian.Uint16(frame[12:])
-	sa := &unix.SockaddrLinklayer{Ifindex: index, Protocol: proto<<8 | proto>>8, Halen: 6}
+	sa := &unix.SockaddrLinklayer{Ifindex: index, Halen: 6}
+	sa.Protocol = binary.NativeEndian.Uint16(frame[12:]) // in network order in memory
 	copy(sa.Addr[:], frame[:6])
-	// SockaddrLinklayer takes the protocol as the kernel has it in memory.
-	binary.NativeEndian.PutUint16(out[2:], m.HeaderLen)
-	if proto == binary.NativeEndian.Uint16(frame[12:]) {
-		sa.Protocol = proto // a big-endian machine
-	}
 	if err := unix.Sendto(fd, out, 0, sa); err != nil {
 		return fmt.Errorf("send a probe: %w", err)
 	}

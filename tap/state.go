@@ -15,8 +15,25 @@ type offloadState struct {
 	mu                  sync.Mutex
 	noTSO, noUSO, noGRO bool
 	noECN               bool // the kernel refuses TSO of frames with CWR
-	// Why an offload is not available; "" if it is.
-	checksum, tso4, tso6, uso, groTCP4, groTCP6, groUDP string
+	reasons
+}
+
+// reasons say why an offload is not available; "" if it is.
+type reasons struct{ checksum, tso4, tso6, uso, groTCP4, groTCP6, groUDP string }
+
+// fill takes over the reasons that r does not have.
+func (r *reasons) fill(other reasons) {
+	for _, x := range []struct {
+		to   *string
+		from string
+	}{
+		{&r.checksum, other.checksum}, {&r.tso4, other.tso4}, {&r.tso6, other.tso6}, {&r.uso, other.uso},
+		{&r.groTCP4, other.groTCP4}, {&r.groTCP6, other.groTCP6}, {&r.groUDP, other.groUDP},
+	} {
+		if *x.to == "" {
+			*x.to = x.from
+		}
+	}
 }
 
 const (

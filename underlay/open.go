@@ -108,9 +108,8 @@ func (c *conn) listenOn(at netip.AddrPort) error {
 		unix.Close(fd)
 		return listenError(at, err)
 	}
-	file, err := ready.New(fd, "udp:"+local.String())
+	file, err := ready.New(fd, "udp:"+local.String()) // closes fd on error
 	if err != nil {
-		unix.Close(fd)
 		return listenError(at, err)
 	}
 	c.receivers = append(c.receivers, newReceiver(c, file))

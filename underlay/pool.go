@@ -107,13 +107,14 @@ func bindAny(fd int, source netip.Addr) error {
 }
 
 // poolSocket returns a socket that can only send.
-func poolSocket(f family, buffer, ifindex int) (fd int, err error) {
-	fd, err = udpSocket(f)
+func poolSocket(f family, buffer, ifindex int) (int, error) {
+	fd, err := udpSocket(f)
 	if err != nil {
 		return -1, err
 	}
+	ok := false
 	defer func() {
-		if err != nil {
+		if !ok {
 			unix.Close(fd)
 		}
 	}()
@@ -142,15 +143,19 @@ func poolSocket(f family, buffer, ifindex int) (fd int, err error) {
 		}
 	}
 	for _, o := range options {
-		if err = unix.SetsockoptInt(fd, o.level, o.opt, o.want); err != nil {
+		// Every kernel has all of them; an emulated one may lack some, and
+		// sends to single hosts without them.
+		if err = unix.SetsockoptInt(fd, o.level, o.opt, o.want); err != nil && err != unix.ENOPROTOOPT {
 			return -1, os.NewSyscallError(o.name, err)
 		}
 	}
 	if f == v4 && ifindex != 0 {
-		if err = unix.SetsockoptIPMreqn(fd, unix.SOL_IP, unix.IP_MULTICAST_IF, &unix.IPMreqn{Ifindex: int32(ifindex)}); err != nil {
+		err = unix.SetsockoptIPMreqn(fd, unix.SOL_IP, unix.IP_MULTICAST_IF, &unix.IPMreqn{Ifindex: int32(ifindex)})
+		if err != nil && err != unix.ENOPROTOOPT {
 			return -1, os.NewSyscallError("IP_MULTICAST_IF", err)
 		}
 	}
+	ok = true
 	return fd, nil
 }
 

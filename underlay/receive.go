@@ -2,8 +2,7 @@ package underlay
 
 import (
 	"encoding/binary"
-	"errors"
-	"os"
+	"fmt"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -109,12 +108,10 @@ func (r *receiver) Receive(b *Batch) error {
 		case r.errno == unix.EAGAIN:
 			return nil
 		case r.errno != unix.EINTR && try == maxReceiveRetries:
-			return errors.Join(errReceive, os.NewSyscallError("recvmmsg", r.errno))
+			return fmt.Errorf("underlay: receive: recvmmsg: %w", r.errno)
 		}
 	}
 }
-
-var errReceive = errors.New("underlay: receive")
 
 // slots turns what the call filled into b.Slots.
 func (r *receiver) slots(b *Batch, m *rxMemory) {

@@ -142,9 +142,8 @@ func Changes(ctx context.Context) (<-chan struct{}, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("underlay: watch links and routes: %w", os.NewSyscallError("bind", err))
 	}
-	file, err := ready.New(fd, "rtnetlink")
+	file, err := ready.New(fd, "rtnetlink") // closes fd on error
 	if err != nil {
-		unix.Close(fd)
 		return nil, fmt.Errorf("underlay: watch links and routes: %w", err)
 	}
 	bell := make(chan struct{}, 1)

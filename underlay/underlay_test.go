@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/netip"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -30,6 +31,20 @@ func open(t testing.TB, cfg Config) *conn {
 	}
 	t.Cleanup(func() { c.Close() })
 	return c.(*conn)
+}
+
+// skipEmulated skips under qemu-user, which passes on no error queue and no
+// drop counter; every Linux has them.
+func skipEmulated(t *testing.T) {
+	t.Helper()
+	fd, err := udpSocket(v4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1) == unix.ENOPROTOOPT {
+		t.Skip("an emulated kernel does not tell of drops and errors")
+	}
 }
 
 // datagram is one received datagram, cut out of its slot.
@@ -238,8 +253,11 @@ func TestDualStack(t *testing.T) {
 			t.Errorf("IPv4 source = %s, want 127.0.0.1 and not IPv4-mapped", g.src)
 		}
 	}
-	// Addresses of a disabled IPv6 do not exist: then it is counted.
-	if c.Stats().TxUnreachable.Load() == 0 {
+	if interfaceOf(netip.IPv6Loopback()) == nil { // IPv6 is disabled: then it is counted
+		if n := c.Stats().TxUnreachable.Load(); n != 1 {
+			t.Errorf("TxUnreachable = %d, want 1", n)
+		}
+	} else {
 		if g := receive(t, c.Receivers()[1], 1)[0]; g.src.Addr() != netip.IPv6Loopback() {
 			t.Errorf("IPv6 source = %s, want ::1", g.src)
 		}
@@ -368,6 +386,7 @@ func TestUnreachableIsCounted(t *testing.T) {
 
 // An ICMP error that an earlier datagram caused does not cost a later one.
 func TestPendingErrorDoesNotFailTheNext(t *testing.T) {
+	skipEmulated(t)
 	c := open(t, Config{SourcePorts: 1})
 	dead := open(t, Config{})
 	deadAddr := dead.LocalAddrs()[0]
@@ -466,6 +485,7 @@ func TestReceiveNeverBlocks(t *testing.T) {
 }
 
 func TestOverflowIsCounted(t *testing.T) {
+	skipEmulated(t)
 	c := open(t, Config{ReceiveBuffer: 8 << 10, NoGSO: true, NoGRO: true})
 	s, r := c.NewSender(), c.Receivers()[0]
 	const sent = 200
@@ -473,22 +493,29 @@ func TestOverflowIsCounted(t *testing.T) {
 		put(s, c.LocalAddrs()[0], 0, pattern(i, 1000))
 	}
 	s.Flush()
+	// What was dropped is told with a datagram that came later and fitted.
+	tells, got := 0, 0
 	var b Batch
-	got := 0
-	for {
+	for start := time.Now(); ; {
 		if err := r.Receive(&b); err != nil {
 			t.Fatal(err)
 		}
-		if len(b.Slots) == 0 {
+		got += len(b.Slots)
+		n := int(c.Stats().RxOverflow.Load())
+		if n > 0 && n+got == sent+tells {
 			break
 		}
-		got += len(b.Slots)
+		if time.Since(start) > 5*time.Second {
+			t.Fatalf("RxOverflow = %d and %d received, want together %d", n, got, sent+tells)
+		}
+		if len(b.Slots) == 0 {
+			put(s, c.LocalAddrs()[0], 0, []byte("tells of the drops"))
+			s.Flush()
+			tells++
+		}
 	}
-	put(s, c.LocalAddrs()[0], 0, []byte("tells of the drops"))
-	s.Flush()
-	receive(t, r, 1)
-	if n := c.Stats().RxOverflow.Load(); got == sent || n != uint64(sent-got) {
-		t.Errorf("RxOverflow = %d, want %d - %d", n, sent, got)
+	if got == sent+tells {
+		t.Error("nothing was dropped, so nothing was tested")
 	}
 }
 
@@ -500,11 +527,20 @@ func TestTruncatedIsCounted(t *testing.T) {
 	}
 	s.Flush()
 	b := Batch{Memory: newRxMemory(100), Slots: make([]Slot, 0, rxSlots)}
-	if err := c.Receivers()[0].Receive(&b); err != nil {
-		t.Fatal(err)
+	var lens []int
+	for len(lens) < 2 {
+		if err := c.Receivers()[0].Wait(); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Receivers()[0].Receive(&b); err != nil {
+			t.Fatal(err)
+		}
+		for _, slot := range b.Slots {
+			lens = append(lens, len(slot.B))
+		}
 	}
-	if len(b.Slots) != 2 || len(b.Slots[0].B) != 100 || len(b.Slots[1].B) != 99 || c.Stats().RxTruncated.Load() != 1 {
-		t.Errorf("%d slots, truncated %d; want 2 and 1", len(b.Slots), c.Stats().RxTruncated.Load())
+	if !slices.Equal(lens, []int{100, 99}) || c.Stats().RxTruncated.Load() != 1 {
+		t.Errorf("lengths %v, truncated %d; want [100 99] and 1", lens, c.Stats().RxTruncated.Load())
 	}
 }
 
@@ -605,6 +641,7 @@ func TestGroups(t *testing.T) {
 	c := open(t, Config{Listen: netip.MustParseAddrPort("0.0.0.0:0"), Source: loopback4})
 	group := netip.MustParseAddr("239.255.47.89")
 	if err := c.JoinGroup(group); err != nil {
+		skipEmulated(t) // qemu-user garbles the interface index on 64 bits
 		t.Fatal(err)
 	}
 	if err := c.LeaveGroup(group); err != nil {
@@ -681,9 +718,10 @@ func TestNoAllocs(t *testing.T) {
 				s.Commit(dst, uint32(i/25), 1400)
 			}
 			s.Flush()
-			for got := 0; got < 50*1400; {
-				if r.Wait() != nil || r.Receive(&b) != nil {
-					panic("closed")
+			// Without Wait: what waiting costs is the concern of internal/ready.
+			for got, tries := 0, 0; got < 50*1400; tries++ {
+				if r.Receive(&b) != nil || tries > 1_000_000 {
+					panic("a datagram was lost")
 				}
 				for _, slot := range b.Slots {
 					got += len(slot.B)
@@ -728,9 +766,9 @@ func BenchmarkSendReceive(b *testing.B) {
 					s.Commit(dst, 1, bc.bytes)
 				}
 				s.Flush()
-				for got := 0; got < bc.n*bc.bytes; {
-					if r.Receive(&batch) != nil {
-						b.Fatal("closed")
+				for got, tries := 0, 0; got < bc.n*bc.bytes; tries++ {
+					if r.Receive(&batch) != nil || tries > 1_000_000 {
+						b.Fatal("a datagram was lost")
 					}
 					for _, slot := range batch.Slots {
 						got += len(slot.B)

@@ -21,7 +21,7 @@ func demoCommand() *cobra.Command {
 sends traffic across it, kills one host and brings it back. It says what happens and
 why, checks each claim, and ends with status 1 if one does not hold.
 
-It needs root and /dev/net/tun, takes about 20 seconds, changes nothing outside its
+It needs root and /dev/net/tun, takes about 10 seconds, changes nothing outside its
 own namespaces, and cleans up, also after Ctrl-C.
 
 With --keep the hosts go on running after the show, it prints how to enter them, and

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"sync"
 	"syscall"
 
@@ -128,6 +129,9 @@ func untilSignal(ctx context.Context, sigs <-chan os.Signal, run func(context.Co
 
 // run is a node's life.
 func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+	// A busy worker keeps a processor of the scheduler while it polls
+	// (internal/ready): there must be some beyond one for each core.
+	runtime.GOMAXPROCS(max(4, runtime.NumCPU()+2))
 	n, err := node.New(cfg, log)
 	if err != nil {
 		return err

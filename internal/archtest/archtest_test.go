@@ -1,11 +1,13 @@
 package archtest
 
 import (
+	"go/ast"
 	"go/parser"
 	"go/token"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -111,6 +113,102 @@ func TestFolderNames(t *testing.T) {
 	for _, no := range []string{"util", "utils", "common", "helpers", "pkg", "misc", "manager", "plugin", "log", "net", "path"} {
 		if _, err := os.Stat(filepath.Join(root, no)); err == nil {
 			t.Errorf("folder %s: the name says nothing, or hides a standard package", no)
+		}
+	}
+}
+
+// declared returns the names that a package declares: functions, types and
+// Type.Method, interface methods included.
+func declared(t *testing.T, folder string) map[string]bool {
+	t.Helper()
+	names := map[string]bool{}
+	files, err := filepath.Glob(filepath.Join(root, folder, "*.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range parsed.Decls {
+			switch d := d.(type) {
+			case *ast.FuncDecl:
+				name := d.Name.Name
+				if d.Recv != nil {
+					recv := d.Recv.List[0].Type
+					if star, ok := recv.(*ast.StarExpr); ok {
+						recv = star.X
+					}
+					name = recv.(*ast.Ident).Name + "." + name
+				}
+				names[name] = true
+			case *ast.GenDecl:
+				for _, spec := range d.Specs {
+					typ, ok := spec.(*ast.TypeSpec)
+					if !ok {
+						continue
+					}
+					names[typ.Name.Name] = true
+					if i, ok := typ.Type.(*ast.InterfaceType); ok {
+						for _, m := range i.Methods.List {
+							for _, n := range m.Names {
+								names[typ.Name.Name+"."+n.Name] = true
+							}
+						}
+					}
+				}
+			}
+		}
+	}
+	return names
+}
+
+// TestArchitectureNames: what docs/architecture.md calls by name is there.
+func TestArchitectureNames(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root, "docs/architecture.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	folders := map[string]string{"ready": "internal/ready"}
+	for folder := range imports {
+		if !strings.Contains(folder, "/") {
+			folders[folder] = folder
+		}
+	}
+	found := 0
+	for _, m := range regexp.MustCompile("`([a-z]+)\\.([A-Za-z]+(?:\\.[A-Za-z]+)?)`").FindAllStringSubmatch(string(text), -1) {
+		folder, ok := folders[m[1]]
+		if !ok {
+			continue
+		}
+		found++
+		if !declared(t, folder)[m[2]] {
+			t.Errorf("docs/architecture.md names %s, which package %s does not declare", m[0], folder)
+		}
+	}
+	if found < 30 {
+		t.Errorf("only %d names found in docs/architecture.md: the test looks at the wrong thing", found)
+	}
+}
+
+// TestDropNames: docs/architecture.md explains each drop that bridge counts.
+func TestDropNames(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root, "docs/architecture.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile(filepath.Join(root, "bridge/drop.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`: +"([a-z_]+)",`).FindAllSubmatch(source, -1)
+	if len(names) < 15 {
+		t.Fatalf("only %d drop names found", len(names))
+	}
+	for _, n := range names {
+		if !strings.Contains(string(text), "| `"+string(n[1])+"` |") {
+			t.Errorf("docs/architecture.md does not explain the drop %s", n[1])
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -22,14 +23,24 @@ func TestPrivilegedClose(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// One that leaves its group and its parent, as a daemon does.
-	out, err := hosts[1].Run(soon(t), "setsid", "-f", "sh", "-c", "echo $$; exec sleep 60 >/dev/null 2>&1")
+	// One that leaves its group and its parent, as a daemon does; its parent
+	// waits until it has, else it would end together with the group.
+	file := filepath.Join(l.Dir(), "daemon")
+	_, err = hosts[1].Run(soon(t), "sh", "-c", `setsid sh -c 'echo $$ >"$0"; exec sleep 60 >/dev/null 2>&1' "$0" &
+		while ! [ -s "$0" ]; do sleep 0.01; done`, file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	daemon, err := strconv.Atoi(strings.TrimSpace(out))
+	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
+	}
+	daemon, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if gone(daemon) {
+		t.Fatal("the daemon ended by itself")
 	}
 	if len(left(t, l.Name()+"*")) != 4 { // a, b, ul and the folder
 		t.Fatalf("before Close: %v", left(t, l.Name()+"*"))

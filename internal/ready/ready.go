@@ -7,6 +7,8 @@ package ready
 
 import (
 	"os"
+	"runtime"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -77,13 +79,9 @@ func (f *File) Control(fn func(fd uintptr)) error {
 // Wait blocks until a read would not block, be it for data, an error or a
 // hang-up. The error is os.ErrClosed after Close.
 func (f *File) Wait() error {
-	for now := time.Now(); now.Before(f.hot); now = time.Now() {
-		if err := f.raw.Control(f.spin); err != nil {
-			return os.ErrClosed
-		}
-		if f.found != 0 {
-			f.hot = now.Add(hotFor)
-			return nil
+	if !f.hot.IsZero() {
+		if found, err := f.waitHot(); found || err != nil {
+			return err
 		}
 	}
 	if f.raw.Read(f.park) != nil {
@@ -102,6 +100,33 @@ func (f *File) Wait() error {
 	go wake()
 	return nil
 }
+
+// waitHot polls until f has been idle for hotFor.
+func (f *File) waitHot() (found bool, err error) {
+	if spinning.Add(1) > maxSpinning() {
+		spinning.Add(-1)
+		return false, nil
+	}
+	defer spinning.Add(-1)
+	for now := time.Now(); now.Before(f.hot); now = time.Now() {
+		if f.raw.Control(f.spin) != nil {
+			return false, os.ErrClosed
+		}
+		if f.found != 0 {
+			f.hot = now.Add(hotFor)
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// spinning counts the Files that poll at this moment, in the whole process:
+// each keeps a processor (a P) of the Go scheduler, of which there are few.
+var spinning atomic.Int32
+
+// maxSpinning leaves two of them to everything else: one to run what is ready,
+// one to take up what the runtime's poller finds.
+func maxSpinning() int32 { return int32(runtime.GOMAXPROCS(0)) - 2 }
 
 // wake does nothing: starting it has the scheduler wake another thread, which
 // finds nothing else to run and sits down in the runtime's poller. Without that

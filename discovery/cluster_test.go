@@ -74,6 +74,12 @@ func TestLeaveIsSeenWithinASecond(t *testing.T) {
 	if took := time.Since(begin); took > 1500*time.Millisecond {
 		t.Errorf("leaving took %v", took)
 	}
+	if c.Flood(1, []byte{1}) {
+		t.Error("Flood was taken after Run ended")
+	}
+	if err := c.SetOverlays(manyOverlays(1, "none")); err != nil {
+		t.Errorf("SetOverlays after Run ended: %v", err)
+	}
 }
 
 // A killed node is seen within 10 s; then its name comes back from another

@@ -324,6 +324,9 @@ func (d *Discovery) Run(ctx context.Context) error {
 	if leave {
 		left = s.Leave()
 	}
+	d.publish.Lock()
+	d.serf.Store(nil) // from here Flood would wait for somebody to take its event
+	d.publish.Unlock()
 	err = errors.Join(left, s.Shutdown())
 	close(stop) // not before: Serf blocks when nobody takes its events
 	loop.Wait()

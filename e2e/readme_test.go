@@ -36,7 +36,8 @@ func TestREADME(t *testing.T) {
 		// Two hosts of one machine cannot share its default paths, and we are root.
 		line = strings.Replace(line, "sudo ", "", 1)
 		line = strings.Replace(line, "tulle up", "tulle up --state-dir "+o.sock+".state", 1)
-		cmd := exec.Command("sh", "-c", "exec "+line)
+		// Nor have they a name of their own, so each gets one.
+		cmd := exec.Command("unshare", "--uts", "sh", "-c", "hostname "+o.host.Name()+" && exec "+line)
 		cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(binary)+":"+os.Getenv("PATH"), "TULLE_SOCKET="+o.sock)
 		return cmd
 	}

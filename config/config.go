@@ -85,7 +85,10 @@ type Config struct {
 	// vxlan sends them over a virtual underlay: auto (default: where the
 	// underlay device is a veth, bridge or the like), on, off.
 	UnfinishedChecksums string
-	Overlays            []Overlay
+	// NoGSO and NoGRO (keys gso and gro: on, off; default on) switch off trains
+	// of datagrams on the way out of the node and on the way in.
+	NoGSO, NoGRO bool
+	Overlays     []Overlay
 }
 
 // Overlay is one static overlay.
@@ -133,6 +136,11 @@ type Overlay struct {
 	Netns string
 	// Queues of the TAP, 1 to 256; default 1. The driver plain has one.
 	Queues int
+	// NoTSO, NoUSO and NoGRO (keys tso, uso and gro: on, off; default on) switch
+	// off the TAP's super-frames: of TCP and of UDP on their way out of the
+	// kernel, and on the way into it. Behind a software bridge that cuts them
+	// again, gro is better off.
+	NoTSO, NoUSO, NoGRO bool
 }
 
 // Default returns the settings of a node that was told nothing: every default

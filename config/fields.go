@@ -67,6 +67,8 @@ var nodeFields = []field[Config]{
 	{key: "socket", set: text(func(c *Config) *string { return &c.Socket })},
 	{key: "source-ports", set: positive(func(c *Config) *int { return &c.SourcePorts })},
 	{key: "unfinished-checksums", set: text(func(c *Config) *string { return &c.UnfinishedChecksums })},
+	{key: "gso", set: offSwitch(func(c *Config) *bool { return &c.NoGSO })},
+	{key: "gro", set: offSwitch(func(c *Config) *bool { return &c.NoGRO })},
 }
 
 // overlayFields are the keys of one overlay, in a file and in --overlay.
@@ -130,6 +132,9 @@ var overlayFields = []field[Overlay]{
 	{key: "driver", set: func(o *Overlay, s string) error { o.Driver = tap.Driver(s); return nil }},
 	{key: "netns", set: text(func(o *Overlay) *string { return &o.Netns })},
 	{key: "queues", set: positive(func(o *Overlay) *int { return &o.Queues })},
+	{key: "tso", set: offSwitch(func(o *Overlay) *bool { return &o.NoTSO })},
+	{key: "uso", set: offSwitch(func(o *Overlay) *bool { return &o.NoUSO })},
+	{key: "gro", set: offSwitch(func(o *Overlay) *bool { return &o.NoGRO })},
 }
 
 // Set replaces the value of one key of the file's top level (all but
@@ -178,6 +183,17 @@ func positive[T any](at func(*T) *int) func(*T, string) error {
 			return errors.New("want a whole number, 1 or more")
 		}
 		*at(t) = n
+		return nil
+	}
+}
+
+// offSwitch sets a field that is true for off.
+func offSwitch[T any](at func(*T) *bool) func(*T, string) error {
+	return func(t *T, s string) error {
+		if s != "on" && s != "off" {
+			return errors.New("want on or off")
+		}
+		*at(t) = s == "off"
 		return nil
 	}
 }

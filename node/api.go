@@ -17,6 +17,7 @@ import (
 //	GET /v1/peers               Peers
 //	GET /v1/overlays            Overlays
 //	GET /v1/overlays/NAME/fdb   FDB; 404 with Error where there is no such overlay
+//	PUT /v1/offloads/NAME       OffloadSwitches for a TAP, or for "underlay"; answers OffloadStatus
 
 // Status answers `tulle status`.
 type Status struct {
@@ -65,6 +66,12 @@ type OverlayStatus struct {
 type OffloadStatus struct {
 	Underlay underlay.Offloads       `json:"underlay"`
 	Taps     map[string]tap.Offloads `json:"taps"`
+}
+
+// OffloadSwitches says which offloads are switched off; what is absent is on.
+type OffloadSwitches struct {
+	// Off lists names of Offloads: tso, uso, gro of a TAP; gso, gro of the underlay.
+	Off []string `json:"off"`
 }
 
 // Peers answers `tulle peers`.

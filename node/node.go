@@ -76,6 +76,8 @@ func New(cfg config.Config, log *slog.Logger) (n *Node, err error) {
 		SourcePorts: cfg.SourcePorts,
 		GroupTTL:    groupTTLs(cfg.Overlays),
 		TooBig:      n.tooBig,
+		NoGSO:       cfg.NoGSO,
+		NoGRO:       cfg.NoGRO,
 		Log:         log,
 	})
 	if err != nil {
@@ -159,6 +161,7 @@ func (n *Node) addOverlay(o config.Overlay) error {
 	tc := tap.Config{
 		Name: o.Tap, MAC: o.MAC, MTU: mtu, Queues: o.Queues,
 		Driver: o.Driver, Netns: o.Netns, Log: n.log,
+		NoTSO: o.NoTSO, NoUSO: o.NoUSO, NoGRO: o.NoGRO,
 	}
 	if o.Address.IsValid() {
 		tc.Addresses = []netip.Prefix{o.Address}

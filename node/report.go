@@ -21,7 +21,7 @@ func (n *Node) status() Status {
 			Started: n.started,
 		},
 		Overlays: n.overlayStatus(),
-		Offloads: OffloadStatus{Underlay: n.conn.Offloads(), Taps: map[string]tap.Offloads{}},
+		Offloads: n.offloads(),
 		Drops:    n.drops(),
 	}
 	for _, a := range n.conn.LocalAddrs() {
@@ -36,12 +36,17 @@ func (n *Node) status() Status {
 			s.Node.PeersLost++
 		}
 	}
-	for _, o := range n.overlays {
-		s.Offloads.Taps[o.dev.Name()] = o.dev.Offloads()
-	}
 	n.mu.Lock()
 	s.Node.Conflicts = append([]string{}, n.conflicts...)
 	n.mu.Unlock()
+	return s
+}
+
+func (n *Node) offloads() OffloadStatus {
+	s := OffloadStatus{Underlay: n.conn.Offloads(), Taps: map[string]tap.Offloads{}}
+	for _, o := range n.overlays {
+		s.Taps[o.dev.Name()] = o.dev.Offloads()
+	}
 	return s
 }
 

@@ -68,6 +68,7 @@ func (s *apiServer) serve(n *Node) error {
 		}
 		reply(w, http.StatusOK, table)
 	})
+	mux.HandleFunc("PUT /v1/offloads/{name}", n.putOffloads)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusNotFound, Error{"no such resource: " + r.Method + " " + r.URL.Path})
 	})

@@ -34,9 +34,10 @@ type conn struct {
 
 	gso         atomic.Bool
 	gsoState    atomic.Pointer[string]
-	maxSegments int // of one train
-	groState    string
-	rcvBuf      int // granted
+	groState    atomic.Pointer[string]
+	tested      offloads // what the self-test found, switches left aside
+	maxSegments int      // of one train
+	rcvBuf      int      // granted
 	sndBuf      int
 }
 
@@ -52,12 +53,13 @@ func Open(cfg Config) (Conn, error) {
 		return nil, err
 	}
 	c := &conn{cfg: cfg, maxSegments: minMaxSegments}
-	t := testOffloads(cfg)
-	c.setGSO(t.gso)
-	c.groState = t.gro
-	c.sndBuf = t.sndBuf
-	if t.longTrains {
+	c.tested = testOffloads(cfg)
+	c.sndBuf = c.tested.sndBuf
+	if c.tested.longTrains {
 		c.maxSegments = longMaxSegments
+	}
+	if err := c.SetOffload(cfg.NoGSO, cfg.NoGRO); err != nil {
+		return nil, err
 	}
 	if err := c.listen(); err != nil {
 		c.Close()
@@ -98,7 +100,7 @@ func noFamily(err error) bool {
 
 // listenOn adds one listening socket.
 func (c *conn) listenOn(at netip.AddrPort) error {
-	fd, err := listenSocket(at, c.cfg.ReceiveBuffer, c.groState == stateOn)
+	fd, err := listenSocket(at, c.cfg.ReceiveBuffer, *c.groState.Load() == stateOn)
 	if err != nil {
 		return listenError(at, err)
 	}
@@ -210,7 +212,33 @@ func (c *conn) Stats() *Stats                { return &c.stats }
 func (c *conn) NewSender() Sender            { return newSender(c) }
 
 func (c *conn) Offloads() Offloads {
-	return Offloads{GSO: *c.gsoState.Load(), GRO: c.groState, ReceiveBuffer: c.rcvBuf, SendBuffer: c.sndBuf}
+	return Offloads{GSO: *c.gsoState.Load(), GRO: *c.groState.Load(), ReceiveBuffer: c.rcvBuf, SendBuffer: c.sndBuf}
+}
+
+func (c *conn) SetOffload(noGSO, noGRO bool) error {
+	gso, gro := c.tested.gso, c.tested.gro
+	if noGSO {
+		gso = stateOff
+	}
+	if noGRO {
+		gro = stateOff
+	}
+	on := 0
+	if gro == stateOn {
+		on = 1
+	}
+	for _, r := range c.receivers {
+		var err error
+		if e := r.file.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_GRO, on) }); e != nil {
+			return ErrClosed
+		}
+		if err != nil && on == 1 { // off is refused only by a kernel that has none
+			return fmt.Errorf("underlay: UDP_GRO: %w", err)
+		}
+	}
+	c.setGSO(gso)
+	c.groState.Store(&gro)
+	return nil
 }
 
 // setGSO takes "on", "off" or the reason why there are no trains.

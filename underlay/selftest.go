@@ -37,27 +37,14 @@ type offloads struct {
 // datagrams at all (it may be down), an option that the kernel accepts counts:
 // sending falls back by itself.
 func testOffloads(cfg Config) offloads {
-	t := offloads{gso: stateOff, gro: stateOff}
 	l, err := newLoop(cfg.SendBuffer)
 	if err != nil {
-		if !cfg.NoGSO {
-			t.gso = "not available: " + err.Error()
-		}
-		if !cfg.NoGRO {
-			t.gro = "not available: " + err.Error()
-		}
-		return t
+		return offloads{gso: state(err), gro: state(err)}
 	}
 	defer l.close()
-	t.sndBuf = granted(l.tx, unix.SO_SNDBUF)
 	alive := l.alive()
-	if !cfg.NoGSO {
-		t.gso = state(l.testGSO(alive))
-		t.longTrains = t.gso == stateOn && alive && l.takes(longMaxSegments)
-	}
-	if !cfg.NoGRO {
-		t.gro = state(l.testGRO(alive))
-	}
+	t := offloads{gso: state(l.testGSO(alive)), gro: state(l.testGRO(alive)), sndBuf: granted(l.tx, unix.SO_SNDBUF)}
+	t.longTrains = t.gso == stateOn && alive && l.takes(longMaxSegments)
 	return t
 }
 

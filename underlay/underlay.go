@@ -28,6 +28,9 @@ type Conn interface {
 	PathMTU(dst netip.Addr) (int, error)
 	Stats() *Stats
 	Offloads() Offloads
+	// SetOffload switches trains off, on the way out and on the way in, or on
+	// again where they are available; it takes effect at once.
+	SetOffload(noGSO, noGRO bool) error
 	// Close ends all Receivers: their Wait returns ErrClosed.
 	Close() error
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -42,7 +43,20 @@ func newClient(socket string) *client {
 
 // get returns the body of path: JSON, if there is no error.
 func (c *client) get(ctx context.Context, path string) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tulle"+path, nil)
+	return c.do(ctx, http.MethodGet, path, nil)
+}
+
+// put sends what and returns the answer's body.
+func (c *client) put(ctx context.Context, path string, what any) ([]byte, error) {
+	body, err := json.Marshal(what)
+	if err != nil {
+		return nil, err
+	}
+	return c.do(ctx, http.MethodPut, path, bytes.NewReader(body))
+}
+
+func (c *client) do(ctx context.Context, method, path string, send io.Reader) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://tulle"+path, send)
 	if err != nil {
 		return nil, err
 	}

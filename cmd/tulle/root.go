@@ -75,7 +75,8 @@ func newRoot() *cobra.Command {
 	}
 	root.PersistentFlags().String("socket", socket, "local API of the node (or set TULLE_SOCKET)")
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(), versionCommand(), completionCommand())
+	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
+		offloadCommand(), versionCommand(), completionCommand())
 	root.SetHelpCommand(helpCommand())
 	for _, cmd := range root.Commands() {
 		cmd.RunE = marked(cmd.RunE)

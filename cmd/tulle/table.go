@@ -56,12 +56,16 @@ func statusTable(w io.Writer, s *node.Status) {
 	overlaysTable(w, &node.Overlays{Overlays: s.Overlays})
 
 	fmt.Fprintln(w)
+	offloadTable(w, &s.Offloads)
+}
+
+func offloadTable(w io.Writer, s *node.OffloadStatus) {
 	fmt.Fprintln(w, "OFFLOADS")
-	t = newTable(w)
-	u := &s.Offloads.Underlay
+	t := newTable(w)
+	u := &s.Underlay
 	t.row("underlay", fmt.Sprintf("gso %s, gro %s, buffers %s in, %s out", u.GSO, u.GRO, bytesOf(uint64(u.ReceiveBuffer)), bytesOf(uint64(u.SendBuffer))))
-	for _, name := range slices.Sorted(maps.Keys(s.Offloads.Taps)) {
-		o := s.Offloads.Taps[name]
+	for _, name := range slices.Sorted(maps.Keys(s.Taps)) {
+		o := s.Taps[name]
 		t.row(name, fmt.Sprintf("%s: checksum %s, tso4 %s, tso6 %s, uso %s, gro %s", o.Driver, o.Checksum, o.TSO4, o.TSO6, o.USO, o.GRO))
 	}
 	t.flush()

@@ -29,7 +29,7 @@ signal ends it at once.
 Settings come from --config, a YAML file, and from the flags, which win; --overlay adds
 to the file's overlays. An overlay takes every key that it has in the file: name, vni,
 encryption, address, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age,
-max-macs, max-macs-per-port, driver, netns, queues.`,
+max-macs, max-macs-per-port, driver, netns, queues, tso, uso, gro.`,
 		Example: `  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.1/16
   tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.2/16 --join 192.0.2.1
   tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.3/16,peer=192.0.2.9   # a foreign VTEP

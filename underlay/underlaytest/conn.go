@@ -39,6 +39,9 @@ func (c *Conn) NewSender() underlay.Sender     { return &sender{c: c} }
 func (c *Conn) LocalAddrs() []netip.AddrPort   { return []netip.AddrPort{c.addr} }
 func (c *Conn) Stats() *underlay.Stats         { return &c.stats }
 
+// SetOffload does nothing: trains stay on.
+func (c *Conn) SetOffload(noGSO, noGRO bool) error { return nil }
+
 // Offloads says "on": trains are merged on the way in as the kernel does.
 func (c *Conn) Offloads() underlay.Offloads {
 	return underlay.Offloads{GSO: "on", GRO: "on", ReceiveBuffer: MaxQueue, SendBuffer: MaxQueue}

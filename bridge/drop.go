@@ -36,6 +36,9 @@ const (
 	DropSamePort
 	// DropMalformed: a super-frame whose headers contradict its metadata.
 	DropMalformed
+	// DropOversize: a frame that fits no datagram; the device's MTU was changed
+	// by somebody else.
+	DropOversize
 	// DropTapWrite: the kernel refused the frame (the device is down or its queue full).
 	DropTapWrite
 	// DropTapRead: a frame that the TAP driver could not take.
@@ -64,6 +67,7 @@ var dropNames = [numDrops]string{
 	DropSplitHorizon:     "split_horizon",
 	DropSamePort:         "same_port",
 	DropMalformed:        "malformed",
+	DropOversize:         "oversize",
 	DropTapWrite:         "tap_write",
 	DropTapRead:          "tap_read",
 	DropMACLimit:         "mac_limit",

@@ -123,6 +123,10 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32) {
 		return
 	}
 	room := vxlan.HeaderLen + l.cut.MaxLen()
+	if room > underlay.MaxSend {
+		b.tunnel.drops.add(DropOversize)
+		return
+	}
 	frames, bytes := 0, 0
 	for {
 		d := l.tx.Reserve(room)

@@ -53,6 +53,9 @@ type Coalescer struct {
 	hashes [maxSuperFrames]uint32
 	open   [maxSuperFrames]*superFrame
 	n      int
+	// recent is where the frame before went, if that is less than n; the search
+	// tries it first.
+	recent int
 	// free are those that are not open. They are made when first needed: most
 	// batches have a handful of flows.
 	free  [maxSuperFrames]*superFrame
@@ -102,8 +105,12 @@ func (c *Coalescer) Add(to Sink, frame []byte, m Meta) {
 		c.pass(to, frame, m)
 		return
 	}
-	hash := tableHash(frame, h)
-	i := c.find(to, frame, h, hash)
+	// Mostly a frame belongs to the flow of the one before.
+	i, hash := c.recent, uint32(0)
+	if i >= c.n || !c.open[i].sameFlow(to, frame, h) {
+		hash = tableHash(frame, h)
+		i = c.find(to, frame, h, hash)
+	}
 	merges, last := canMerge(frame, h, m)
 	checked := false
 	if i >= 0 {
@@ -117,12 +124,14 @@ func (c *Coalescer) Add(to Sink, frame []byte, m Meta) {
 			checked = true
 			if s.checked || checksumsOK(s.frame, s.h, s.m) {
 				s.checked = true
+				c.recent = i
 				if s.add(frame, h) || last {
 					c.emit(i)
 				}
 				return
 			}
 		}
+		hash = c.hashes[i]
 		c.emit(i)
 	}
 	if !merges || last {
@@ -291,6 +300,7 @@ func (c *Coalescer) start(to Sink, frame []byte, h Headers, m Meta, hash uint32,
 	s.count = 1
 	s.lenBytes = int(h.End - uint32(h.L3))
 	c.hashes[c.n], c.open[c.n] = hash, s
+	c.recent = c.n
 	c.n++
 }
 

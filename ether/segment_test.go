@@ -250,6 +250,10 @@ func TestSegmentFilled(t *testing.T) {
 				t.Error("Partial() = true for UDP without a checksum")
 			}
 		}
+		// And one after it that has one gets it.
+		full := ethertest.UDP{Payload: pattern(1000)}
+		partial, m := full.Super(300)
+		compareFrames(t, cut(t, &s, partial, m), udpSegments(full, 300, s.Unfilled))
 	}
 }
 

@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/underlay"
@@ -29,11 +32,11 @@ func overhead(underlayAddr netip.Addr) int {
 // fitMTU returns the MTU that overlay o starts with: the one that it asks for,
 // if it fits the underlay, else the largest that does.
 func (n *Node) fitMTU(o config.Overlay) (int, error) {
-	dev, deviceMTU, err := deviceOf(n.cfg.Advertise)
+	deviceMTU, err := mtuOf(n.dev)
 	if err != nil {
 		return 0, err
 	}
-	fits := n.largestMTU(deviceMTU, o.Peers)
+	fits := n.largestMTU(deviceMTU, o.Peers, map[netip.Addr]int{})
 	if o.MTU == 0 {
 		return fits, nil
 	}
@@ -43,31 +46,46 @@ func (n *Node) fitMTU(o config.Overlay) (int, error) {
 			ip = "40 IPv6"
 		}
 		return 0, fmt.Errorf("node: overlay %s: mtu %d does not fit the underlay: %d of %s less %d (%s + 8 UDP + 8 VXLAN + 14 Ethernet) leaves %d: give mtu %d or less, or none",
-			o.Name, o.MTU, fits+overhead(n.cfg.Advertise), dev, overhead(n.cfg.Advertise), ip, fits, fits)
+			o.Name, o.MTU, fits+overhead(n.cfg.Advertise), n.dev, overhead(n.cfg.Advertise), ip, fits, fits)
 	}
 	return o.MTU, nil
 }
 
 // largestMTU returns the largest overlay MTU that fits the underlay's device
-// and the route to each VTEP.
-func (n *Node) largestMTU(deviceMTU int, vteps []netip.AddrPort) int {
+// and the route to each VTEP. paths remembers the routes' MTUs.
+func (n *Node) largestMTU(deviceMTU int, vteps []netip.AddrPort, paths map[netip.Addr]int) int {
 	mtu := deviceMTU - overhead(n.cfg.Advertise)
 	for _, a := range vteps {
-		if path, err := n.conn.PathMTU(a.Addr()); err == nil {
-			mtu = min(mtu, path-overhead(a.Addr()))
+		path, known := paths[a.Addr()]
+		if !known {
+			var err error
+			if path, err = n.conn.PathMTU(a.Addr()); err != nil {
+				path = maxMTU + overheadIPv6 // no route: nothing is sent either
+			}
+			paths[a.Addr()] = path
 		}
+		mtu = min(mtu, path-overhead(a.Addr()))
 	}
 	return min(max(mtu, minMTU), maxMTU)
 }
 
-// followMTU sets the devices to what the underlay carries now.
-func (n *Node) followMTU(flood map[vxlan.VNI][]netip.AddrPort) {
-	_, deviceMTU, err := deviceOf(n.cfg.Advertise)
-	if err != nil {
-		return // the address is gone; it may come back
+// followMTU sets the devices to what the underlay carries now. It takes the
+// flood lists from the last sync.
+func (n *Node) followMTU() {
+	deviceMTU, err := mtuOf(n.dev)
+	if err != nil { // the address may be on another device now, or come back later
+		name, err := deviceOf(n.cfg.Advertise)
+		if err != nil {
+			return
+		}
+		n.dev = name
+		if deviceMTU, err = mtuOf(name); err != nil {
+			return
+		}
 	}
+	paths := map[netip.Addr]int{}
 	for _, o := range n.overlays {
-		mtu := n.largestMTU(deviceMTU, append(flood[o.cfg.VNI], o.cfg.Peers...))
+		mtu := n.largestMTU(deviceMTU, append(slices.Clone(n.flood[o.cfg.VNI]), o.cfg.Peers...), paths)
 		if o.cfg.MTU != 0 && o.cfg.MTU < mtu {
 			mtu = o.cfg.MTU
 		}
@@ -83,11 +101,28 @@ func (n *Node) followMTU(flood map[vxlan.VNI][]netip.AddrPort) {
 	}
 }
 
-// deviceOf returns name and MTU of the network device that has the address a.
-func deviceOf(a netip.Addr) (string, int, error) {
+// mtuOf returns a device's MTU in bytes.
+func mtuOf(name string) (int, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("node: socket: %w", err)
+	}
+	defer unix.Close(fd)
+	r, err := unix.NewIfreq(name)
+	if err == nil {
+		err = unix.IoctlIfreq(fd, unix.SIOCGIFMTU, r)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("node: MTU of %s: %w", name, err)
+	}
+	return int(r.Uint32()), nil
+}
+
+// deviceOf returns the name of the network device that has the address a.
+func deviceOf(a netip.Addr) (string, error) {
 	ifs, err := net.Interfaces()
 	if err != nil {
-		return "", 0, fmt.Errorf("node: list network devices: %w", err)
+		return "", fmt.Errorf("node: list network devices: %w", err)
 	}
 	for _, i := range ifs {
 		addrs, err := i.Addrs()
@@ -96,11 +131,11 @@ func deviceOf(a netip.Addr) (string, int, error) {
 		}
 		for _, x := range addrs {
 			if p, err := netip.ParsePrefix(x.String()); err == nil && p.Addr().Unmap() == a {
-				return i.Name, i.MTU, nil
+				return i.Name, nil
 			}
 		}
 	}
-	return "", 0, fmt.Errorf("node: no network device has the address %s: give --advertise one of this host's addresses", a)
+	return "", fmt.Errorf("node: no network device has the address %s: give --advertise one of this host's addresses", a)
 }
 
 // advertise returns the address that others reach this node at.

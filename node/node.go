@@ -41,6 +41,10 @@ type Node struct {
 
 	overlays []*overlay // fixed after New
 
+	// Run's own.
+	dev   string                         // the underlay's device
+	flood map[vxlan.VNI][]netip.AddrPort // as of the last sync
+
 	mu        sync.Mutex
 	conflicts []string
 }
@@ -54,14 +58,17 @@ type overlay struct {
 
 // New opens sockets and devices; nothing is left behind when it fails. cfg
 // must be valid (config.Config.Validate).
-func New(cfg config.Config, log *slog.Logger) (n *Node, err error) {
-	n = &Node{cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}), tooBig: make(chan struct{}, 1)}
+func New(cfg config.Config, log *slog.Logger) (_ *Node, err error) {
+	n := &Node{cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}), tooBig: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
-			n.close()
+			_ = n.close() // the first error is the one to tell
 		}
 	}()
 	if n.cfg.Advertise, err = advertise(cfg); err != nil {
+		return nil, err
+	}
+	if n.dev, err = deviceOf(n.cfg.Advertise); err != nil {
 		return nil, err
 	}
 	if n.state, err = openStateDir(cfg.StateDir); err != nil {
@@ -205,8 +212,8 @@ func (n *Node) Run(ctx context.Context) error {
 
 	resync := time.NewTicker(resyncEvery)
 	defer resync.Stop()
+	n.sync()
 	for {
-		n.sync()
 		select {
 		case err := <-gossip:
 			if ctx.Err() != nil && err == nil {
@@ -214,9 +221,13 @@ func (n *Node) Run(ctx context.Context) error {
 			}
 			return err
 		case <-n.disc.Changed():
-		case <-bell:
-		case <-n.tooBig:
+			n.sync()
 		case <-resync.C:
+			n.sync()
+		case <-bell:
+			n.followMTU()
+		case <-n.tooBig:
+			n.followMTU()
 		}
 	}
 }

@@ -19,7 +19,8 @@ func (n *Node) sync() {
 	for _, o := range n.overlays {
 		o.br.SetMembers(v.flood[o.cfg.VNI], v.refused[o.cfg.VNI])
 	}
-	n.followMTU(v.flood)
+	n.flood = v.flood
+	n.followMTU()
 }
 
 // tell logs conflicts that are new.

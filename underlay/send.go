@@ -12,9 +12,6 @@ const (
 	// maxPieces and maxMessages bound what one Flush sends.
 	maxPieces   = 512
 	maxMessages = 512
-	// maxTrain is the most bytes of one message: the payload of the largest
-	// IPv4 packet without options.
-	maxTrain = 65507
 	// minMaxSegments is the most datagrams of a train that every Linux sends
 	// (UDP_MAX_SEGMENTS is 64, and 128 from 6.9: one less is on the safe side).
 	minMaxSegments  = 63
@@ -87,7 +84,7 @@ func (s *sender) grow() {
 }
 
 func (s *sender) Reserve(n int) []byte {
-	if n < 1 || n > maxTrain {
+	if n < 1 || n > MaxSend {
 		panic("underlay: Reserve: length is not 1 to 65507")
 	}
 	if s.arena == nil {
@@ -121,7 +118,7 @@ func (s *sender) Commit(dst netip.AddrPort, flow uint32, n int) {
 
 // extend adds the datagram at off to m, if it can travel with it.
 func (s *sender) extend(m *message, dst netip.AddrPort, off, n int32) bool {
-	if m.full || n > m.segmentLen || m.bytes+n > maxTrain || int(m.datagrams) == s.c.maxSegments ||
+	if m.full || n > m.segmentLen || m.bytes+n > MaxSend || int(m.datagrams) == s.c.maxSegments ||
 		m.dst != dst || !s.c.gso.Load() {
 		return false
 	}

@@ -63,6 +63,10 @@ var ErrClosed = errors.New("underlay: closed")
 // MaxDatagram is the most bytes that one received slot holds.
 const MaxDatagram = 65535
 
+// MaxSend is the most bytes of one datagram, and of one train: the payload of the
+// largest IPv4 packet without options.
+const MaxSend = 65507
+
 // Slot is what one receive delivered: a datagram, or a train of them.
 type Slot struct {
 	// Src is the sender; IPv4 addresses are never IPv4-mapped.

@@ -355,8 +355,8 @@ func TestTooBigIsCounted(t *testing.T) {
 	s := c.NewSender()
 	// Past Reserve's bound, because the loopback's MTU takes all that it allows.
 	s.(*sender).grow()
-	s.(*sender).reserved = maxTrain + 1
-	s.Commit(c.LocalAddrs()[0], 0, maxTrain+1)
+	s.(*sender).reserved = MaxSend + 1
+	s.Commit(c.LocalAddrs()[0], 0, MaxSend+1)
 	put(s, c.LocalAddrs()[0], 0, []byte("small"))
 	s.Flush()
 	if g := receive(t, c.Receivers()[0], 1)[0]; string(g.b) != "small" {

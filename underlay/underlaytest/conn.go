@@ -134,7 +134,6 @@ func (r *receiver) Wait() error {
 
 const (
 	maxSlots = 32
-	maxTrain = 65507
 )
 
 // memory is Batch.Memory: the slots' bytes.
@@ -188,7 +187,7 @@ func train(q []received) int {
 	size, bytes := len(q[0].b), len(q[0].b)
 	for n := 1; n < len(q); n++ {
 		d := len(q[n].b)
-		if q[n].src != q[0].src || d > size || d == 0 || bytes+d > maxTrain {
+		if q[n].src != q[0].src || d > size || d == 0 || bytes+d > underlay.MaxSend {
 			return n
 		}
 		bytes += d
@@ -221,7 +220,7 @@ type queued struct {
 }
 
 func (s *sender) Reserve(n int) []byte {
-	if n < 1 || n > maxTrain {
+	if n < 1 || n > underlay.MaxSend {
 		panic("underlaytest: Reserve: length is not 1 to 65507")
 	}
 	if s.arena == nil {

@@ -3,10 +3,17 @@ package labtest
 
 import (
 	"os"
+	"sync"
 	"testing"
 
 	"github.com/tulle-net/tulle/internal/lab"
 )
+
+const prefix = "tulletest"
+
+// sweep removes, once per process, what killed tests left. What it cannot
+// remove does not disturb this one.
+var sweep = sync.OnceFunc(func() { _, _ = lab.Sweep(prefix) })
 
 // New makes a lab that is closed at the end of the test, be that by success,
 // failure or panic. Without root the test is skipped. On failure the logs of
@@ -16,7 +23,8 @@ func New(t testing.TB) *lab.Lab {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
-	l, err := lab.New("tulletest")
+	sweep()
+	l, err := lab.New(prefix)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -47,6 +47,9 @@ type Config struct {
 	// FloodGossip, if set, is offered each BUM frame first; it returns false
 	// when the flood list must take it. The frame is borrowed.
 	FloodGossip func(vni vxlan.VNI, frame []byte) bool
+	// PortLost, if set, is called when a port's device has gone by itself (see
+	// Port.Lost). It must not block, nor call the Bridge.
+	PortLost func()
 	// AgeAfter is how long a MAC stays without being seen; default 300 s.
 	AgeAfter time.Duration
 	// MaxMACs bounds the FDB; default 65,536.
@@ -127,12 +130,12 @@ func newBridge(t *Tunnel, cfg Config) *Bridge {
 	}
 	b.ports.Store(&[]*Port{})
 	b.refused.Store(&map[netip.Addr]struct{}{})
-	for _, a := range cfg.Peers {
-		b.remotes.Store(a.Addr(), &place{vtep: a, listed: true})
-	}
 	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, a := range cfg.Peers {
+		b.addPeer(a)
+	}
 	b.setFlood()
-	b.mu.Unlock()
 	return b
 }
 
@@ -149,6 +152,7 @@ type Port struct {
 	queues []tap.Queue
 	at     *place
 	done   sync.WaitGroup
+	lost   atomic.Bool
 }
 
 // AddPort attaches a device and starts a worker per queue. The bridge closes
@@ -187,6 +191,25 @@ func (b *Bridge) RemovePort(p *Port) error {
 	err := p.dev.Close()
 	p.done.Wait()
 	return err
+}
+
+// Lost reports whether the device has gone without RemovePort: somebody deleted
+// it, or its network namespace has ended. RemovePort still has to be called.
+func (p *Port) Lost() bool { return p.lost.Load() }
+
+// ended is called by each worker as it ends.
+func (p *Port) ended() {
+	if !p.at.gone.Load() && !p.lost.Swap(true) && p.bridge.cfg.PortLost != nil {
+		p.bridge.cfg.PortLost()
+	}
+}
+
+// mtu returns the MTU in bytes of the overlay's devices, 0 if it has none.
+func (b *Bridge) mtu() int {
+	if ports := *b.ports.Load(); len(ports) > 0 {
+		return ports[0].dev.MTU()
+	}
+	return 0
 }
 
 // Device returns the port's TAP.
@@ -250,6 +273,22 @@ func (b *Bridge) prune() {
 		}
 		return true
 	})
+	// A listed peer whose refusal has ended is back.
+	for _, a := range b.cfg.Peers {
+		if _, refused := (*b.refused.Load())[a.Addr()]; !refused {
+			b.addPeer(a)
+		}
+	}
+}
+
+// addPeer makes the place of a listed peer, if there is none. b.mu is held.
+func (b *Bridge) addPeer(a netip.AddrPort) {
+	if p, ok := b.remotes.Load(a.Addr()); !ok || !p.listed {
+		if ok {
+			b.dropPlace(a.Addr(), p)
+		}
+		b.remotes.Store(a.Addr(), &place{vtep: a, listed: true})
+	}
 }
 
 func (b *Bridge) dropPlace(src netip.Addr, p *place) {

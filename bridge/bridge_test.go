@@ -3,7 +3,11 @@ package bridge
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
+	"errors"
 	"net/netip"
+	"os"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -469,4 +473,146 @@ func TestAddRefusesDuplicates(t *testing.T) {
 	if _, err := tunnel.Add(Config{Name: "blue", VNI: 101}); err == nil {
 		t.Error("a second overlay named blue: want an error")
 	}
+}
+
+func TestListedPeerReturnsAfterRefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := underlaytest.NewNet(1)
+		listed := vtepOf(8)
+		a := start(t, net, 1, Config{Peers: []netip.AddrPort{listed}})
+		defer a.end()
+		a.bridge.SetMembers(nil, []netip.Addr{listed.Addr()})
+		if got := a.bridge.FloodList(); len(got) != 0 {
+			t.Fatalf("flood list %v while the peer is refused", got)
+		}
+		a.bridge.SetMembers(nil, nil)
+		if got := a.bridge.FloodList(); len(got) != 1 || got[0] != listed {
+			t.Fatalf("flood list %v after the refusal, want %v", got, listed)
+		}
+		f := frame(77, macOf(1), "hello")
+		send(net.Conn(listed), vtepOf(1), datagram(testVNI, f))
+		a.wants(t, f)
+	})
+}
+
+func TestGossipFloodReachesForeignVTEPs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := underlaytest.NewNet(1)
+		var gossiped [][]byte
+		a := start(t, net, 1, Config{
+			Peers:       []netip.AddrPort{vtepOf(8)},
+			FloodGossip: func(_ vxlan.VNI, f []byte) bool { gossiped = append(gossiped, bytes.Clone(f)); return len(f) < 100 },
+		})
+		defer a.end()
+		a.meet([]netip.AddrPort{vtepOf(2)})
+		var sent []netip.AddrPort
+		net.Tap(func(d underlaytest.Datagram) { sent = append(sent, d.Dst) })
+		a.dev.Inject(frame(macOf(1), ether.Broadcast, "small"), ether.Meta{})
+		synctest.Wait()
+		if len(gossiped) != 1 || len(sent) != 1 || sent[0] != vtepOf(8) {
+			t.Fatalf("a small broadcast: %d by gossip, datagrams to %v; want 1 and only the foreign VTEP", len(gossiped), sent)
+		}
+		a.dev.Inject(frame(macOf(1), ether.Broadcast, string(make([]byte, 200))), ether.Meta{})
+		synctest.Wait()
+		if len(sent) != 3 {
+			t.Errorf("a large broadcast: datagrams to %v, want the foreign VTEP and the member", sent[1:])
+		}
+	})
+}
+
+func TestPortLost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lost := 0
+		a := start(t, underlaytest.NewNet(1), 1, Config{PortLost: func() { lost++ }})
+		defer a.end()
+		second := taptest.New("blue1", 0x0254_0a20_0102, 1450, 2)
+		p, err := a.bridge.AddPort(second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		second.Close() // by itself, as when somebody deletes it
+		synctest.Wait()
+		if lost != 1 || !p.Lost() {
+			t.Errorf("a device that went by itself: told %d times, Lost %v; want once", lost, p.Lost())
+		}
+		if err := a.bridge.RemovePort(p); err != nil {
+			t.Error(err)
+		}
+		third := taptest.New("blue2", 0x0254_0a20_0103, 1450, 2)
+		if p, err = a.bridge.AddPort(third); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.bridge.RemovePort(p); err != nil {
+			t.Error(err)
+		}
+		if lost != 1 || p.Lost() {
+			t.Error("RemovePort counts as a loss")
+		}
+	})
+}
+
+// failingReceiver fails twice, then delivers, then is closed.
+type failingReceiver struct {
+	calls int
+	slot  underlay.Slot
+}
+
+func (r *failingReceiver) Wait() error {
+	if r.calls == 3 {
+		return underlay.ErrClosed
+	}
+	return nil
+}
+
+func (r *failingReceiver) Receive(b *underlay.Batch) error {
+	r.calls++
+	if r.calls < 3 {
+		return errors.New("no buffer space available")
+	}
+	b.Slots = append(b.Slots[:0], r.slot)
+	return nil
+}
+
+func TestReceiveGoesOnAfterAnError(t *testing.T) {
+	tunnel, b, _ := hotBridge(t)
+	newIngress(tunnel).run(&failingReceiver{slot: trainOf(t, smallFrame())})
+	if got := tunnel.Drops().Count(DropReceive); got != 2 {
+		t.Errorf("receive_failed = %d, want 2", got)
+	}
+	if got := b.RxFrames.Load(); got != 1 {
+		t.Errorf("%d frames received after the errors, want 1", got)
+	}
+}
+
+// TestWireVector: docs/wire.md shows this datagram.
+func TestWireVector(t *testing.T) {
+	const vector = `
+08000000 00006400
+ffffffffffff 02540a200001 0806
+0001 0800 06 04 0001 02540a200001 0a200001 000000000000 0a200002`
+	text, err := os.ReadFile("../docs/wire.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := ""
+	for line := range strings.Lines(vector) {
+		line = strings.TrimSpace(line)
+		if !strings.Contains(string(text), line) {
+			t.Errorf("docs/wire.md does not have the line %q", line)
+		}
+		want += strings.ReplaceAll(line, " ", "")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		net := underlaytest.NewNet(1)
+		got := ""
+		net.Tap(func(d underlaytest.Datagram) { got = hex.EncodeToString(d.B) })
+		a := start(t, net, 1, Config{})
+		defer a.end()
+		a.meet([]netip.AddrPort{vtepOf(2)})
+		a.dev.Inject(ethertest.ARPRequest(macOf(1), netip.MustParseAddr("10.32.0.1"), netip.MustParseAddr("10.32.0.2")), ether.Meta{})
+		synctest.Wait()
+		if got != want {
+			t.Errorf("an ARP request is sent as\n%s, want\n%s", got, want)
+		}
+	})
 }

@@ -36,6 +36,10 @@ const (
 	DropSamePort
 	// DropMalformed: a super-frame whose headers contradict its metadata.
 	DropMalformed
+	// DropNoPort: from the tunnel, for an overlay without a device.
+	DropNoPort
+	// DropReceive: not a datagram but a receive that failed; the next one may not.
+	DropReceive
 	// DropOversize: a frame that fits no datagram; the device's MTU was changed
 	// by somebody else.
 	DropOversize
@@ -67,6 +71,8 @@ var dropNames = [numDrops]string{
 	DropSplitHorizon:     "split_horizon",
 	DropSamePort:         "same_port",
 	DropMalformed:        "malformed",
+	DropNoPort:           "no_port",
+	DropReceive:          "receive_failed",
 	DropOversize:         "oversize",
 	DropTapWrite:         "tap_write",
 	DropTapRead:          "tap_read",

@@ -19,9 +19,10 @@ type lane struct {
 	now   int64
 }
 
-// run is the worker of one queue: TAP → tunnel, until the device is closed.
+// run is the worker of one queue: TAP → tunnel, until the device is gone.
 func (p *Port) run(q tap.Queue) {
 	defer p.done.Done()
+	defer p.ended()
 	t := p.bridge.tunnel
 	for q.Wait() == nil {
 		l := t.lanes.Get().(*lane)
@@ -105,13 +106,16 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 		return
 	}
 	b.Flooded.Add(1)
-	if b.cfg.FloodGossip != nil && f.Meta == (ether.Meta{}) && b.cfg.FloodGossip(b.cfg.VNI, f.B) {
+	byGossip := b.cfg.FloodGossip != nil && f.Meta == (ether.Meta{}) && b.cfg.FloodGossip(b.cfg.VNI, f.B)
+	if byGossip {
 		b.tx(1, len(f.B))
-		return
 	}
 	flow := ether.FlowHash(f.B)
 	for _, to := range list {
-		b.encap(l, to, f, flow)
+		// A foreign VTEP hears no gossip.
+		if !byGossip || to.listed {
+			b.encap(l, to, f, flow)
+		}
 	}
 }
 

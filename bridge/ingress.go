@@ -1,8 +1,8 @@
 package bridge
 
 import (
+	"errors"
 	"net/netip"
-	"runtime"
 
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/underlay"
@@ -46,15 +46,16 @@ func newIngress(t *Tunnel) *ingress {
 
 // run receives until the Conn is closed.
 func (in *ingress) run(r underlay.Receiver) {
-	// The thread stays on its core and is woken without the scheduler's help.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	for {
 		if r.Wait() != nil {
 			return
 		}
-		if r.Receive(in.batch) != nil {
-			return
+		if err := r.Receive(in.batch); err != nil {
+			if errors.Is(err, underlay.ErrClosed) {
+				return
+			}
+			in.t.drops.add(DropReceive)
+			continue
 		}
 		in.handle()
 	}
@@ -126,7 +127,7 @@ func (in *ingress) plain(d []byte) {
 		in.deliver(frame, ether.Meta{})
 		return
 	}
-	m, _ := ether.Unfinished(frame, in.t.cfg.MTU(vni))
+	m, _ := ether.Unfinished(frame, in.b.mtu())
 	in.deliver(frame, m)
 }
 
@@ -182,8 +183,6 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		}
 		in.lastSrc = src
 	}
-	in.frames++
-	in.bytes += len(frame)
 	if dst != in.lastDst {
 		in.lastDst, in.to = dst, nil
 		if !dst.IsMulticast() {
@@ -197,11 +196,17 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 			}
 		}
 	}
+	in.frames++
+	in.bytes += len(frame)
 	if in.to != nil {
 		in.merge.Add(in.to, frame, m)
 		return
 	}
-	for _, p := range *in.b.ports.Load() {
+	ports := *in.b.ports.Load()
+	if len(ports) == 0 {
+		in.t.drops.add(DropNoPort)
+	}
+	for _, p := range ports {
 		in.merge.Add(p, frame, m)
 	}
 }

@@ -31,8 +31,6 @@ type TunnelConfig struct {
 	// checksums and uncut super-frames, as the kernel's vxlan does on a virtual
 	// underlay. It weakens the check of their checksums by one in 65,536.
 	Unfinished bool
-	// MTU returns an overlay's MTU in bytes, to cut such super-frames by.
-	MTU func(vxlan.VNI) int
 }
 
 // Tunnel is the node's side towards the underlay: bridges by VNI, and the

@@ -226,18 +226,18 @@ func (v *validator) wire(o *Overlay) {
 	case o.Group.IsValid() && !reaches(listen, o.Group):
 		v.fault("group %s: the node listens on %s, another family: listen on [::], or take a group of that family", o.Group, v.c.Listen)
 	}
-	own := netip.AddrPortFrom(v.c.Advertise, v.c.Listen.Port())
 	for i, p := range o.Peers {
 		a := p.Addr()
 		switch {
 		case !p.IsValid() || p.Port() == 0 || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "":
 			v.fault("peer %s: want the address of one VTEP and a port from 1 to 65535", p)
-		case p == own:
+		case a == v.c.Advertise:
 			v.fault("peer %s is this node itself: leave it out", p)
 		case !reaches(listen, a):
 			v.fault("peer %s: out of reach while the node listens on %s: listen on [::]", p, v.c.Listen)
-		case slices.Contains(o.Peers[:i], p):
-			v.fault("peer %s is there twice", p)
+		case slices.ContainsFunc(o.Peers[:i], func(q netip.AddrPort) bool { return q.Addr() == a }):
+			// A VTEP is told by its address: the port that it sends from says nothing.
+			v.fault("peer %s: its address is there twice: list one VTEP an address", p)
 		}
 	}
 }

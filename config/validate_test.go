@@ -141,7 +141,7 @@ func TestValidateOverlayFaults(t *testing.T) {
 		{func(o *Overlay) { o.Flood = "multicast"; o.Group = ad("192.0.2.1") }, "config: overlay blue: group 192.0.2.1: want a multicast address, as in 239.1.1.1 or ff05::100"},
 		{func(o *Overlay) { o.GroupTTL = 256 }, "config: overlay blue: group-ttl 256: want 1 to 255"},
 		{func(o *Overlay) { o.Peers = []netip.AddrPort{ap("224.0.0.1:4789")} }, "config: overlay blue: peer 224.0.0.1:4789: want the address of one VTEP and a port from 1 to 65535"},
-		{func(o *Overlay) { o.Peers = []netip.AddrPort{ap("192.0.2.9:1"), ap("192.0.2.9:1")} }, "config: overlay blue: peer 192.0.2.9:1 is there twice"},
+		{func(o *Overlay) { o.Peers = []netip.AddrPort{ap("192.0.2.9:1"), ap("192.0.2.9:1")} }, "config: overlay blue: peer 192.0.2.9:1: its address is there twice: list one VTEP an address"},
 		{func(o *Overlay) { o.AgeAfter = 1 }, "config: overlay blue: age 1ns: want 1s to 24h0m0s"},
 		{func(o *Overlay) { o.MaxMACs = 1<<20 + 1 }, "config: overlay blue: max-macs 1048577: want 1 to 1048576"},
 		{func(o *Overlay) { o.MaxMACs = -1 }, "config: overlay blue: max-macs -1: want 1 to 1048576"},

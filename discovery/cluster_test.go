@@ -99,7 +99,7 @@ func TestCrashIsSeenAndTheNameComesBack(t *testing.T) {
 	again := start(t, testConfig("c", a))
 	a.await(5*time.Second, "c at its new address", func() bool {
 		m := a.member("c")
-		return m.Status == Alive && m.Gossip == again.Gossip() && m.VTEP == again.cfg.VTEP
+		return m.Confirmed && m.Gossip == again.Gossip() && m.VTEP == again.cfg.VTEP
 	})
 	again.await(5*time.Second, "no conflict", func() bool { return len(again.Conflicts()) == 0 })
 	meet(t, a, b, again)
@@ -257,6 +257,7 @@ func TestIPv6(t *testing.T) {
 	t.Parallel()
 	c := testConfig("a")
 	c.Listen, c.Advertise = netip.MustParseAddrPort("[::1]:0"), netip.IPv6Loopback()
+	c.VTEP = netip.MustParseAddrPort("[::1]:4789")
 	d, err := New(c)
 	if err != nil {
 		t.Skipf("no IPv6 here: %v", err)
@@ -265,7 +266,7 @@ func TestIPv6(t *testing.T) {
 	a := start(t, c)
 	c = testConfig("b", a)
 	c.Listen, c.Advertise = netip.MustParseAddrPort("[::]:0"), netip.IPv6Loopback()
-	c.VTEP = netip.MustParseAddrPort("[2001:db8::2]:4789")
+	c.VTEP = netip.MustParseAddrPort("[::1]:4790")
 	b := start(t, c)
 	if err := b.SetOverlays(manyOverlays(2, "none")); err != nil {
 		t.Fatal(err)
@@ -300,6 +301,7 @@ func TestNewRefuses(t *testing.T) {
 		"gossip address is mis": func(c *Config) { c.Listen = netip.AddrPort{} },
 		"to one family":         func(c *Config) { c.Advertise = netip.IPv6Loopback() },
 		"VTEP":                  func(c *Config) { c.VTEP = netip.MustParseAddrPort("192.0.2.1:0") },
+		"which is the one":      func(c *Config) { c.VTEP = netip.MustParseAddrPort("192.0.2.1:4789") },
 		"cannot join":           func(c *Config) { c.Seeds = []string{"a:b:c"} },
 	} {
 		c := testConfig("x")

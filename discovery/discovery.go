@@ -3,10 +3,12 @@
 //
 // A node's Serf tags hold its wire version, its VTEP and a digest of the list
 // of overlays that it carries. The list itself is pulled from its owner over
-// TCP on the gossip port (docs/design/0001-overlay-list-pull.md). Small frames
-// can be flooded to all members as Serf user events.
+// TCP on the gossip port (docs/design/0001-overlay-list-pull.md), which also
+// shows that it is there: what only gossip says, one forged datagram can say.
+// Small frames can be flooded to all members as Serf user events.
 //
-// Nothing here is authenticated: who reaches the gossip port can take part.
+// Nothing here is authenticated: who reaches the gossip port, and answers at
+// the address that he names, can take part.
 package discovery
 
 import (
@@ -19,6 +21,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hashicorp/serf/serf"
 	"golang.org/x/time/rate"
@@ -36,7 +39,7 @@ type Config struct {
 	Listen netip.AddrPort
 	// Advertise is the address that others reach this node at.
 	Advertise netip.Addr
-	// VTEP is this node's tunnel endpoint.
+	// VTEP is this node's tunnel endpoint; its address is Advertise.
 	VTEP netip.AddrPort
 	// Seeds are the gossip addresses, HOST[:PORT], of nodes to join; default
 	// port 7946. Names are resolved anew at each try.
@@ -73,11 +76,17 @@ type Member struct {
 	// Self marks this node.
 	Self   bool
 	Status Status
-	VTEP   netip.AddrPort
-	Gossip netip.AddrPort
-	// Overlays that the member carries, by VNI; nil until its list was pulled,
-	// and the list before while a changed one is being pulled. Shared: not to
-	// be modified.
+	// Confirmed: the node itself said over TCP, at the address of Gossip, that
+	// it has this name and VTEP, and it is Alive. Nothing may be sent to a VTEP
+	// that is not confirmed, nor taken from it: gossip alone may be forged.
+	// It ends when the node fails, leaves, restarts or moves, until it has
+	// answered again.
+	Confirmed bool
+	VTEP      netip.AddrPort
+	Gossip    netip.AddrPort
+	// Overlays that the member carries, by VNI; nil while it is alive and not
+	// confirmed, and the list before while a changed one is being pulled.
+	// Shared: not to be modified.
 	Overlays []Overlay
 }
 
@@ -85,9 +94,9 @@ type Member struct {
 type Stats struct {
 	FloodsSent     uint64 // frames that Flood took
 	FloodsReceived uint64 // frames given to OnFlood
-	FloodsRefused  uint64 // received floods that were malformed, or whose sender is no alive member
+	FloodsRefused  uint64 // received floods that were malformed, older than maxFloodAge, or not from a confirmed member that carries the VNI
 	Pulls          uint64 // overlay lists pulled from their owners
-	PullsFailed    uint64 // tries that failed
+	PullsFailed    uint64 // exchanges with members that failed
 	StreamsRefused uint64 // incoming streams closed because too many were open
 }
 
@@ -106,7 +115,12 @@ type Discovery struct {
 	count counters
 
 	floodRate *rate.Limiter
-	floodSeq  atomic.Uint32
+
+	// boot tells this run of the node from others, and born is the zero of its
+	// clock.
+	boot    uint32
+	born    time.Time
+	stamped atomic.Uint64 // by stamp
 
 	events  chan serf.Event
 	changed chan struct{}
@@ -120,19 +134,13 @@ type Discovery struct {
 	serf    atomic.Pointer[serf.Serf]
 	carried atomic.Pointer[list]
 
-	mu    sync.Mutex // guards peers, and view's making
+	mu    sync.Mutex // guards peers, and members' making
 	peers map[string]*peer
-	view  atomic.Pointer[view]
+	// members is what Members shows, made anew at each change.
+	members atomic.Pointer[[]Member]
 
 	pulls    sync.WaitGroup
 	pullSlot chan struct{}
-}
-
-// view is what Members shows, made anew at each change.
-type view struct {
-	members []Member
-	// senders are the VTEPs of the other alive members.
-	senders map[netip.AddrPort]struct{}
 }
 
 // New checks cfg and opens the gossip sockets. It joins nobody yet: that is
@@ -152,10 +160,9 @@ func New(cfg Config) (*Discovery, error) {
 		crash:     make(chan struct{}),
 		peers:     make(map[string]*peer),
 		pullSlot:  make(chan struct{}, maxPulls),
+		boot:      rand.Uint32(),
+		born:      time.Now(),
 	}
-	// Peers drop an event that they have seen; a restarted node must not start
-	// with the numbers that it used before.
-	d.floodSeq.Store(rand.Uint32())
 	empty, err := newList(nil)
 	if err != nil {
 		return nil, err
@@ -199,8 +206,11 @@ func (c Config) validated() (Config, []seed, error) {
 	case !l.IsUnspecified() && c.Advertise.IsValid() && l.Is4() != c.Advertise.Is4():
 		fault("gossip listens on %s, which %s does not reach: set --gossip or --advertise to one family", l, c.Advertise)
 	}
-	if !validVTEP(c.VTEP) {
+	switch {
+	case !validVTEP(c.VTEP):
 		fault("VTEP %s is no address and port of a host", c.VTEP)
+	case c.VTEP.Addr() != c.Advertise:
+		fault("VTEP %s is not at the advertised address %s, which is the one that others confirm", c.VTEP, c.Advertise)
 	}
 	seeds := make([]seed, 0, len(c.Seeds))
 	for _, s := range c.Seeds {
@@ -229,7 +239,7 @@ func (d *Discovery) Close() {
 }
 
 // Members returns all members, this one too, by name. It takes no lock.
-func (d *Discovery) Members() []Member { return slices.Clone(d.view.Load().members) }
+func (d *Discovery) Members() []Member { return slices.Clone(*d.members.Load()) }
 
 // Changed is rung when Members may have changed. One bell, for one listener.
 func (d *Discovery) Changed() <-chan struct{} { return d.changed }

@@ -38,12 +38,20 @@ func TestFloodReachesEachOnce(t *testing.T) {
 		c.OnFlood = got[i].take
 		return c
 	}
-	c := config(0, "a")
-	c.VTEP = netip.MustParseAddrPort("[2001:db8::a]:4789") // the longest header
-	a := start(t, c)
+	a := start(t, config(0, "a"))
 	b := start(t, config(1, "b", a))
 	third := start(t, config(2, "c", b))
+	for _, n := range []*testNode{a, b, third} {
+		if err := n.SetOverlays([]Overlay{{7, "x", "none"}, {9, "y", "none"}, {vxlan.MaxVNI, "z", "none"}}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	meet(t, a, b, third)
+	for _, n := range []*testNode{a, b, third} {
+		n.await(3*time.Second, "the lists", func() bool {
+			return !slices.ContainsFunc(n.Members(), func(m Member) bool { return len(m.Overlays) != 3 })
+		})
+	}
 
 	same := bytes.Repeat([]byte{0xaa}, 60)
 	big := bytes.Repeat([]byte{0xbb}, MaxFlood)
@@ -61,7 +69,7 @@ func TestFloodReachesEachOnce(t *testing.T) {
 	}
 	// A node that joins later gets none of them, nor does anybody get one again.
 	var late floods
-	c = testConfig("late", a)
+	c := testConfig("late", a)
 	c.OnFlood = late.take
 	d := start(t, c)
 	meet(t, a, b, third, d)
@@ -112,7 +120,8 @@ func TestFloodIsBounded(t *testing.T) {
 	}
 }
 
-// Floods of unknown, failed and own VTEPs are not delivered.
+// Floods of unknown, failed, unconfirmed and own VTEPs are not delivered, nor
+// those in an overlay that the sender does not carry.
 func TestFloodFromStrangers(t *testing.T) {
 	var got floods
 	c := testConfig("a")
@@ -122,32 +131,60 @@ func TestFloodFromStrangers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	alive, failed := netip.MustParseAddrPort("192.0.2.1:4789"), netip.MustParseAddrPort("192.0.2.2:4789")
-	d.mu.Lock()
-	d.peers["b"] = &peer{status: Alive, card: card{vtep: alive}}
-	d.peers["c"] = &peer{status: Failed, card: card{vtep: failed}}
-	d.renew()
-	d.mu.Unlock()
-	frame := []byte("frame")
-	for _, from := range []netip.AddrPort{failed, c.VTEP, netip.MustParseAddrPort("192.0.2.1:4790"), netip.MustParseAddrPort("[::1]:4789")} {
-		d.takeFlood(floodEvent, append(appendFlood(nil, 1, 5, from), frame...))
+	l, err := newList([]Overlay{{3, "x", "none"}, {5, "y", "none"}})
+	if err != nil {
+		t.Fatal(err)
 	}
-	d.takeFlood("other", append(appendFlood(nil, 1, 5, alive), frame...))
+	good, failed, unconfirmed := netip.MustParseAddrPort("192.0.2.1:4789"), netip.MustParseAddrPort("192.0.2.2:4789"), netip.MustParseAddrPort("192.0.2.3:4789")
+	d.peers["b"] = &peer{status: Alive, card: card{vtep: good}, list: l, confirmed: true, zero: time.Now()}
+	d.peers["c"] = &peer{status: Failed, card: card{vtep: failed}, list: l, zero: time.Now()}
+	d.peers["d"] = &peer{status: Alive, card: card{vtep: unconfirmed}, list: l, zero: time.Now()}
+	d.renew()
+	for _, m := range d.Members()[1:] { // b, c, d
+		if shown := m.Overlays != nil; shown != (m.Name != "d") || m.Confirmed != (m.Name == "b") {
+			t.Errorf("member %+v", m)
+		}
+	}
+	payload := func(from netip.AddrPort, vni vxlan.VNI) []byte {
+		f := flood{vni: vni, from: from, frame: []byte("frame")}
+		return f.append(nil)
+	}
+	for _, from := range append(addrs("192.0.2.1:4790", "[::1]:4789"), failed, unconfirmed, c.VTEP) {
+		d.takeFlood(floodEvent, payload(from, 5))
+	}
+	d.takeFlood(floodEvent, payload(good, 4))
+	d.takeFlood("other", payload(good, 5))
 	d.takeFlood(floodEvent, nil)
 	if n := got.count(); n != 0 {
 		t.Fatalf("%d floods of strangers were delivered", n)
 	}
-	d.takeFlood(floodEvent, append(appendFlood(nil, 1, 5, alive), frame...))
-	if s := d.Stats(); got.count() != 1 || s.FloodsReceived != 1 || s.FloodsRefused != 5 {
+	d.takeFlood(floodEvent, payload(good, 5))
+	if s := d.Stats(); got.count() != 1 || s.FloodsReceived != 1 || s.FloodsRefused != 7 {
 		t.Errorf("%d delivered, stats %+v", got.count(), s)
+	}
+}
+
+func TestStampIsUnique(t *testing.T) {
+	d := &Discovery{born: time.Now().Add(-time.Hour)}
+	last := d.stamp()
+	for range 1000 {
+		now := d.stamp()
+		if now <= last {
+			t.Fatalf("stamp %d after %d", now, last)
+		}
+		last = now
+	}
+	if off := ticks(last) - time.Hour; off < 0 || off > time.Minute {
+		t.Errorf("the clock is off by %v", off)
 	}
 }
 
 func TestParseFlood(t *testing.T) {
 	for _, from := range addrs("192.0.2.1:4789", "[2001:db8::1]:4789") {
-		b := append(appendFlood(nil, 0x01020304, 0x050607, from), "frame"...)
+		in := flood{boot: 0x01020304, sent: 0x0a0b0c0d0e0f, vni: 0x050607, from: from, frame: []byte("frame")}
+		b := in.append(nil)
 		f, err := parseFlood(b)
-		if err != nil || f.seq != 0x01020304 || f.vni != 0x050607 || f.from != from || string(f.frame) != "frame" {
+		if err != nil || f.boot != in.boot || f.sent != in.sent || f.vni != in.vni || f.from != from || string(f.frame) != "frame" {
 			t.Errorf("parseFlood(%x) = %v, %v", b, f, err)
 		}
 		for n := range len(b) - len("frame") + 1 {
@@ -159,7 +196,7 @@ func TestParseFlood(t *testing.T) {
 		if _, err := parseFlood(long); err == nil {
 			t.Error("parseFlood accepts a frame longer than MaxFlood")
 		}
-		for i, v := range map[int]byte{0: 2, 8: 5} {
+		for i, v := range map[int]byte{0: 2, floodFixed - 1: 5} {
 			bad := bytes.Clone(b)
 			bad[i] = v
 			if f, err := parseFlood(bad); err == nil {
@@ -167,21 +204,19 @@ func TestParseFlood(t *testing.T) {
 			}
 		}
 	}
-	golden := append(appendFlood(nil, 1, 100, netip.MustParseAddrPort("192.0.2.1:4789")), 0xfe)
-	if want := []byte{1, 0, 0, 0, 1, 0, 0, 100, 4, 192, 0, 2, 1, 0x12, 0xb5, 0xfe}; !bytes.Equal(golden, want) {
-		t.Errorf("flood is %x, want %x", golden, want)
-	}
 }
 
 func FuzzParseFlood(f *testing.F) {
-	f.Add(append(appendFlood(nil, 1, 2, netip.MustParseAddrPort("192.0.2.1:4789")), 1, 2, 3))
-	f.Add(append(appendFlood(nil, 1, 2, netip.MustParseAddrPort("[2001:db8::1]:4789")), 1, 2, 3))
+	for _, from := range addrs("192.0.2.1:4789", "[2001:db8::1]:4789") {
+		in := flood{boot: 1, sent: 2, vni: 3, from: from, frame: []byte{1, 2, 3}}
+		f.Add(in.append(nil))
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		p, err := parseFlood(b)
 		if err != nil {
 			return
 		}
-		if again := append(appendFlood(nil, p.seq, p.vni, p.from), p.frame...); !bytes.Equal(again, b) {
+		if again := p.append(nil); !bytes.Equal(again, b) {
 			t.Fatalf("parseFlood(%x) encodes to %x", b, again)
 		}
 	})

@@ -36,36 +36,28 @@ const (
 
 // seed is the address of a node to join.
 type seed struct {
-	text string
 	host string
 	port uint16
 	ip   netip.Addr // the host, if it is an address
 }
 
-// parseSeed parses HOST[:PORT]; an IPv6 address may be without brackets if it
-// is without a port.
+// parseSeed splits HOST[:PORT]; an IPv6 address may be without brackets if it
+// is without a port. What a host may be is the matter of who takes the setting.
 func parseSeed(text string) (seed, error) {
-	s := seed{text: text, host: text, port: DefaultPort}
-	bad := fmt.Errorf("discovery: cannot join %q: use HOST or HOST:PORT", text)
-	if ip, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(text, "["), "]")); err == nil {
-		s.ip = ip.Unmap()
-		s.host = s.ip.String()
-	} else if strings.Contains(text, ":") {
+	s := seed{host: strings.Trim(text, "[]"), port: DefaultPort}
+	if _, err := netip.ParseAddr(s.host); err != nil && strings.Contains(text, ":") {
 		host, number, err := net.SplitHostPort(text)
-		if err != nil {
-			return seed{}, bad
-		}
-		n, err := strconv.ParseUint(number, 10, 16)
-		if err != nil || n == 0 {
-			return seed{}, bad
+		n, portErr := strconv.ParseUint(number, 10, 16)
+		if err != nil || portErr != nil || n == 0 {
+			return seed{}, fmt.Errorf("discovery: cannot join %q: use HOST or HOST:PORT", text)
 		}
 		s.host, s.port = host, uint16(n)
-		if ip, err := netip.ParseAddr(host); err == nil {
-			s.ip = ip.Unmap()
-		}
 	}
-	if s.host == "" || strings.ContainsAny(s.host, " /%") || s.ip.IsUnspecified() || s.ip.IsMulticast() {
-		return seed{}, bad
+	if s.host == "" {
+		return seed{}, fmt.Errorf("discovery: cannot join %q: use HOST or HOST:PORT", text)
+	}
+	if ip, err := netip.ParseAddr(s.host); err == nil {
+		s.ip = ip.Unmap()
 	}
 	return s, nil
 }

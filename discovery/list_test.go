@@ -113,19 +113,20 @@ func FuzzParseList(f *testing.F) {
 func TestTags(t *testing.T) {
 	c := testConfig("a")
 	c.VTEP = netip.MustParseAddrPort("[2001:db8:1111:2222:3333:4444:5555:6666]:65535")
-	d := &Discovery{cfg: c}
+	d := &Discovery{cfg: c, boot: 0xa}
 	l, err := newList(manyOverlays(1000, "none"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	tags := d.tags(l)
 	got, err := parseTags(tags)
-	if want := (card{vtep: c.VTEP, digest: l.digest, count: 1000}); err != nil || got != want {
+	if want := (card{vtep: c.VTEP, boot: 0xa, digest: l.digest, count: 1000}); err != nil || got != want {
 		t.Errorf("parseTags(%v) = %v, %v, want %v", tags, got, err, want)
 	}
 	for key, values := range map[string][]string{
 		tagVersion: {"", "2", "11", strings.Repeat("x", 500)},
 		tagVTEP:    {"", "192.0.2.1", "0.0.0.0:4789", "[::]:4789", "224.0.0.1:4789", "192.0.2.1:0", "[fe80::1%eth0]:4789"},
+		tagBoot:    {"", "a", "0000000g", "000000000a", "+000000a"},
 		tagDigest:  {"", "00", "zz" + tags[tagDigest][2:], tags[tagDigest] + "00"},
 		tagCount:   {"", "-1", "65537", "x"},
 	} {
@@ -142,32 +143,58 @@ func TestTags(t *testing.T) {
 	}
 }
 
-func TestReadList(t *testing.T) {
+func TestReadAnswer(t *testing.T) {
 	l, err := newList(manyOverlays(2, "none"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	whole := append([]byte{listMagic, listVersion, 0, 0, 0, byte(len(l.encoded))}, l.encoded...)
-	got, err := readList(iotest.OneByteReader(bytes.NewReader(whole)))
-	if err != nil || !slices.Equal(got.overlays, l.overlays) {
-		t.Errorf("readList = %v, %v", got, err)
-	}
-	for n := range whole {
-		if _, err := readList(bytes.NewReader(whole[:n])); err == nil {
-			t.Errorf("readList of the first %d bytes gave no error", n)
+	for _, vtep := range addrs("192.0.2.1:4789", "[2001:db8::1]:4789") {
+		want := answer{name: "pi4", vtep: vtep, boot: 7, clock: 1<<48 - 1, digest: l.digest, length: uint32(len(l.encoded))}
+		head := want.append(nil)
+		whole := append(slices.Clip(head), l.encoded...)
+		r := iotest.OneByteReader(bytes.NewReader(whole))
+		if got, err := readAnswer(r); err != nil || got != want {
+			t.Errorf("readAnswer(%x) = %+v, %v, want %+v", head, got, err, want)
+		}
+		if got, err := readList(r, want.length); err != nil || !slices.Equal(got.overlays, l.overlays) {
+			t.Errorf("readList = %v, %v", got, err)
+		}
+		for n := range head {
+			if got, err := readAnswer(bytes.NewReader(head[:n])); err == nil {
+				t.Errorf("readAnswer(%x) = %+v, want an error", head[:n], got)
+			}
+		}
+		for n := range l.encoded {
+			if _, err := readList(bytes.NewReader(l.encoded[:n]), want.length); err == nil {
+				t.Errorf("readList of the first %d bytes gave no error", n)
+			}
+		}
+		at := len(head) - 4 // the length of the list
+		for i, v := range map[int]byte{0: 'X', 1: 2, answerFixed - 1: 5, at - 1: ' ', at: 1, at + 1: 0x11} {
+			bad := bytes.Clone(head)
+			bad[i] = v
+			if got, err := readAnswer(io.MultiReader(bytes.NewReader(bad), neverRead{t})); err == nil {
+				t.Errorf("readAnswer(%x) = %+v, want an error", bad, got)
+			}
 		}
 	}
-	for _, head := range [][]byte{
-		{listMagic, listVersion, 0, 0x10, 0, 1},          // one byte above MaxListBytes
-		{listMagic, listVersion, 0xff, 0xff, 0xff, 0xff}, //
-		{listMagic, listVersion + 1, 0, 0, 0, 0},
-		{'X', listVersion, 0, 0, 0, 0},
-	} {
-		r := io.MultiReader(bytes.NewReader(head), neverRead{t})
-		if _, err := readList(r); err == nil {
-			t.Errorf("readList accepts the header %x", head)
-		}
+}
+
+func FuzzReadAnswer(f *testing.F) {
+	for _, vtep := range addrs("192.0.2.1:4789", "[2001:db8::1]:4789") {
+		a := answer{name: "pi4", vtep: vtep, boot: 1, clock: 2, length: 3}
+		f.Add(a.append(nil))
 	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r := bytes.NewReader(b)
+		a, err := readAnswer(r)
+		if err != nil {
+			return
+		}
+		if again := a.append(nil); !bytes.Equal(again, b[:len(b)-r.Len()]) {
+			t.Fatalf("readAnswer(%x) encodes to %x", b, again)
+		}
+	})
 }
 
 // neverRead fails the test if it is read.
@@ -178,8 +205,8 @@ func (n neverRead) Read([]byte) (int, error) {
 	return 0, io.EOF
 }
 
-// An owner that answers rubbish, half a list and an old one is asked again
-// until it gives what its tags name.
+// A node that answers rubbish, half a list, an old one, or as another node, is
+// asked again until it says what its tags say.
 func TestPullRetries(t *testing.T) {
 	t.Parallel()
 	d, err := New(testConfig("a"))
@@ -200,33 +227,54 @@ func TestPullRetries(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	response := func(l *list) []byte {
-		return append([]byte{listMagic, listVersion, 0, 0, 0, byte(len(l.encoded))}, l.encoded...)
+	c := card{vtep: netip.MustParseAddrPort("192.0.2.9:4789"), boot: 7, digest: now.digest, count: 2}
+	response := func(l *list, change func(*answer)) []byte {
+		a := answer{name: "b", vtep: c.vtep, boot: c.boot, digest: l.digest, length: uint32(len(l.encoded))}
+		change(&a)
+		return append(a.append(nil), l.encoded...)
 	}
-	answers := [][]byte{[]byte("HTTP/1.1 400 Bad Request\r\n"), response(now)[:9], response(old), response(now)}
+	fine := func(*answer) {}
+	good := response(now, fine)
+	answers := [][]byte{
+		[]byte("HTTP/1.1 400 Bad Request\r\n"), good[:len(good)-1], response(old, fine),
+		response(old, func(a *answer) { a.digest = now.digest }),
+		response(now, func(a *answer) { a.name = "c" }),
+		response(now, func(a *answer) { a.vtep = netip.MustParseAddrPort("192.0.2.9:4790") }),
+		response(now, func(a *answer) { a.boot++ }),
+		good,
+	}
 	go func() {
 		for _, a := range answers {
 			c, err := ln.Accept()
 			if err != nil {
 				return
 			}
-			_, _ = io.ReadFull(c, make([]byte, 2))
+			_, _ = io.ReadFull(c, make([]byte, 3))
 			_, _ = c.Write(a)
 			_ = c.Close()
 		}
 	}()
-	p := &peer{
-		status: Alive, gossip: ln.Addr().(*net.TCPAddr).AddrPort(), pulling: true, wake: make(chan struct{}, 1),
-		card: card{vtep: netip.MustParseAddrPort("192.0.2.9:4789"), digest: now.digest, count: 2},
-	}
+	p := &peer{status: Alive, gossip: ln.Addr().(*net.TCPAddr).AddrPort(), pulling: true, wake: make(chan struct{}, 1), card: c}
 	d.mu.Lock()
 	d.peers["b"] = p
 	d.mu.Unlock()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
 	defer cancel()
-	d.pull(ctx, "b", p)
-	if p.list == nil || p.list.digest != now.digest || p.pulling {
-		t.Fatalf("after the pull: list %v, pulling %v", p.list, p.pulling)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		d.pull(ctx, "b", p)
+	}()
+	for hurry := true; hurry; { // no need to wait for the backoff
+		select {
+		case <-ended:
+			hurry = false
+		case <-time.After(10 * time.Millisecond):
+			ring(p.wake)
+		}
+	}
+	if !p.confirmed || p.list == nil || p.list.digest != now.digest || p.pulling {
+		t.Fatalf("after the pull: confirmed %v, list %v, pulling %v", p.confirmed, p.list, p.pulling)
 	}
 	if s := d.Stats(); s.Pulls != 1 || s.PullsFailed != uint64(len(answers)-1) {
 		t.Errorf("stats %+v, want 1 pull and %d failures", s, len(answers)-1)
@@ -244,14 +292,14 @@ func TestPullIsBounded(t *testing.T) {
 	defer ln.Close() // it never accepts: the kernel does
 	addr := ln.Addr().(*net.TCPAddr).AddrPort()
 	begin := time.Now()
-	if _, err := pullList(t.Context(), addr); err == nil || time.Since(begin) > listTimeout+time.Second {
-		t.Errorf("pullList ended with %v after %v", err, time.Since(begin))
+	if _, err := ask(t.Context(), question{at: addr}); err == nil || time.Since(begin) > exchangeTimeout+time.Second {
+		t.Errorf("ask ended with %v after %v", err, time.Since(begin))
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(50*time.Millisecond, cancel)
 	begin = time.Now()
-	if _, err := pullList(ctx, addr); err == nil || time.Since(begin) > time.Second {
-		t.Errorf("cancelled pullList ended with %v after %v", err, time.Since(begin))
+	if _, err := ask(ctx, question{at: addr}); err == nil || time.Since(begin) > time.Second {
+		t.Errorf("cancelled ask ended with %v after %v", err, time.Since(begin))
 	}
 }
 

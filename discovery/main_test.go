@@ -56,7 +56,7 @@ func testConfig(name string, seeds ...*testNode) Config {
 		Name:      name,
 		Listen:    netip.MustParseAddrPort("127.0.0.1:0"),
 		Advertise: netip.MustParseAddr("127.0.0.1"),
-		VTEP:      netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, byte(n >> 8), byte(n)}), vxlan.Port),
+		VTEP:      netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(10000+n)),
 	}
 	for _, s := range seeds {
 		c.Seeds = append(c.Seeds, s.self.String())
@@ -140,12 +140,12 @@ func (n *testNode) await(within time.Duration, what string, cond func() bool) {
 	}
 }
 
-// meet waits until all of nodes see each other.
+// meet waits until all of nodes have confirmed each other.
 func meet(t *testing.T, nodes ...*testNode) {
 	t.Helper()
 	for _, n := range nodes {
 		for _, m := range nodes {
-			n.sees(5*time.Second, m.cfg.Name, Alive)
+			n.await(5*time.Second, m.cfg.Name+" confirmed", func() bool { return n.member(m.cfg.Name).Confirmed })
 		}
 	}
 }

@@ -3,6 +3,7 @@ package discovery
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -26,12 +27,24 @@ type peer struct {
 	refused string // why it is not listed; it is logged once
 	pulling bool
 	wake    chan struct{} // what is wanted changed
+
+	// confirmed: over TCP, what answers at gossip said that it is this node, at
+	// this VTEP, in this boot. It lasts while all three stay and the node is
+	// alive; then list is not nil.
+	confirmed bool
+	zero      time.Time // when its clock was zero, see reply
+	asked     time.Time // when it last answered
+	recheck   time.Time // when it is asked again
 }
 
-// lacking reports whether p's list should be pulled.
-func (p *peer) lacking() bool {
-	return p.refused == "" && p.status == Alive && (p.list == nil || p.list.digest != p.card.digest)
+// lacking reports whether p should be asked who it is and what it carries.
+func (p *peer) lacking(now time.Time) bool {
+	return p.refused == "" && p.status == Alive &&
+		(!p.confirmed || p.list.digest != p.card.digest || p.due(now))
 }
+
+// due reports whether p, confirmed as it is, should be asked again.
+func (p *peer) due(now time.Time) bool { return !now.Before(p.recheck) }
 
 // follow keeps peers up to date until stop is closed, and starts pulls until
 // ctx ends.
@@ -82,6 +95,7 @@ func (d *Discovery) take(e serf.Event) {
 // one that was lost does no harm.
 func (d *Discovery) refresh(ctx context.Context, s *serf.Serf) {
 	members := s.Members()
+	now := time.Now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	changed := false
@@ -102,7 +116,7 @@ func (d *Discovery) refresh(ctx context.Context, s *serf.Serf) {
 		if d.update(p, m) {
 			changed = true
 		}
-		if p.lacking() && !p.pulling && ctx.Err() == nil {
+		if p.lacking(now) && !p.pulling && ctx.Err() == nil {
 			p.pulling = true
 			d.pulls.Go(func() { d.pull(ctx, m.Name, p) })
 		}
@@ -136,6 +150,9 @@ func (d *Discovery) update(p *peer, m serf.Member) bool {
 	switch {
 	case err != nil:
 		now.refused = err.Error()
+	case c.vtep.Addr() != now.gossip.Addr():
+		// Else somebody who answers at an address of his own could name any VTEP.
+		now.refused = fmt.Sprintf("its VTEP %s is not at its gossip address %s", c.vtep, now.gossip)
 	case c.vtep == d.cfg.VTEP && now.status == Alive:
 		now.refused = "it claims this node's own VTEP " + c.vtep.String()
 	}
@@ -145,36 +162,34 @@ func (d *Discovery) update(p *peer, m serf.Member) bool {
 	if p.status == now.status && p.gossip == now.gossip && p.card == now.card && p.refused == now.refused {
 		return false
 	}
+	if now.status != Alive || now.refused != "" || p.gossip != now.gossip ||
+		p.card.vtep != now.card.vtep || p.card.boot != now.card.boot {
+		p.confirmed = false
+	}
 	p.status, p.gossip, p.card, p.refused = now.status, now.gossip, now.card, now.refused
 	ring(p.wake)
 	return true
 }
 
-// renew makes the view anew. d.mu is held.
+// renew makes anew what Members shows. d.mu is held.
 func (d *Discovery) renew() {
-	v := &view{
-		members: make([]Member, 0, len(d.peers)+1),
-		senders: make(map[netip.AddrPort]struct{}, len(d.peers)),
-	}
-	v.members = append(v.members, Member{
-		Name: d.cfg.Name, Self: true, Status: Alive, VTEP: d.cfg.VTEP, Gossip: d.self,
+	members := make([]Member, 0, len(d.peers)+1)
+	members = append(members, Member{
+		Name: d.cfg.Name, Self: true, Status: Alive, Confirmed: true, VTEP: d.cfg.VTEP, Gossip: d.self,
 		Overlays: d.carried.Load().overlays,
 	})
 	for name, p := range d.peers {
 		if p.refused != "" {
 			continue
 		}
-		m := Member{Name: name, Status: p.status, VTEP: p.card.vtep, Gossip: p.gossip}
-		if p.list != nil {
+		m := Member{Name: name, Status: p.status, Confirmed: p.confirmed, VTEP: p.card.vtep, Gossip: p.gossip}
+		if p.list != nil && (p.confirmed || p.status != Alive) {
 			m.Overlays = p.list.overlays
 		}
-		v.members = append(v.members, m)
-		if p.status == Alive {
-			v.senders[p.card.vtep] = struct{}{}
-		}
+		members = append(members, m)
 	}
-	slices.SortFunc(v.members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
-	d.view.Store(v)
+	slices.SortFunc(members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
+	d.members.Store(&members)
 }
 
 // tell rings for the listener, and for keepJoined.

@@ -130,7 +130,7 @@ func (p *port) sort(s *stream) {
 		_ = s.Close()
 		return
 	}
-	if first[0] == listMagic {
+	if first[0] == exchangeMagic {
 		p.serve(s)
 		_ = s.Close()
 		return

@@ -2,7 +2,6 @@ package discovery
 
 import (
 	"bytes"
-	"encoding/binary"
 	"io"
 	"net"
 	"testing"
@@ -31,7 +30,7 @@ func TestBadStreams(t *testing.T) {
 	for range 6 {
 		silent = append(silent, dial(t, a))
 		c := dial(t, a)
-		if _, err := c.Write([]byte{listMagic}); err != nil {
+		if _, err := c.Write([]byte{exchangeMagic}); err != nil {
 			t.Fatal(err)
 		}
 		half = append(half, c)
@@ -43,7 +42,7 @@ func TestBadStreams(t *testing.T) {
 	}
 	// One that asks and does not read.
 	deaf := dial(t, a)
-	_, _ = deaf.Write([]byte{listMagic, listVersion})
+	_, _ = deaf.Write([]byte{exchangeMagic, exchangeVersion, wantList})
 
 	begin := time.Now()
 	b := start(t, testConfig("b", a))
@@ -87,16 +86,31 @@ func TestServeList(t *testing.T) {
 	if err := a.SetOverlays([]Overlay{{VNI: 100, Name: "blue", Encryption: "none"}}); err != nil {
 		t.Fatal(err)
 	}
-	for _, version := range []byte{listVersion, 77} {
+	l := a.carried.Load()
+	want := answer{name: "a", vtep: a.cfg.VTEP, boot: a.boot, digest: l.digest}
+	for _, tt := range []struct {
+		req  []byte
+		list []byte
+	}{
+		{[]byte{'T', 1, 1}, l.encoded},
+		{[]byte{'T', 1, 0}, nil},
+		{[]byte{'T', 77}, nil},
+	} {
 		c := dial(t, a)
-		if _, err := c.Write([]byte{listMagic, version}); err != nil {
+		if _, err := c.Write(tt.req); err != nil {
 			t.Fatal(err)
 		}
 		got, err := io.ReadAll(c)
-		want := binary.BigEndian.AppendUint32([]byte{'T', 1}, 9)
-		want = append(want, 0, 0, 100, 0, 4, 'b', 'l', 'u', 'e')
-		if err != nil || !bytes.Equal(got, want) {
-			t.Errorf("request of version %d: %x, %v, want %x", version, got, err, want)
+		if err != nil || len(got) < answerFixed {
+			t.Errorf("to %x: %x, %v", tt.req, got, err)
+			continue
+		}
+		want.length, want.clock = uint32(len(tt.list)), clockOf(got[6:])
+		if whole := append(want.append(nil), tt.list...); !bytes.Equal(got, whole) {
+			t.Errorf("to %x: %x, want %x", tt.req, got, whole)
+		}
+		if now := a.clock(); want.clock > now || ticks(now-want.clock) > exchangeTimeout {
+			t.Errorf("to %x: the clock says %d, and is %d", tt.req, want.clock, now)
 		}
 	}
 }

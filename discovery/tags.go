@@ -11,10 +11,11 @@ import (
 // version are members of the gossip and nothing else.
 const wireVersion = "1"
 
-// Tags, about 80 bytes when encoded; Serf allows 512.
+// Tags, about 90 bytes when encoded; Serf allows 512.
 const (
 	tagVersion = "v" // wireVersion
 	tagVTEP    = "t" // IP:PORT
+	tagBoot    = "b" // a number of this run of the node, 8 hexadecimal digits
 	tagDigest  = "d" // the list's digest, 16 hexadecimal digits
 	tagCount   = "n" // how many overlays are in the list
 )
@@ -22,6 +23,7 @@ const (
 // card is what a member's tags say.
 type card struct {
 	vtep   netip.AddrPort
+	boot   uint32
 	digest digest
 	count  int
 }
@@ -31,6 +33,7 @@ func (d *Discovery) tags(l *list) map[string]string {
 	return map[string]string{
 		tagVersion: wireVersion,
 		tagVTEP:    d.cfg.VTEP.String(),
+		tagBoot:    fmt.Sprintf("%08x", d.boot),
 		tagDigest:  hex.EncodeToString(l.digest[:]),
 		tagCount:   strconv.Itoa(len(l.overlays)),
 	}
@@ -48,6 +51,11 @@ func parseTags(tags map[string]string) (card, error) {
 	if err != nil || !validVTEP(c.vtep) {
 		return card{}, fmt.Errorf("wire version %q: its VTEP tag %.64q is no address and port", wireVersion, tags[tagVTEP])
 	}
+	boot, err := strconv.ParseUint(tags[tagBoot], 16, 32)
+	if err != nil || len(tags[tagBoot]) != 8 {
+		return card{}, fmt.Errorf("wire version %q: its boot tag %.16q is malformed", wireVersion, tags[tagBoot])
+	}
+	c.boot = uint32(boot)
 	sum, err := hex.DecodeString(tags[tagDigest])
 	if err != nil || len(sum) != len(c.digest) {
 		return card{}, fmt.Errorf("wire version %q: its digest tag %.64q is malformed", wireVersion, tags[tagDigest])

@@ -2,8 +2,10 @@ package e2e
 
 import (
 	"bufio"
+	"bytes"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -45,6 +47,10 @@ func TestDissect(t *testing.T) {
 			bulk(t, h[0], h[1], address(2), 64, 1400, 8000)
 			const flows = 64
 			manyFlows(t, h[0], h[1], flows)
+			eventually(t, 10*time.Second, "dumpcap has written the last datagrams", func() bool {
+				b, err := os.ReadFile(file)
+				return err == nil && bytes.Count(b, []byte(flowPayload)) >= flows
+			})
 			stop()
 			dissect(t, file, flows)
 		})
@@ -68,11 +74,10 @@ func capture(t *testing.T, h *lab.Host, file string) (stop func()) {
 		if err := p.Wait(); err != nil {
 			t.Fatalf("dumpcap: %v\n%s", err, p.Log())
 		}
-		if !strings.Contains(p.Log(), " 0 (0") && !strings.Contains(p.Log(), "/0 on") {
-			t.Logf("dumpcap: %s", p.Log())
-		}
 	}
 }
+
+const flowPayload = "a datagram of one flow of many"
 
 // manyFlows sends one datagram of each of n flows, to a host that listens.
 func manyFlows(t *testing.T, from, to *lab.Host, n int) {
@@ -88,7 +93,7 @@ func manyFlows(t *testing.T, from, to *lab.Host, n int) {
 			t.Fatal(err)
 		}
 		defer out.Close() // not before all have their ports
-		if _, err := out.WriteTo([]byte("flow"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(address(2), 9999))); err != nil {
+		if _, err := out.WriteTo([]byte(flowPayload), net.UDPAddrFromAddrPort(netip.AddrPortFrom(address(2), 9999))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -111,30 +116,37 @@ func dissect(t *testing.T, file string, flows int) {
 	// TCP's ordinary life too (a loss repaired, a full window, a closed port):
 	// that is about the hosts, not about what we put on the wire.
 	const ordinary = "tcp.analysis.flags || tcp.connection.rst || icmp.resp_not_found || icmpv6.resp_not_found"
+	objections := 0
 	for line := range lines(t, file, append(sums, "-Y", "_ws.malformed || (_ws.expert.severity >= warning && !("+ordinary+"))")...) {
 		t.Errorf("tshark objects to %s", line)
+		if objections++; objections == 10 {
+			break
+		}
 	}
 	const (
-		outerSrcPort = iota
-		outerUDPLen
+		srcPort = iota
 		flags
 		vni
 		reserved16
 		reserved8
-		df4
-		innerPort
+		df
+		udpSum
+		dstPort
 		protocols
 	)
 	fields := []string{"-T", "fields", "-E", "occurrence=a", "-E", "aggregator=;", "-E", "separator=/t"}
-	for _, f := range []string{"udp.srcport", "udp.length", "vxlan.flags", "vxlan.vni", "vxlan.gbp", "vxlan.reserved8", "ip.flags.df", "udp.dstport", "frame.protocols"} {
+	for _, f := range []string{"udp.srcport", "vxlan.flags", "vxlan.vni", "vxlan.gbp", "vxlan.reserved8", "ip.flags.df", "udp.checksum.status", "udp.dstport", "frame.protocols"} {
 		fields = append(fields, "-e", f)
 	}
 	all, entropy, seen := 0, map[string]bool{}, map[string]int{}
-	for line := range lines(t, file, append(fields, "-Y", "udp.dstport == 4789")...) {
+	for line := range lines(t, file, append(sums, fields...)...) {
 		all++
 		c := strings.Split(line, "\t")
 		if len(c) != protocols+1 {
 			t.Fatalf("tshark: %d columns in %q", len(c), line)
+		}
+		if first(c[dstPort]) != "4789" {
+			t.Fatalf("packet %d went to port %s, want 4789: the pool of source ports gets no answers", all, first(c[dstPort]))
 		}
 		if c[flags] != "0x0800" || c[vni] != "100" || c[reserved16] != "0" || c[reserved8] != "0" {
 			t.Fatalf("datagram %d: VXLAN flags %s, VNI %s, reserved %s and %s; want 0x0800, 100, 0 and 0", all, c[flags], c[vni], c[reserved16], c[reserved8])
@@ -143,15 +155,18 @@ func dissect(t *testing.T, file string, flows int) {
 		if len(outer) != 2 || !strings.HasSuffix(outer[0], ":udp") || strings.Contains(outer[1], "vxlan") {
 			t.Fatalf("datagram %d is %s, want one frame in VXLAN in UDP", all, c[protocols])
 		}
-		if strings.Contains(outer[0], ":ip:") && first(c[df4]) != "1" {
+		if strings.Contains(outer[0], ":ip:") && first(c[df]) != "1" {
 			t.Fatalf("datagram %d: no DF in the outer header", all)
 		}
-		port, err := strconv.Atoi(first(c[outerSrcPort]))
-		if err != nil || port < 49152 {
-			t.Fatalf("datagram %d: source port %s, want 49152 to 65535", all, c[outerSrcPort])
+		if first(c[udpSum]) != "1" { // good; 0 is wrong, 3 is not there
+			t.Fatalf("datagram %d: the outer UDP checksum has status %s, want 1, good", all, first(c[udpSum]))
 		}
-		if strings.HasSuffix(c[innerPort], ";9999") {
-			entropy[first(c[outerSrcPort])] = true
+		port, err := strconv.Atoi(first(c[srcPort]))
+		if err != nil || port < 49152 {
+			t.Fatalf("datagram %d: source port %s, want 49152 to 65535", all, c[srcPort])
+		}
+		if strings.HasSuffix(c[dstPort], ";9999") {
+			entropy[first(c[srcPort])] = true
 			seen["flows"]++
 		}
 		for _, p := range []string{"arp", "icmp", "icmpv6", "tcp", "udp"} {
@@ -168,13 +183,6 @@ func dissect(t *testing.T, file string, flows int) {
 	}
 	if seen["flows"] != flows || len(entropy) < 8 {
 		t.Errorf("%d datagrams of %d flows left from %d source ports, want at least 8", seen["flows"], flows, len(entropy))
-	}
-	whole := 0
-	for range lines(t, file, "-T", "fields", "-e", "frame.number") {
-		whole++
-	}
-	if whole != all {
-		t.Errorf("%d packets were captured, and %d are VXLAN", whole, all)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -74,13 +75,14 @@ func hosts(t *testing.T, n int, u lab.Underlay) (*lab.Lab, *lab.Switch, []*lab.H
 
 // tulle is a `tulle up` that runs on a host.
 type tulle struct {
-	t    *testing.T
-	host *lab.Host
-	name string
-	proc *lab.Process
-	sock string
-	http http.Client
-	args []string
+	t       *testing.T
+	host    *lab.Host
+	name    string
+	proc    *lab.Process
+	sock    string
+	http    http.Client
+	args    []string
+	program []string
 }
 
 // overlay returns the --overlay value of the tests' usual overlay on host number i.
@@ -94,7 +96,13 @@ func address(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 32, 0, byte(
 // up starts a node and waits until its API answers.
 func up(t *testing.T, l *lab.Lab, h *lab.Host, args ...string) *tulle {
 	t.Helper()
-	n := &tulle{t: t, host: h, name: h.Name(), sock: filepath.Join(l.Dir(), h.Name()+".sock")}
+	return upAs(t, l, h, []string{binary}, args...)
+}
+
+// upAs is up with another program, such as an emulator with its argument.
+func upAs(t *testing.T, l *lab.Lab, h *lab.Host, program []string, args ...string) *tulle {
+	t.Helper()
+	n := &tulle{t: t, host: h, name: h.Name(), program: program, sock: filepath.Join(l.Dir(), h.Name()+".sock")}
 	n.args = append([]string{"up", "--name", n.name, "--state-dir", filepath.Join(l.Dir(), "state-"+n.name), "--socket", n.sock}, args...)
 	n.http = http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
@@ -109,7 +117,7 @@ func up(t *testing.T, l *lab.Lab, h *lab.Host, args ...string) *tulle {
 // start starts the node's process (again).
 func (n *tulle) start() {
 	n.t.Helper()
-	p, err := n.host.Start(exec.Command(binary, n.args...))
+	p, err := n.host.Start(exec.Command(n.program[0], slices.Concat(n.program[1:], n.args)...))
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -123,6 +123,39 @@ func TestFlowHashSame(t *testing.T) {
 	}
 }
 
+// TestFlowHashOfHeaders: a super-frame in parts has the hash of the whole, which
+// the IP header's length goes far beyond.
+func TestFlowHashOfHeaders(t *testing.T) {
+	exts := []ethertest.Extension{ethertest.Padded(ether.ProtoHopByHop, 16), ethertest.Padded(ether.ProtoDestOpts, 8)}
+	for name, frame := range map[string][]byte{
+		"TCP4":            ethertest.TCP{Payload: make([]byte, 60000)}.Frame(),
+		"TCP6":            ethertest.TCP{Src: ethertest.DefaultSrc6, Payload: make([]byte, 60000)}.Frame(),
+		"UDP4":            ethertest.UDP{Payload: make([]byte, 60000)}.Frame(),
+		"UDP6":            ethertest.UDP{Src: ethertest.DefaultSrc6, Payload: make([]byte, 60000)}.Frame(),
+		"TCP4 VLAN":       ethertest.TCP{VLANs: []uint16{7}, Payload: make([]byte, 60000)}.Frame(),
+		"UDP4 two VLANs":  ethertest.UDP{VLANs: []uint16{7, 8}, Payload: make([]byte, 60000)}.Frame(),
+		"TCP6 VLAN":       ethertest.TCP{VLANs: []uint16{7}, Src: ethertest.DefaultSrc6, Payload: make([]byte, 60000)}.Frame(),
+		"TCP4 options":    ethertest.TCP{Options: make([]byte, 12), IPOptions: make([]byte, 8), Payload: make([]byte, 60000)}.Frame(),
+		"TCP6 extensions": ethertest.TCP{Src: ethertest.DefaultSrc6, Extensions: exts, Payload: make([]byte, 60000)}.Frame(),
+		"UDP6 extensions": ethertest.UDP{Src: ethertest.DefaultSrc6, Extensions: exts, Payload: make([]byte, 60000)}.Frame(),
+	} {
+		h, ok := ether.ParseHeaders(frame)
+		if !ok {
+			t.Fatalf("%s: ParseHeaders is not ok", name)
+		}
+		want := ether.FlowHash(frame)
+		for n := int(h.L4) + 4; n <= int(h.Payload)+1; n++ {
+			if got := ether.FlowHash(frame[:n:n]); got != want {
+				t.Errorf("%s: FlowHash of %d bytes, headers being %d = %#08x, of the frame %#08x", name, n, h.Payload, got, want)
+			}
+		}
+		other := patch(frame, int(h.L4)+1, frame[h.L4+1]+1)
+		if got := ether.FlowHash(other[:h.Payload:h.Payload]); got == want {
+			t.Errorf("%s: the headers of another flow have its hash", name)
+		}
+	}
+}
+
 func TestFlowHashFragments(t *testing.T) {
 	first := patch(ethertest.UDP{Payload: make([]byte, 16)}.Frame(), 20, 0x20, 0)
 	second := patch(ethertest.UDP{Src: netip.MustParseAddrPort("10.32.0.1:1"), Payload: make([]byte, 16)}.Frame(), 20, 0, 2)

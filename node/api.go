@@ -52,7 +52,8 @@ type OverlayStatus struct {
 	Address    string           `json:"address"` // with prefix length, or empty
 	Tap        string           `json:"tap"`
 	MAC        ether.MAC        `json:"mac"`
-	MTU        int              `json:"mtu"`
+	MTU        int              `json:"mtu"`        // 0 while Up is false
+	Up         bool             `json:"up"`         // the device is there
 	MACs       int              `json:"macs"`       // FDB entries
 	FloodList  []netip.AddrPort `json:"flood_list"` // who gets BUM frames
 	TxFrames   uint64           `json:"tx_frames"`  // to the underlay

@@ -1,12 +1,12 @@
 package node
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
-
-	"golang.org/x/sys/unix"
+	"time"
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/underlay"
@@ -32,11 +32,7 @@ func overhead(underlayAddr netip.Addr) int {
 // fitMTU returns the MTU that overlay o starts with: the one that it asks for,
 // if it fits the underlay, else the largest that does.
 func (n *Node) fitMTU(o config.Overlay) (int, error) {
-	deviceMTU, err := mtuOf(n.dev)
-	if err != nil {
-		return 0, err
-	}
-	fits := n.largestMTU(deviceMTU, o.Peers, map[netip.Addr]int{})
+	fits := n.largestMTU(o.Peers, map[netip.Addr]int{})
 	if o.MTU == 0 {
 		return fits, nil
 	}
@@ -46,15 +42,15 @@ func (n *Node) fitMTU(o config.Overlay) (int, error) {
 			ip = "40 IPv6"
 		}
 		return 0, fmt.Errorf("node: overlay %s: mtu %d does not fit the underlay: %d of %s less %d (%s + 8 UDP + 8 VXLAN + 14 Ethernet) leaves %d: give mtu %d or less, or none",
-			o.Name, o.MTU, fits+overhead(n.cfg.Advertise), n.dev, overhead(n.cfg.Advertise), ip, fits, fits)
+			o.Name, o.MTU, fits+overhead(n.cfg.Advertise), n.dev.Name, overhead(n.cfg.Advertise), ip, fits, fits)
 	}
 	return o.MTU, nil
 }
 
 // largestMTU returns the largest overlay MTU that fits the underlay's device
 // and the route to each VTEP. paths remembers the routes' MTUs.
-func (n *Node) largestMTU(deviceMTU int, vteps []netip.AddrPort, paths map[netip.Addr]int) int {
-	mtu := deviceMTU - overhead(n.cfg.Advertise)
+func (n *Node) largestMTU(vteps []netip.AddrPort, paths map[netip.Addr]int) int {
+	mtu := n.dev.MTU - overhead(n.cfg.Advertise)
 	for _, a := range vteps {
 		path, known := paths[a.Addr()]
 		if !known {
@@ -69,31 +65,41 @@ func (n *Node) largestMTU(deviceMTU int, vteps []netip.AddrPort, paths map[netip
 	return min(max(mtu, minMTU), maxMTU)
 }
 
+// followDevice looks which device holds our address now, and with which MTU.
+func (n *Node) followDevice() {
+	dev, err := underlay.DeviceOf(n.cfg.Advertise)
+	if err != nil {
+		return // the address is gone; it may come back
+	}
+	was := n.dev
+	n.dev = dev
+	if dev.Index == was.Index {
+		return
+	}
+	n.log.Info("the underlay is another device now", "port", dev.Name, "was", was.Name)
+	if err := n.conn.Rebind(); err != nil {
+		n.log.Error("cannot use the underlay's new device", "port", dev.Name, "err", err)
+	}
+}
+
 // followMTU sets the devices to what the underlay carries now. It takes the
 // flood lists from the last sync.
 func (n *Node) followMTU() {
-	deviceMTU, err := mtuOf(n.dev)
-	if err != nil { // the address may be on another device now, or come back later
-		name, err := deviceOf(n.cfg.Advertise)
-		if err != nil {
-			return
-		}
-		n.dev = name
-		if deviceMTU, err = mtuOf(name); err != nil {
-			return
-		}
-	}
 	paths := map[netip.Addr]int{}
 	for _, o := range n.overlays {
-		mtu := n.largestMTU(deviceMTU, append(slices.Clone(n.flood[o.cfg.VNI]), o.cfg.Peers...), paths)
+		a := o.tap.Load()
+		if a == nil {
+			continue
+		}
+		mtu := n.largestMTU(append(slices.Clone(n.flood[o.cfg.VNI]), o.cfg.Peers...), paths)
 		if o.cfg.MTU != 0 && o.cfg.MTU < mtu {
 			mtu = o.cfg.MTU
 		}
-		was := o.dev.MTU()
+		was := a.dev.MTU()
 		if mtu == was {
 			continue
 		}
-		if err := o.dev.SetMTU(mtu); err != nil {
+		if err := a.dev.SetMTU(mtu); err != nil {
 			n.log.Warn("cannot follow the underlay's MTU", "overlay", o.cfg.Name, "err", err)
 			continue
 		}
@@ -101,45 +107,11 @@ func (n *Node) followMTU() {
 	}
 }
 
-// mtuOf returns a device's MTU in bytes.
-func mtuOf(name string) (int, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("node: socket: %w", err)
-	}
-	defer unix.Close(fd)
-	r, err := unix.NewIfreq(name)
-	if err == nil {
-		err = unix.IoctlIfreq(fd, unix.SIOCGIFMTU, r)
-	}
-	if err != nil {
-		return 0, fmt.Errorf("node: MTU of %s: %w", name, err)
-	}
-	return int(r.Uint32()), nil
-}
-
-// deviceOf returns the name of the network device that has the address a.
-func deviceOf(a netip.Addr) (string, error) {
-	ifs, err := net.Interfaces()
-	if err != nil {
-		return "", fmt.Errorf("node: list network devices: %w", err)
-	}
-	for _, i := range ifs {
-		addrs, err := i.Addrs()
-		if err != nil {
-			continue
-		}
-		for _, x := range addrs {
-			if p, err := netip.ParsePrefix(x.String()); err == nil && p.Addr().Unmap() == a {
-				return i.Name, nil
-			}
-		}
-	}
-	return "", fmt.Errorf("node: no network device has the address %s: give --advertise one of this host's addresses", a)
-}
+// resolveTimeout bounds the resolving of one seed's name at the start.
+const resolveTimeout = 3 * time.Second
 
 // advertise returns the address that others reach this node at.
-func advertise(cfg config.Config) (netip.Addr, error) {
+func advertise(ctx context.Context, cfg config.Config) (netip.Addr, error) {
 	if cfg.Advertise.IsValid() {
 		return cfg.Advertise, nil
 	}
@@ -147,53 +119,33 @@ func advertise(cfg config.Config) (netip.Addr, error) {
 		return a, nil
 	}
 	for _, seed := range cfg.Join {
-		host, _, err := net.SplitHostPort(seed)
-		if err != nil {
-			host = seed
-		}
-		ips, err := net.LookupIP(host)
-		if err != nil {
-			continue
-		}
-		for _, ip := range ips {
-			dst, _ := netip.AddrFromSlice(ip)
-			if a, err := underlay.SourceFor(dst.Unmap()); err == nil {
-				return a, nil
-			}
+		if a, ok := sourceFor(ctx, seed); ok {
+			return a, nil
 		}
 	}
-	if a, err := underlay.DefaultSource(); err == nil {
-		return a, nil
+	if err := ctx.Err(); err != nil {
+		return netip.Addr{}, err
 	}
-	return soleAddress()
+	return underlay.DefaultSource()
 }
 
-// soleAddress returns the host's only global address, for a host that has
-// neither a seed nor a default route.
-func soleAddress() (netip.Addr, error) {
-	addrs, err := net.InterfaceAddrs()
+// sourceFor returns the source address of the route to a seed. One that leads
+// to ourselves, by a name that /etc/hosts maps to the loopback, tells nothing.
+func sourceFor(ctx context.Context, seed string) (netip.Addr, bool) {
+	host, _, err := config.ParseHostPort(seed, config.GossipPort)
 	if err != nil {
-		return netip.Addr{}, fmt.Errorf("node: list addresses: %w", err)
+		return netip.Addr{}, false
 	}
-	var v4, v6 []netip.Addr
-	for _, x := range addrs {
-		p, err := netip.ParsePrefix(x.String())
-		if a := p.Addr().Unmap(); err == nil && a.IsGlobalUnicast() {
-			if a.Is4() {
-				v4 = append(v4, a)
-			} else {
-				v6 = append(v6, a)
-			}
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return netip.Addr{}, false
+	}
+	for _, ip := range ips {
+		if a, err := underlay.SourceFor(ip.Unmap()); err == nil && !a.IsLoopback() {
+			return a, true
 		}
 	}
-	if len(v4) == 0 {
-		v4 = v6
-	}
-	switch len(v4) {
-	case 1:
-		return v4[0], nil
-	case 0:
-		return netip.Addr{}, fmt.Errorf("node: this host has no address that others could reach: configure its network, or give --advertise IP")
-	}
-	return netip.Addr{}, fmt.Errorf("node: this host has several addresses and no default route: choose with --advertise one of %v", v4)
+	return netip.Addr{}, false
 }

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tulle-net/tulle/bridge"
@@ -31,7 +32,8 @@ type Node struct {
 	log     *slog.Logger
 	started time.Time
 	ready   chan struct{}
-	tooBig  chan struct{} // rung when a path's MTU may have shrunk
+	// Bells: a path's MTU may have shrunk; a port's device has gone.
+	tooBig, portLost chan struct{}
 
 	state  *stateDir
 	conn   underlay.Conn
@@ -42,34 +44,45 @@ type Node struct {
 	overlays []*overlay // fixed after New
 
 	// Run's own.
-	dev   string                         // the underlay's device
+	dev   underlay.Device                // that holds Advertise
 	flood map[vxlan.VNI][]netip.AddrPort // as of the last sync
 
 	mu        sync.Mutex
 	conflicts []string
 }
 
-// overlay is one overlay on this node: its bridge and its host's TAP.
+// overlay is one overlay on this node: its bridge, and its host's TAP while
+// there is one.
 type overlay struct {
 	cfg config.Overlay
 	br  *bridge.Bridge
-	dev tap.Device
+	tap atomic.Pointer[attachment]
+}
+
+// attachment is a device and the bridge's port that holds it.
+type attachment struct {
+	dev  tap.Device
+	port *bridge.Port
 }
 
 // New opens sockets and devices; nothing is left behind when it fails. cfg
-// must be valid (config.Config.Validate).
-func New(cfg config.Config, log *slog.Logger) (_ *Node, err error) {
-	n := &Node{cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}), tooBig: make(chan struct{}, 1)}
+// must be valid (config.Config.Validate). ctx bounds New alone: it ends the
+// resolving of names.
+func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err error) {
+	n := &Node{
+		cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
+		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1),
+	}
 	defer func() {
 		if err != nil {
 			_ = n.close() // the first error is the one to tell
 		}
 	}()
-	if n.cfg.Advertise, err = advertise(cfg); err != nil {
+	if n.cfg.Advertise, err = advertise(ctx, cfg); err != nil {
 		return nil, err
 	}
-	if n.dev, err = deviceOf(n.cfg.Advertise); err != nil {
-		return nil, err
+	if n.dev, err = underlay.DeviceOf(n.cfg.Advertise); err != nil {
+		return nil, fmt.Errorf("node: %w", err)
 	}
 	if n.state, err = openStateDir(cfg.StateDir); err != nil {
 		return nil, err
@@ -90,19 +103,17 @@ func New(cfg config.Config, log *slog.Logger) (_ *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	vtep := netip.AddrPortFrom(n.cfg.Advertise, cfg.Listen.Port())
 	n.tunnel = bridge.NewTunnel(bridge.TunnelConfig{
 		Conn:       n.conn,
 		Self:       []netip.Addr{n.cfg.Advertise},
 		Port:       cfg.Listen.Port(),
 		Unfinished: unfinishedChecksums(cfg.UnfinishedChecksums, n.cfg.Advertise),
-		MTU:        n.overlayMTU,
 	})
 	n.disc, err = discovery.New(discovery.Config{
 		Name:      cfg.Name,
 		Listen:    cfg.Gossip,
 		Advertise: n.cfg.Advertise,
-		VTEP:      vtep,
+		VTEP:      n.vtep(),
 		Seeds:     cfg.Join,
 		StateDir:  cfg.StateDir,
 		OnFlood:   n.tunnel.DeliverFlood,
@@ -117,6 +128,10 @@ func New(cfg config.Config, log *slog.Logger) (_ *Node, err error) {
 		}
 	}
 	return n, n.disc.SetOverlays(n.carried())
+}
+
+func (n *Node) vtep() netip.AddrPort {
+	return netip.AddrPortFrom(n.cfg.Advertise, n.cfg.Listen.Port())
 }
 
 // groupTTLs returns the TTL of each multicast group that an overlay floods to.
@@ -150,6 +165,7 @@ func (n *Node) addOverlay(o config.Overlay) error {
 		Name: o.Name, VNI: o.VNI, Peers: o.Peers,
 		LearnVTEPs: o.LearnVTEPs, AgeAfter: o.AgeAfter,
 		MaxMACs: o.MaxMACs, MaxMACsPerPort: o.MaxMACsPerPort,
+		PortLost: func() { ring(n.portLost) },
 	}
 	switch o.Flood {
 	case "multicast":
@@ -165,6 +181,12 @@ func (n *Node) addOverlay(o config.Overlay) error {
 		return err
 	}
 	n.overlays = append(n.overlays, ov)
+	return n.openTap(ov, mtu)
+}
+
+// openTap makes the overlay's device and attaches it.
+func (n *Node) openTap(ov *overlay, mtu int) error {
+	o := ov.cfg
 	tc := tap.Config{
 		Name: o.Tap, MAC: o.MAC, MTU: mtu, Queues: o.Queues,
 		Driver: o.Driver, Netns: o.Netns, Log: n.log,
@@ -173,24 +195,68 @@ func (n *Node) addOverlay(o config.Overlay) error {
 	if o.Address.IsValid() {
 		tc.Addresses = []netip.Prefix{o.Address}
 	}
-	if ov.dev, err = tap.Open(tc); err != nil {
+	dev, err := tap.Open(tc)
+	if err != nil {
 		return fmt.Errorf("node: overlay %s: %w", o.Name, err)
 	}
-	if _, err = ov.br.AddPort(ov.dev); err != nil {
-		ov.dev.Close()
-		return err
+	port, err := ov.br.AddPort(dev)
+	if err != nil {
+		return errors.Join(err, dev.Close())
 	}
-	n.log.Info("overlay is up", "overlay", o.Name, "vni", o.VNI, "tap", ov.dev.Name(), "mac", ov.dev.MAC(), "mtu", mtu)
+	ov.tap.Store(&attachment{dev, port})
+	n.log.Info("overlay is up", "overlay", o.Name, "vni", o.VNI, "port", dev.Name(), "mac", dev.MAC(), "mtu", mtu)
 	return nil
+}
+
+// mendPorts gives up devices that have gone by themselves, and tries to make
+// them again. An overlay without a device is not carried.
+func (n *Node) mendPorts() {
+	changed := false
+	for _, ov := range n.overlays {
+		if a := ov.tap.Load(); a != nil {
+			if !a.port.Lost() {
+				continue
+			}
+			ov.tap.Store(nil)
+			changed = true
+			_ = ov.br.RemovePort(a.port) // its device is gone: nothing to close
+			n.log.Error("the overlay's device is gone: somebody deleted it, or its namespace has ended; trying to make it again",
+				"overlay", ov.cfg.Name, "port", ov.cfg.Tap)
+		}
+		mtu, err := n.fitMTU(ov.cfg)
+		if err == nil {
+			err = n.openTap(ov, mtu)
+		}
+		if err != nil {
+			n.log.Debug("the overlay's device cannot be made yet", "overlay", ov.cfg.Name, "err", err)
+			continue
+		}
+		changed = true
+	}
+	if changed {
+		if err := n.disc.SetOverlays(n.carried()); err != nil {
+			n.log.Error("cannot tell the others which overlays this node carries", "err", err)
+		}
+	}
 }
 
 // Ready is closed when the local API answers.
 func (n *Node) Ready() <-chan struct{} { return n.ready }
 
+// ring rings a bell of capacity 1.
+func ring(bell chan struct{}) {
+	select {
+	case bell <- struct{}{}:
+	default:
+	}
+}
+
 // Run works until ctx ends, then leaves the cluster and stops everything.
 func (n *Node) Run(ctx context.Context) error {
 	defer n.close()
-	bell, err := underlay.Changes(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	changes, err := underlay.Changes(ctx)
 	if err != nil {
 		return err
 	}
@@ -205,29 +271,39 @@ func (n *Node) Run(ctx context.Context) error {
 	gossip := make(chan error, 1)
 	go func() { gossip <- n.disc.Run(ctx) }()
 	if err := n.api.serve(n); err != nil {
-		return err
+		cancel()
+		return errors.Join(err, <-gossip)
 	}
-	n.log.Info("node is up", "name", n.cfg.Name, "vtep", netip.AddrPortFrom(n.cfg.Advertise, n.cfg.Listen.Port()))
+	n.log.Info("node is up", "name", n.cfg.Name, "vtep", n.vtep())
 	close(n.ready)
+	err = n.follow(ctx, changes, gossip)
+	if err == nil {
+		n.log.Info("node has left", "name", n.cfg.Name)
+	}
+	return err
+}
 
+// follow keeps everything in step until gossip ends.
+func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-chan error) error {
 	resync := time.NewTicker(resyncEvery)
 	defer resync.Stop()
 	n.sync()
 	for {
 		select {
 		case err := <-gossip:
-			if ctx.Err() != nil && err == nil {
-				n.log.Info("node has left", "name", n.cfg.Name)
-			}
 			return err
 		case <-n.disc.Changed():
 			n.sync()
 		case <-resync.C:
+			n.mendPorts()
 			n.sync()
-		case <-bell:
+		case <-changes:
+			n.followDevice()
 			n.followMTU()
 		case <-n.tooBig:
 			n.followMTU()
+		case <-n.portLost:
+			n.mendPorts()
 		}
 	}
 }
@@ -254,20 +330,13 @@ func (n *Node) close() error {
 	return errors.Join(errs...)
 }
 
-// carried is what this node tells others of its overlays.
+// carried is what this node tells others of its overlays: those with a device.
 func (n *Node) carried() []discovery.Overlay {
 	list := make([]discovery.Overlay, 0, len(n.overlays))
 	for _, o := range n.overlays {
-		list = append(list, discovery.Overlay{VNI: o.cfg.VNI, Name: o.cfg.Name, Encryption: o.cfg.Encryption})
-	}
-	return list
-}
-
-func (n *Node) overlayMTU(v vxlan.VNI) int {
-	for _, o := range n.overlays {
-		if o.cfg.VNI == v && o.dev != nil {
-			return o.dev.MTU()
+		if o.tap.Load() != nil {
+			list = append(list, discovery.Overlay{VNI: o.cfg.VNI, Name: o.cfg.Name, Encryption: o.cfg.Encryption})
 		}
 	}
-	return 0
+	return list
 }

@@ -44,8 +44,8 @@ func (n *Node) switchOffloads(name string, off []string) (status int, err error)
 		return http.StatusInternalServerError, n.conn.SetOffload(has("gso"), has("gro"))
 	}
 	for _, o := range n.overlays {
-		if o.dev.Name() == name {
-			return http.StatusInternalServerError, o.dev.SetOffload(has("tso"), has("uso"), has("gro"))
+		if a := o.tap.Load(); a != nil && a.dev.Name() == name {
+			return http.StatusInternalServerError, a.dev.SetOffload(has("tso"), has("uso"), has("gro"))
 		}
 	}
 	return http.StatusNotFound, fmt.Errorf("no TAP %q here: `tulle status` lists them; \"underlay\" is the node's sockets", name)

@@ -16,7 +16,7 @@ func (n *Node) status() Status {
 	s := Status{
 		Node: NodeStatus{
 			Name: n.cfg.Name, Version: version.String(), Cluster: "open",
-			VTEP:    netip.AddrPortFrom(n.cfg.Advertise, n.cfg.Listen.Port()),
+			VTEP:    n.vtep(),
 			Gossip:  n.disc.Gossip(),
 			Started: n.started,
 		},
@@ -30,6 +30,7 @@ func (n *Node) status() Status {
 	for _, m := range n.disc.Members() {
 		switch {
 		case m.Self:
+		case m.Status == discovery.Alive && !m.Confirmed: // it may be nobody
 		case m.Status == discovery.Alive:
 			s.Node.Peers++
 		case m.Status == discovery.Failed:
@@ -45,7 +46,9 @@ func (n *Node) status() Status {
 func (n *Node) offloads() OffloadStatus {
 	s := OffloadStatus{Underlay: n.conn.Offloads(), Taps: map[string]tap.Offloads{}}
 	for _, o := range n.overlays {
-		s.Taps[o.dev.Name()] = o.dev.Offloads()
+		if a := o.tap.Load(); a != nil {
+			s.Taps[a.dev.Name()] = a.dev.Offloads()
+		}
 	}
 	return s
 }
@@ -62,6 +65,9 @@ func (n *Node) drops() map[string]uint64 {
 	d["tx_unreachable"] = s.TxUnreachable.Load()
 	d["tx_full"] = s.TxFull.Load()
 	d["tx_error"] = s.TxError.Load()
+	g := n.disc.Stats()
+	d["floods_refused"] = g.FloodsRefused
+	d["streams_refused"] = g.StreamsRefused
 	return d
 }
 
@@ -71,11 +77,14 @@ func (n *Node) overlayStatus() []OverlayStatus {
 		s := OverlayStatus{
 			Name: o.cfg.Name, VNI: o.cfg.VNI, Encryption: o.cfg.Encryption, Flood: o.cfg.Flood,
 			Subnets: []netip.Prefix{},
-			Tap:     o.dev.Name(), MAC: o.dev.MAC(), MTU: o.dev.MTU(),
+			Tap:     o.cfg.Tap, MAC: o.cfg.MAC,
 			MACs: o.br.MACs(), FloodList: o.br.FloodList(),
 			TxFrames: o.br.TxFrames.Load(), TxBytes: o.br.TxBytes.Load(),
 			RxFrames: o.br.RxFrames.Load(), RxBytes: o.br.RxBytes.Load(),
 			Flooded: o.br.Flooded.Load(),
+		}
+		if a := o.tap.Load(); a != nil {
+			s.MTU, s.Up = a.dev.MTU(), true
 		}
 		if o.cfg.Address.IsValid() {
 			s.Address = o.cfg.Address.String()
@@ -110,7 +119,7 @@ func (n *Node) peers() Peers {
 		})
 	}
 	for _, m := range n.disc.Members() {
-		if m.Self {
+		if m.Self || m.Status == discovery.Alive && !m.Confirmed {
 			continue
 		}
 		s := PeerStatus{Name: m.Name, Status: m.Status, VTEP: m.VTEP, Overlays: []string{}}

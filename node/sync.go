@@ -12,7 +12,7 @@ import (
 // sync brings bridges and devices in step with who is there.
 func (n *Node) sync() {
 	members := n.disc.Members()
-	v := viewOf(n.cfg.Name, n.carried(), members)
+	v := viewOf(n.cfg.Name, n.vtep(), n.carried(), members)
 	v.conflicts = append(v.conflicts, n.disc.Conflicts()...)
 	n.tell(v.conflicts)
 	n.tunnel.SetMembers(v.vteps)
@@ -43,17 +43,22 @@ type view struct {
 	conflicts []string
 }
 
-// viewOf derives the view of the node self, which carries mine.
-func viewOf(self string, mine []discovery.Overlay, members []discovery.Member) view {
+// viewOf derives the view of the node self at the VTEP own, which carries mine.
+func viewOf(self string, own netip.AddrPort, mine []discovery.Overlay, members []discovery.Member) view {
 	v := view{flood: map[vxlan.VNI][]netip.AddrPort{}, refused: map[vxlan.VNI][]netip.Addr{}}
 	byVNI := make(map[vxlan.VNI]discovery.Overlay, len(mine))
 	byName := make(map[string]discovery.Overlay, len(mine))
 	for _, o := range mine {
 		byVNI[o.VNI], byName[o.Name] = o, o
 	}
-	owner := map[netip.Addr]string{}
+	owner := map[netip.Addr]string{own.Addr(): self}
 	for _, m := range members { // sorted by name
-		if m.Self || m.Status != discovery.Alive {
+		if m.Self || m.Status != discovery.Alive || !m.Confirmed {
+			continue
+		}
+		if m.VTEP.Addr().Is4() != own.Addr().Is4() {
+			v.conflicts = append(v.conflicts, fmt.Sprintf(
+				"node %s has the VTEP %s and node %s %s: they need addresses of one family; start one of them with another --advertise", self, own.Addr(), m.Name, m.VTEP.Addr()))
 			continue
 		}
 		if other, taken := owner[m.VTEP.Addr()]; taken {

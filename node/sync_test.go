@@ -15,7 +15,7 @@ func vtep(i byte) netip.AddrPort {
 }
 
 func member(name string, i byte, overlays ...discovery.Overlay) discovery.Member {
-	return discovery.Member{Name: name, Status: discovery.Alive, VTEP: vtep(i), Overlays: overlays}
+	return discovery.Member{Name: name, Status: discovery.Alive, Confirmed: true, VTEP: vtep(i), Overlays: overlays}
 }
 
 func TestViewOf(t *testing.T) {
@@ -26,6 +26,11 @@ func TestViewOf(t *testing.T) {
 	self.Self = true
 	failed := member("f", 6, blue)
 	failed.Status = discovery.Failed
+
+	unconfirmed := member("u", 7, blue)
+	unconfirmed.Confirmed = false
+	v6 := member("b", 2, blue)
+	v6.VTEP = netip.MustParseAddrPort("[2001:db8::2]:4789")
 
 	for name, c := range map[string]struct {
 		members   []discovery.Member
@@ -66,6 +71,15 @@ func TestViewOf(t *testing.T) {
 			refused:   map[vxlan.VNI][]netip.Addr{100: {vtep(2).Addr()}},
 			conflicts: []string{"encryption none on node a and required on node b"},
 		},
+		"not confirmed": {members: []discovery.Member{self, unconfirmed}},
+		"our address": {
+			members:   []discovery.Member{self, member("b", 1, blue)},
+			conflicts: []string{"nodes a and b both have the VTEP address 192.0.2.1"},
+		},
+		"another family": {
+			members:   []discovery.Member{self, v6},
+			conflicts: []string{"node a has the VTEP 192.0.2.1 and node b 2001:db8::2"},
+		},
 		"one address, two nodes": {
 			members:   []discovery.Member{self, member("b", 2, blue), member("c", 2, blue)},
 			vteps:     []netip.AddrPort{vtep(2)},
@@ -80,7 +94,7 @@ func TestViewOf(t *testing.T) {
 			if c.refused == nil {
 				c.refused = map[vxlan.VNI][]netip.Addr{}
 			}
-			v := viewOf("a", mine, c.members)
+			v := viewOf("a", vtep(1), mine, c.members)
 			if !reflect.DeepEqual(v.vteps, c.vteps) || !reflect.DeepEqual(v.flood, c.flood) || !reflect.DeepEqual(v.refused, c.refused) {
 				t.Errorf("viewOf = %+v, want vteps %v, flood %v, refused %v", v, c.vteps, c.flood, c.refused)
 			}

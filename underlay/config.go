@@ -13,8 +13,9 @@ type Config struct {
 	// IPv4 alone where IPv6 is disabled; any other address on itself. Port 0
 	// lets the kernel choose one port for both families.
 	Listen netip.AddrPort
-	// Source is the address that datagrams leave from, if this host has it;
-	// otherwise, and for the other family, the kernel chooses by route.
+	// Source is the address that datagrams leave from. While this host does not
+	// have it, and for the other family, the kernel chooses by route; Rebind
+	// takes it up once it is there.
 	Source netip.Addr
 	// SourcePorts is the number of UDP source ports per family, 1 to 64; default 16.
 	SourcePorts int

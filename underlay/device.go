@@ -2,32 +2,142 @@ package underlay
 
 import (
 	"bytes"
+	"encoding/binary"
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
+
+// Device is a network device as it is at this moment.
+type Device struct {
+	Name  string
+	Index int
+	MTU   int // in bytes
+}
+
+// DeviceOf returns the device of this namespace that holds addr, of several the
+// first. It costs one dump of the host's addresses of addr's family, however
+// many devices there are. Where none holds it, the error says to name another
+// address with --advertise.
+func DeviceOf(addr netip.Addr) (Device, error) {
+	addr = addr.Unmap()
+	zone := int(scopeOf(addr.Zone()))
+	held, err := addresses(familyOf(addr).domain())
+	if err != nil {
+		return Device{}, fmt.Errorf("underlay: device of %s: list addresses: %w", addr, err)
+	}
+	for _, h := range held {
+		if h.addr == addr.WithZone("") && (zone == 0 || zone == h.index) {
+			d, err := deviceAt(h.index)
+			if err != nil {
+				return Device{}, fmt.Errorf("underlay: device of %s: %w", addr, err)
+			}
+			return d, nil
+		}
+	}
+	return Device{}, fmt.Errorf("underlay: no network device has the address %s: give --advertise one of this host's addresses", addr)
+}
+
+// held is an address of this host.
+type held struct {
+	addr  netip.Addr // without a zone
+	index int        // of its device
+}
+
+// addresses lists those of a family, or all with AF_UNSPEC. net.Interface.Addrs
+// does the same for each device anew.
+func addresses(family int) ([]held, error) {
+	rib, err := syscall.NetlinkRIB(syscall.RTM_GETADDR, family)
+	if err != nil {
+		return nil, os.NewSyscallError("RTM_GETADDR", err)
+	}
+	msgs, err := syscall.ParseNetlinkMessage(rib)
+	if err != nil {
+		return nil, os.NewSyscallError("RTM_GETADDR", err)
+	}
+	var all []held
+	for i := range msgs {
+		m := &msgs[i]
+		if m.Header.Type != syscall.RTM_NEWADDR || len(m.Data) < syscall.SizeofIfAddrmsg {
+			continue
+		}
+		attrs, err := syscall.ParseNetlinkRouteAttr(m)
+		if err != nil {
+			return nil, os.NewSyscallError("RTM_NEWADDR", err)
+		}
+		h := held{index: int(binary.NativeEndian.Uint32(m.Data[4:8]))}
+		local := false
+		for _, a := range attrs {
+			// Where an address has a peer, IFA_ADDRESS is the peer's.
+			if is := a.Attr.Type == syscall.IFA_LOCAL; is || a.Attr.Type == syscall.IFA_ADDRESS && !local {
+				h.addr, _ = netip.AddrFromSlice(a.Value)
+				local = is
+			}
+		}
+		if h.addr.IsValid() {
+			all = append(all, h)
+		}
+	}
+	return all, nil
+}
+
+// deviceAt returns the device that has the index.
+func deviceAt(index int) (Device, error) {
+	fd, err := udpSocket(v4)
+	if err != nil {
+		return Device{}, err
+	}
+	defer unix.Close(fd)
+	var r unix.Ifreq
+	r.SetUint32(uint32(index))
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFNAME, &r); err != nil {
+		return Device{}, os.NewSyscallError("SIOCGIFNAME", err)
+	}
+	d := Device{Name: r.Name(), Index: index}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFMTU, &r); err != nil {
+		return Device{}, os.NewSyscallError("SIOCGIFMTU of "+d.Name, err)
+	}
+	d.MTU = int(r.Uint32())
+	return d, nil
+}
+
+// indexOf returns the index of the device that holds a, or 0: the kernel
+// chooses by route.
+func indexOf(a netip.Addr) int {
+	if !a.IsValid() {
+		return 0
+	}
+	d, err := DeviceOf(a)
+	if err != nil {
+		return 0
+	}
+	return d.Index
+}
 
 // IsVirtual reports whether the device that holds addr hands packets over in
 // memory (veth, bridge, tun, loopback …), so that what it delivers may carry
 // checksums and segments that no hardware has finished yet. A VLAN is what its
 // real device is. False if no device holds addr.
 func IsVirtual(addr netip.Addr) bool {
-	ifi := interfaceOf(addr.Unmap())
-	if ifi == nil {
+	d, err := DeviceOf(addr)
+	if err != nil {
 		return false
-	}
-	if ifi.Flags&net.FlagLoopback != 0 {
-		return true
 	}
 	fd, err := udpSocket(v4)
 	if err != nil {
 		return false
 	}
 	defer unix.Close(fd)
-	name := ifi.Name
+	if isLoopback(fd, d.Name) {
+		return true
+	}
+	name := d.Name
 	for range 8 { // VLANs in VLANs, bounded
 		real, ok := realDevice(fd, name)
 		if !ok {
@@ -36,6 +146,14 @@ func IsVirtual(addr netip.Addr) bool {
 		name = real
 	}
 	return virtualDrivers[driverOf(fd, name)]
+}
+
+func isLoopback(fd int, name string) bool {
+	r, err := unix.NewIfreq(name)
+	if err != nil {
+		return false
+	}
+	return unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, r) == nil && r.Uint16()&unix.IFF_LOOPBACK != 0
 }
 
 // virtualDrivers are the names that devices give as their driver (ETHTOOL_GDRVINFO).

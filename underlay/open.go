@@ -3,7 +3,6 @@ package underlay
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -32,6 +31,9 @@ type conn struct {
 	making  sync.Mutex
 	retryAt [2]time.Time // when making a pool may be tried again; guarded by making
 
+	joining sync.Mutex // held for a change of groups
+	groups  map[netip.Addr]*membership
+
 	gso         atomic.Bool
 	gsoState    atomic.Pointer[string]
 	groState    atomic.Pointer[string]
@@ -52,7 +54,7 @@ func Open(cfg Config) (Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{cfg: cfg, maxSegments: minMaxSegments}
+	c := &conn{cfg: cfg, maxSegments: minMaxSegments, groups: map[netip.Addr]*membership{}}
 	c.tested = testOffloads(cfg)
 	c.sndBuf = c.tested.sndBuf
 	if c.tested.longTrains {
@@ -264,82 +266,4 @@ func (c *conn) Close() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// JoinGroup and LeaveGroup work on the listening socket of group's family.
-func (c *conn) JoinGroup(group netip.Addr) error  { return c.membership(group, true) }
-func (c *conn) LeaveGroup(group netip.Addr) error { return c.membership(group, false) }
-
-func (c *conn) membership(group netip.Addr, join bool) error {
-	what := "leave"
-	if join {
-		what = "join"
-	}
-	if group = group.Unmap(); !group.IsMulticast() {
-		return fmt.Errorf("underlay: %s group %s: not a multicast address", what, group)
-	}
-	for i, r := range c.receivers {
-		if at := c.local[i].Addr(); familyOf(at) != familyOf(group) {
-			continue
-		} else if !at.IsUnspecified() {
-			return fmt.Errorf("underlay: %s group %s: a socket on %s gets no multicast; use --listen [::]:%d", what, group, at, c.local[i].Port())
-		}
-		var err error
-		ifindex := indexOf(c.cfg.Source)
-		if e := r.file.Control(func(fd uintptr) { err = setMembership(int(fd), group, ifindex, join) }); e != nil {
-			return ErrClosed
-		}
-		if err != nil {
-			return fmt.Errorf("underlay: %s group %s: %w", what, group, err)
-		}
-		return nil
-	}
-	return fmt.Errorf("underlay: %s group %s: nothing listens for its family; use --listen [::]:4789", what, group)
-}
-
-func setMembership(fd int, group netip.Addr, ifindex int, join bool) error {
-	if group.Is4() {
-		option := unix.IP_DROP_MEMBERSHIP
-		if join {
-			option = unix.IP_ADD_MEMBERSHIP
-		}
-		return unix.SetsockoptIPMreqn(fd, unix.SOL_IP, option, &unix.IPMreqn{Multiaddr: group.As4(), Ifindex: int32(ifindex)})
-	}
-	option := unix.IPV6_LEAVE_GROUP
-	if join {
-		option = unix.IPV6_JOIN_GROUP
-	}
-	return unix.SetsockoptIPv6Mreq(fd, unix.SOL_IPV6, option, &unix.IPv6Mreq{Multiaddr: group.As16(), Interface: uint32(ifindex)})
-}
-
-// indexOf returns the index of the interface that holds a, or 0: the kernel
-// chooses by route.
-func indexOf(a netip.Addr) int {
-	if ifi := interfaceOf(a); ifi != nil {
-		return ifi.Index
-	}
-	return 0
-}
-
-// interfaceOf returns the interface that holds a, nil if none does.
-func interfaceOf(a netip.Addr) *net.Interface {
-	if !a.IsValid() {
-		return nil
-	}
-	all, err := net.Interfaces()
-	if err != nil {
-		return nil
-	}
-	for i := range all {
-		addrs, err := all[i].Addrs()
-		if err != nil {
-			continue
-		}
-		for _, n := range addrs {
-			if p, err := netip.ParsePrefix(n.String()); err == nil && p.Addr().Unmap() == a.WithZone("") {
-				return &all[i]
-			}
-		}
-	}
-	return nil
 }

@@ -75,8 +75,8 @@ func newPool(cfg Config, f family) (*pool, error) {
 		p.fds = append(p.fds, fd)
 		err = bindAny(fd, source)
 		if errors.Is(err, unix.EADDRNOTAVAIL) && !source.IsUnspecified() {
-			// Not (or no longer) an address of this host: it may be the
-			// public one of a machine behind one-to-one address translation.
+			// No longer an address of this host, or not yet (DHCP): what leaves
+			// from another one still arrives, and Rebind puts it right.
 			source = f.unspecified()
 			err = bindAny(fd, source)
 		}

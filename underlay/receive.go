@@ -107,7 +107,7 @@ func (r *receiver) Receive(b *Batch) error {
 			return nil
 		case r.errno == unix.EAGAIN:
 			return nil
-		case r.errno != unix.EINTR && try == maxReceiveRetries:
+		case r.errno != unix.EINTR && try >= maxReceiveRetries:
 			return fmt.Errorf("underlay: receive: recvmmsg: %w", r.errno)
 		}
 	}

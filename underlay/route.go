@@ -65,11 +65,8 @@ func deviceMTU(fd int) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	ifi := interfaceOf(at.Addr())
-	if ifi == nil {
-		return 0, unix.EADDRNOTAVAIL
-	}
-	return ifi.MTU, nil
+	d, err := DeviceOf(at.Addr())
+	return d.MTU, err
 }
 
 // SourceFor returns the address that datagrams to dst leave from. Nothing is
@@ -104,23 +101,21 @@ func DefaultSource() (netip.Addr, error) {
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("underlay: list interfaces: %w", err)
 	}
-	var found netip.Addr
+	usable := make(map[int]bool, len(all))
 	for i := range all {
-		if all[i].Flags&net.FlagUp == 0 || all[i].Flags&net.FlagLoopback != 0 {
+		usable[all[i].Index] = all[i].Flags&(net.FlagUp|net.FlagLoopback) == net.FlagUp
+	}
+	addrs, err := addresses(unix.AF_UNSPEC)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("underlay: list addresses: %w", err)
+	}
+	var found netip.Addr
+	for _, h := range addrs {
+		if !usable[h.index] || h.addr.IsLinkLocalUnicast() {
 			continue
 		}
-		addrs, err := all[i].Addrs()
-		if err != nil {
-			continue
-		}
-		for _, n := range addrs {
-			p, err := netip.ParsePrefix(n.String())
-			if err != nil || p.Addr().IsLinkLocalUnicast() {
-				continue
-			}
-			if a := p.Addr().Unmap(); !found.IsValid() || found.Is6() && a.Is4() {
-				found = a
-			}
+		if !found.IsValid() || found.Is6() && h.addr.Is4() {
+			found = h.addr
 		}
 	}
 	if !found.IsValid() {

@@ -21,9 +21,19 @@ type Conn interface {
 	// LocalAddrs returns the addresses that the listening sockets are bound to.
 	LocalAddrs() []netip.AddrPort
 	// JoinGroup and LeaveGroup change the membership of a multicast group on
-	// the interface that holds the source address (RFC 7348, section 4.2).
+	// the device that holds the source address (RFC 7348, section 4.2). Joins
+	// of one group are counted, and the last LeaveGroup leaves: overlays may
+	// share a group. A socket is in at most net.ipv4.igmp_max_memberships
+	// groups (default 20); the error of one more says so.
 	JoinGroup(group netip.Addr) error
 	LeaveGroup(group netip.Addr) error
+	// Rebind is for when the underlay's device was made anew or its address
+	// moved to another: it joins all groups again on the device that holds the
+	// source address now, and the next Flush sends from new source ports. It
+	// fails, with nothing changed, while no device holds the source address;
+	// a group that could not be joined is tried again by the next Rebind.
+	// Groups are left for a moment: don't call it without a cause.
+	Rebind() error
 	// PathMTU returns the MTU in bytes of the route to dst.
 	PathMTU(dst netip.Addr) (int, error)
 	Stats() *Stats
@@ -54,6 +64,9 @@ type Receiver interface {
 	// Wait returns nil when Receive may find a datagram, ErrClosed after Close.
 	Wait() error
 	// Receive fills b with what waits and never blocks: none means that none wait.
+	// The error is ErrClosed after Close. Any other is of this call alone (the
+	// kernel was short of memory, errors were pending on the socket): b is
+	// empty, no datagram is lost by it, and Wait and Receive may be called again.
 	Receive(b *Batch) error
 }
 

@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -106,8 +107,13 @@ func newLog(w io.Writer, level, format string) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, opts))
 }
 
-// untilSignal calls run with a context that the first signal ends. At the
-// second it returns without waiting for run: the process must end then.
+// onePress is how long signals count as one: timeout(1) and shells signal both
+// the process and its group.
+const onePress = time.Second
+
+// untilSignal calls run with a context that the first signal ends. At another
+// one, more than onePress later, it returns without waiting for run: the process
+// must end then.
 func untilSignal(ctx context.Context, sigs <-chan os.Signal, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -119,11 +125,15 @@ func untilSignal(ctx context.Context, sigs <-chan os.Signal, run func(context.Co
 	case <-sigs:
 		cancel()
 	}
-	select {
-	case err := <-done:
-		return err
-	case s := <-sigs:
-		return fmt.Errorf("ended at once by a second signal (%s): peers may not know that this node has left", s)
+	for first := time.Now(); ; {
+		select {
+		case err := <-done:
+			return err
+		case s := <-sigs:
+			if time.Since(first) > onePress {
+				return fmt.Errorf("ended at once by a second signal (%s): peers may not know that this node has left", s)
+			}
+		}
 	}
 }
 
@@ -132,8 +142,11 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	// A busy worker keeps a processor of the scheduler while it polls
 	// (internal/ready): there must be some beyond one for each core.
 	runtime.GOMAXPROCS(max(4, runtime.NumCPU()+2))
-	n, err := node.New(cfg, log)
+	n, err := node.New(ctx, cfg, log)
 	if err != nil {
+		if ctx.Err() != nil {
+			return nil // stopped before it had begun
+		}
 		return err
 	}
 	ended := make(chan struct{})

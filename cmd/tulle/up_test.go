@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/tulle-net/tulle/config"
 )
@@ -90,15 +92,25 @@ func TestUntilSignal(t *testing.T) {
 }
 
 func TestSecondSignalDoesNotWait(t *testing.T) {
-	hang := make(chan struct{})
-	defer close(hang)
-	sigs := make(chan os.Signal, 2)
-	sigs <- syscall.SIGTERM
-	sigs <- syscall.SIGINT
-	err := untilSignal(t.Context(), sigs, func(context.Context) error { <-hang; return nil })
-	if err == nil || !strings.Contains(err.Error(), "ended at once by a second signal (interrupt)") {
-		t.Errorf("untilSignal = %v", err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		hang := make(chan struct{})
+		defer close(hang)
+		sigs := make(chan os.Signal)
+		go func() {
+			sigs <- syscall.SIGTERM
+			sigs <- syscall.SIGTERM // as timeout(1) does: once to the process, once to its group
+			time.Sleep(2 * onePress)
+			sigs <- syscall.SIGINT
+		}()
+		start := time.Now()
+		err := untilSignal(t.Context(), sigs, func(context.Context) error { <-hang; return nil })
+		if err == nil || !strings.Contains(err.Error(), "ended at once by a second signal (interrupt)") {
+			t.Errorf("untilSignal = %v", err)
+		}
+		if took := time.Since(start); took != 2*onePress {
+			t.Errorf("ended after %v, want %v: two signals at once are one", took, 2*onePress)
+		}
+	})
 }
 
 func TestNotify(t *testing.T) {

@@ -32,6 +32,7 @@ var imports = map[string][]string{
 	"internal/demo":        {"internal/lab", "node"},
 
 	"examples/embed": {"bridge", "tap", "underlay"},
+	"bench":          {"internal/lab"},
 }
 
 // thirdParty says which packages may import a module of somebody else: its

@@ -4,12 +4,14 @@ import (
 	"context"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"time"
 )
 
-// TestPrivilegedPair is what a kernel without bridges gets.
-func TestPrivilegedPair(t *testing.T) {
+// TestPrivilegedCable: two hosts and nothing between them, which is also what a
+// kernel without bridges gets.
+func TestPrivilegedCable(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -30,10 +32,30 @@ func TestPrivilegedPair(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &Switch{name: "ul", conf: Underlay{MTU: 1500,
-		Prefix4: netip.MustParsePrefix("192.0.2.0/24"), Prefix6: netip.MustParsePrefix("2001:db8::/64")}}
-	if err := s.pair(a, b); err != nil {
+	conf := Underlay{Cable: true, Prefix4: netip.MustParsePrefix("192.0.2.0/24"), Prefix6: netip.MustParsePrefix("2001:db8::/64")}
+	for _, hosts := range [][]*Host{nil, {a}, {a, b, a}} {
+		if _, err := l.AddSwitch("ul", conf, hosts...); err == nil || !strings.Contains(err.Error(), "joins 2 hosts") {
+			t.Errorf("a cable to %d hosts: %v", len(hosts), err)
+		}
+	}
+	if _, err := l.AddSwitch("No Name", conf, a, b); err == nil {
+		t.Error("a cable without a good name: no error")
+	}
+	s, err := l.AddSwitch("ul", conf, a, b)
+	if err != nil {
 		t.Fatal(err)
+	}
+	for _, h := range []*Host{a, b} {
+		dev, err := h.link("ul")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if dev.Type() != "veth" || dev.Attrs().MTU != 1500 {
+			t.Errorf("%s has a %s of MTU %d, want a veth of 1500", h.name, dev.Type(), dev.Attrs().MTU)
+		}
+	}
+	if n := len(readNetns(l)); n != 2 {
+		t.Errorf("%d namespaces, want the hosts' 2", n)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -59,4 +81,14 @@ func TestPrivilegedPair(t *testing.T) {
 	if err := s.Attach(a); err == nil {
 		t.Error("Attach to a pair: want an error")
 	}
+}
+
+// readNetns lists the namespaces of l.
+func readNetns(l *Lab) (names []string) {
+	for _, n := range readDir(netnsDir) {
+		if strings.HasPrefix(n, l.name+"-") {
+			names = append(names, n)
+		}
+	}
+	return names
 }

@@ -33,9 +33,12 @@ type Underlay struct {
 	// DisableIPv6 switches IPv6 off on all devices of the hosts.
 	DisableIPv6 bool
 	Offloads    Offloads
+	// Cable joins two hosts by one cable, without the work of a bridge.
+	Cable bool
 }
 
-// Switch is one network segment: a bridge with a cable to each host.
+// Switch is one network segment: a bridge with a cable to each host, or a cable
+// alone.
 type Switch struct {
 	name  string
 	conf  Underlay
@@ -47,10 +50,21 @@ const bridgeName = "bridge"
 
 // AddSwitch connects hosts by a segment; in each the device is called name (1
 // to 10 of a-z and 0-9). On a kernel without bridges two hosts are joined by
-// one cable. It is not safe for concurrent use with Attach.
+// one cable, as with Underlay.Cable. It is not safe for concurrent use with
+// Attach.
 func (l *Lab) AddSwitch(name string, u Underlay, hosts ...*Host) (*Switch, error) {
 	if u.MTU == 0 {
 		u.MTU = 1500
+	}
+	if u.Cable {
+		if !validName.MatchString(name) {
+			return nil, fmt.Errorf("lab: switch name %q is not 1 to 10 of a-z and 0-9", name)
+		}
+		if len(hosts) != 2 {
+			return nil, fmt.Errorf("lab: switch %s: a cable joins 2 hosts, not %d", name, len(hosts))
+		}
+		s := &Switch{name: name, conf: u}
+		return s, s.pair(hosts[0], hosts[1])
 	}
 	box, err := l.AddHost(name)
 	if err != nil {
@@ -87,7 +101,7 @@ func (l *Lab) AddSwitch(name string, u Underlay, hosts ...*Host) (*Switch, error
 // Attach plugs in one more host; it gets the next address.
 func (s *Switch) Attach(h *Host) error {
 	if s.box == nil {
-		return fmt.Errorf("lab: switch %s: this kernel has no bridge, so two hosts are all", s.name)
+		return fmt.Errorf("lab: switch %s: it is one cable, so two hosts are all", s.name)
 	}
 	if err := s.cable(h, s.name, s.box, h.name); err != nil {
 		return err

@@ -19,13 +19,15 @@ import (
 // File is a non-blocking descriptor. Control is safe for concurrent use; Wait
 // belongs to one worker.
 type File struct {
-	f     *os.File
-	raw   syscall.RawConn
-	hot   time.Time // until when Wait polls
-	spin  func(fd uintptr)
-	look  func(fd uintptr)
-	park  func(fd uintptr) bool
-	found int16 // the last poll's events
+	f   *os.File
+	raw syscall.RawConn
+	hot time.Time // until when Wait polls
+	// locked: the worker's goroutine is locked to its thread.
+	locked bool
+	spin   func(fd uintptr)
+	look   func(fd uintptr)
+	park   func(fd uintptr) bool
+	found  int16 // the last poll's events
 }
 
 const (
@@ -78,12 +80,35 @@ func (f *File) Control(fn func(fd uintptr)) error {
 
 // Wait blocks until a read would not block, be it for data, an error or a
 // hang-up. The error is os.ErrClosed after Close.
+//
+// From then on until it parks again, or returns an error, the worker's goroutine
+// is locked to its thread: 64-byte frames were measured 1.4 times as fast so.
+// While it is parked it has none, or hundreds of idle Files would cost one each.
 func (f *File) Wait() error {
-	if !f.hot.IsZero() {
-		if found, err := f.waitHot(); found || err != nil {
+	if f.locked {
+		if found, err := f.waitHot(); found {
+			return nil
+		} else if err != nil {
+			f.unlock()
 			return err
 		}
+		f.unlock()
 	}
+	if err := f.waitCold(); err != nil {
+		return err
+	}
+	runtime.LockOSThread()
+	f.locked = true
+	return nil
+}
+
+func (f *File) unlock() {
+	f.locked = false
+	runtime.UnlockOSThread()
+}
+
+// waitCold parks the goroutine in the runtime's poller.
+func (f *File) waitCold() error {
 	if f.raw.Read(f.park) != nil {
 		// Either f is closed, or the runtime's poller refuses to wait because
 		// it saw an error event alone: then a read tells which.

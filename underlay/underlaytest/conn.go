@@ -12,8 +12,9 @@ import (
 type Conn struct {
 	net      *Net
 	addr     netip.AddrPort
-	basePort uint16              // first of its source ports
-	groups   map[netip.Addr]bool // guarded by net.mu
+	basePort uint16             // first of its source ports
+	groups   map[netip.Addr]int // joins of each, guarded by net.mu
+	rebinds  int                // guarded by net.mu
 	stats    underlay.Stats
 	bell     chan struct{} // capacity 1: the queue is not empty
 	done     chan struct{} // closed by Close
@@ -53,18 +54,40 @@ func (c *Conn) JoinGroup(group netip.Addr) error {
 	}
 	c.net.mu.Lock()
 	defer c.net.mu.Unlock()
-	c.groups[group.Unmap()] = true
+	c.groups[group.Unmap()]++
 	return nil
 }
 
 func (c *Conn) LeaveGroup(group netip.Addr) error {
 	c.net.mu.Lock()
 	defer c.net.mu.Unlock()
-	if !c.groups[group.Unmap()] {
+	switch c.groups[group.Unmap()] {
+	case 0:
 		return fmt.Errorf("underlaytest: leave group %s: not joined", group)
+	case 1:
+		delete(c.groups, group.Unmap())
+	default:
+		c.groups[group.Unmap()]--
 	}
-	delete(c.groups, group.Unmap())
 	return nil
+}
+
+// Rebind has no devices to look at: it is counted.
+func (c *Conn) Rebind() error {
+	if c.closed() {
+		return underlay.ErrClosed
+	}
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	c.rebinds++
+	return nil
+}
+
+// Rebinds returns how often Rebind was called.
+func (c *Conn) Rebinds() int {
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	return c.rebinds
 }
 
 // PathMTU returns the MTU of the link to dst.

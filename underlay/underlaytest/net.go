@@ -254,7 +254,7 @@ func (n *Net) send(c *Conn, src, dst netip.AddrPort, b []byte) bool {
 func (n *Net) members(c *Conn, group netip.AddrPort) []netip.AddrPort {
 	var to []netip.AddrPort
 	for at, m := range n.conns {
-		if m != c && m.groups[group.Addr()] && at.Port() == group.Port() {
+		if m != c && m.groups[group.Addr()] > 0 && at.Port() == group.Port() {
 			to = append(to, at)
 		}
 	}
@@ -323,7 +323,7 @@ func (n *Net) Conn(addr netip.AddrPort) underlay.Conn {
 		panic(fmt.Sprintf("underlaytest: address %s is in use or not one of a host", addr))
 	}
 	c := &Conn{
-		net: n, addr: addr, groups: map[netip.Addr]bool{},
+		net: n, addr: addr, groups: map[netip.Addr]int{},
 		bell: make(chan struct{}, 1), done: make(chan struct{}),
 		basePort: 49152 + uint16(rand.New(rand.NewPCG(n.seed, uint64(addr.Port()))).IntN(16384-SourcePorts+1)),
 	}

@@ -3,6 +3,7 @@ package underlaytest
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -232,6 +233,13 @@ func TestGroups(t *testing.T) {
 	}
 	if err := c.LeaveGroup(group); err != nil {
 		t.Fatal(err)
+	}
+	// b has two overlays with this group, of which one ends.
+	if err := errors.Join(b.JoinGroup(group), b.LeaveGroup(group), b.Rebind()); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.(*Conn).Rebinds(); n != 1 {
+		t.Errorf("Rebinds = %d, want 1", n)
 	}
 	if c.LeaveGroup(group) == nil || a.JoinGroup(addrB.Addr()) == nil {
 		t.Error("leaving twice, or joining a unicast address: no error")

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -29,7 +30,9 @@ type link struct {
 	gsoMaxSize int    // as configured, 0: by the MTU
 	netns      string // where it was moved to, or ""
 	file       *ready.File
-	mu         sync.Mutex // held for a change
+	addresses  []netip.Prefix // as configured
+	mu         sync.Mutex     // held for a change
+	noIPv6     bool           // the MTU was too small for IPv6; guarded by mu
 }
 
 func (l *link) Name() string   { return l.name }
@@ -235,7 +238,7 @@ func (l *link) setUp(cfg Config) error {
 			return fmt.Errorf("name the device: %w", err)
 		}
 	}
-	l.name, l.gsoMaxSize = cfg.Name, cfg.GSOMaxSize
+	l.name, l.gsoMaxSize, l.addresses = cfg.Name, cfg.GSOMaxSize, slices.Clone(cfg.Addresses)
 	l.mac = ether.MACFrom(dev.Attrs().HardwareAddr)
 	if cfg.MAC != 0 {
 		mac := make(net.HardwareAddr, 6)
@@ -304,7 +307,8 @@ func (l *link) applyMTU(h *netlink.Handle, dev netlink.Link, mtu int) error {
 }
 
 // SetMTU changes the MTU, 68 to 65535 bytes, wherever the device is. The error
-// is ErrClosed when it is gone.
+// is ErrClosed when it is gone. Below 1280 bytes the device has no IPv6; from
+// there on it has the configured IPv6 addresses again.
 func (l *link) SetMTU(bytes int) error {
 	if bytes < minMTU || bytes > maxMTU {
 		return fmt.Errorf("tap: %s: MTU %d: choose %d to %d", l.name, bytes, minMTU, maxMTU)
@@ -316,7 +320,29 @@ func (l *link) SetMTU(bytes int) error {
 		return l.wrap(err)
 	}
 	defer h.Close()
-	return l.wrap(l.applyMTU(h, dev, bytes))
+	l.noIPv6 = l.noIPv6 || dev.Attrs().MTU < minMTU6
+	if err := l.applyMTU(h, dev, bytes); err != nil {
+		return l.wrap(err)
+	}
+	return l.wrap(l.restoreIPv6(h, dev, bytes))
+}
+
+// restoreIPv6 adds the IPv6 addresses that the kernel dropped for good when the
+// MTU was too small. At any other time one that somebody removed stays away.
+func (l *link) restoreIPv6(h *netlink.Handle, dev netlink.Link, mtu int) error {
+	if !l.noIPv6 || mtu < minMTU6 {
+		return nil
+	}
+	for _, a := range l.addresses {
+		if !a.Addr().Is6() {
+			continue
+		}
+		if err := addAddress(h, dev, a); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	l.noIPv6 = false
+	return nil
 }
 
 // wrap adds the device's name to an error, except to ErrClosed.

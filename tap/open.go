@@ -20,6 +20,9 @@ const (
 	maxQueues = 256
 	minMTU    = 68
 	maxMTU    = 65535
+	// minMTU6 is IPv6's least link MTU (RFC 8200, section 5). Linux switches
+	// IPv6 off on a device with less.
+	minMTU6 = 1280
 )
 
 // Open makes the device that cfg describes and brings it up. It vanishes with
@@ -97,6 +100,9 @@ func validate(cfg Config) error {
 	for _, a := range cfg.Addresses {
 		if !a.IsValid() || a.Addr().Is4In6() || a.Addr().IsUnspecified() || a.Addr().Zone() != "" {
 			fault("address %v: want one with its prefix length such as 10.32.0.1/16", a)
+		} else if a.Addr().Is6() && cfg.MTU < minMTU6 {
+			fault("address %v: IPv6 needs an MTU of at least %d bytes, and this overlay's would be %d: "+
+				"raise the MTU of the underlay, or give the overlay IPv4 addresses only", a, minMTU6, cfg.MTU)
 		}
 	}
 	switch cfg.Driver {

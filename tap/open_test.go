@@ -2,20 +2,17 @@ package tap
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -287,117 +284,35 @@ func TestSetMTUAndMove(t *testing.T) {
 	})
 }
 
-// TestNamespaceEnds: an open device does not keep its namespace alive, and its
-// queues end with it, be they waited for or not.
-func TestNamespaceEnds(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
-		s, target := newSpace(t), newSpace(t)
-		dev := s.open(Config{Driver: d, Netns: target.path()})
-		if err := dev.SetMTU(1400); err != nil { // uses the namespace, and lets go of it
-			t.Fatal(err)
-		}
-		q := dev.Queues()[0]
-		ended := make(chan error, 1)
-		go func() { ended <- pump(q, func(Frame) {}) }()
-		target.end()
-		select {
-		case err := <-ended:
-			if !errors.Is(err, ErrClosed) {
-				t.Errorf("worker ended with %v, want ErrClosed", err)
-			}
-		case <-time.After(10 * time.Second):
-			t.Fatal("the worker did not end with the namespace")
-		}
-		for what, err := range map[string]error{
-			"Wait": q.Wait(), "Read": q.Read(NewBatch()), "SetMTU": dev.SetMTU(1300),
-			"WriteFrame": q.WriteFrame(ether.Meta{}, [][]byte{make([]byte, 60)}),
-		} {
-			if !errors.Is(err, ErrClosed) {
-				t.Errorf("%s = %v, want ErrClosed", what, err)
-			}
-		}
-	})
-}
-
-// pump is a worker: it ends with the error of Wait or Read.
-func pump(q Queue, fn func(Frame)) error {
-	for b := NewBatch(); ; {
-		if err := q.Wait(); err != nil {
-			return err
-		}
-		if err := q.Read(b); err != nil {
-			return err
-		}
-		for _, f := range b.Frames {
-			fn(f)
-		}
-	}
-}
-
-func TestCloseWakesWait(t *testing.T) {
+// TestSetMTUBelowIPv6: the kernel forgets IPv6 addresses below 1280 bytes.
+func TestSetMTUBelowIPv6(t *testing.T) {
 	eachDriver(t, func(t *testing.T, d Driver) {
 		s := newSpace(t)
-		for _, idle := range []time.Duration{0, 20 * time.Millisecond} { // polling, parked
-			dev := s.open(Config{Driver: d})
-			ended := make(chan error, 1)
-			go func() { ended <- pump(dev.Queues()[0], func(Frame) {}) }()
-			time.Sleep(idle)
-			name := dev.Name()
-			if err := dev.Close(); err != nil {
-				t.Fatal(err)
+		four, six, removed := netip.MustParsePrefix("10.32.0.1/16"), netip.MustParsePrefix("fd00:32::1/64"), netip.MustParsePrefix("fd00:33::1/64")
+		dev := s.open(Config{Driver: d, Addresses: []netip.Prefix{four, six, removed}})
+		step := func(mtu int, want ...netip.Prefix) {
+			t.Helper()
+			if err := dev.SetMTU(mtu); err != nil {
+				t.Fatalf("SetMTU(%d): %v", mtu, err)
 			}
-			if err := <-ended; !errors.Is(err, ErrClosed) {
-				t.Errorf("worker ended with %v, want ErrClosed", err)
-			}
-			if s.links()[name] != nil {
-				t.Error("the device is still there")
+			got := slices.DeleteFunc(s.addresses(dev.Name()), func(p netip.Prefix) bool { return p.Addr().IsLinkLocalUnicast() })
+			if slices.SortFunc(got, netip.Prefix.Compare); !slices.Equal(got, want) {
+				t.Errorf("MTU %d: addresses %v, want %v", mtu, got, want)
 			}
 		}
-	})
-}
-
-// hold is the child of TestKilled.
-func hold(name string) {
-	if _, err := Open(Config{Name: name, MTU: 1450, Driver: Driver(os.Getenv("TAP_TEST_DRIVER"))}); err != nil {
-		fmt.Println(err)
-		os.Exit(1)
-	}
-	fmt.Println("open")
-	_, _ = io.Copy(io.Discard, os.Stdin) // ends with the parent at the latest
-	os.Exit(0)
-}
-
-// TestKilled: a device ends with its process, also after kill -9.
-func TestKilled(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
-		s := newSpace(t)
-		name := unique()
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-		defer cancel()
-		cmd := exec.CommandContext(ctx, "/proc/self/exe")
-		cmd.Env = append(os.Environ(), "TAP_TEST_HOLD="+name, "TAP_TEST_DRIVER="+string(d))
-		stdin, err := cmd.StdinPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer stdin.Close()
-		stdout, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.do(cmd.Start) // a child is in its thread's namespace
-		line := make([]byte, 256)
-		if n, _ := stdout.Read(line); !strings.HasPrefix(string(line[:n]), "open") {
-			t.Errorf("child says %q", line[:n])
-		}
-		if s.links()[name] == nil {
-			t.Error("the child has no device")
-		}
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait() // after its descriptors are closed
-		if s.links()[name] != nil {
-			t.Error("the device outlived its process")
-		}
+		step(1450, four, six, removed)
+		s.do(func() error {
+			return netlink.AddrDel(s.links()[dev.Name()], &netlink.Addr{IPNet: &net.IPNet{IP: removed.Addr().AsSlice(), Mask: net.CIDRMask(64, 128)}})
+		})
+		step(1400, four, six) // what an operator removed is not added again
+		step(1250, four)
+		step(1260, four)
+		step(1280, four, six, removed)
+		step(1279, four)
+		step(1450, four, six, removed)
+		// Somebody else may have set it too low.
+		s.do(func() error { return netlink.LinkSetMTU(s.links()[dev.Name()], 1200) })
+		step(1450, four, six, removed)
 	})
 }
 
@@ -426,6 +341,8 @@ func TestValidate(t *testing.T) {
 		{func(c *Config) { c.GSOMaxSize = 1 << 17 }, "65536"},
 		{func(c *Config) { c.Driver = "fast" }, "auto, offload or plain"},
 		{func(c *Config) { c.Addresses = make([]netip.Prefix, 1) }, "10.32.0.1/16"},
+		{func(c *Config) { c.MTU, c.Addresses = 1279, []netip.Prefix{netip.MustParsePrefix("fd00:32::1/64")} },
+			"fd00:32::1/64: IPv6 needs an MTU of at least 1280 bytes, and this overlay's would be 1279"},
 	} {
 		cfg := good
 		c.change(&cfg)

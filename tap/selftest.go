@@ -25,12 +25,22 @@ const probeTimeout = 250 * time.Millisecond
 // probeSegment is the payload bytes per segment of a probe, which has two.
 const probeSegment = 64
 
-// found is what the first self-test of this process found: offloads are the
-// kernel's and do not differ from TAP to TAP, while a test takes some 10 ms.
-var found struct {
+// findings is what a self-test found out for sure: offloads are the kernel's
+// and do not differ from TAP to TAP, while a test takes some 10 ms.
+type findings struct {
 	mu    sync.Mutex
 	known bool
 	reasons
+}
+
+// found is this process's.
+var found findings
+
+// keep takes over what a test found, unless it may be due to the moment.
+func (f *findings) keep(r reasons, sure bool) {
+	if sure {
+		f.known, f.reasons = true, r
+	}
 }
 
 // selfTest tries each offload and switches off what fails. The device is down
@@ -55,13 +65,9 @@ func (d *offloadDevice) selfTest() error {
 	if err := h.LinkSetUp(dev); err != nil {
 		return fmt.Errorf("bring the device up for its self-test: %w", err)
 	}
-	d.testOut(dev.Attrs().Index)
 	q := d.queues[0].(*offloadQueue)
-	for _, kind := range []ether.GSO{ether.GSOTCPv4, ether.GSOTCPv6, ether.GSOUDP} {
-		if err := q.probeWrite(kind); err != nil {
-			*d.state.gro(kind) = fmt.Sprintf("self-test: the kernel refuses super-frames (%v)", err)
-		}
-	}
+	sure := d.testOut(dev.Attrs().Index)
+	sure = d.state.testIn(q.probeWrite) && sure
 	if err := h.LinkSetDown(dev); err != nil {
 		return fmt.Errorf("bring the device down after its self-test: %w", err)
 	}
@@ -69,7 +75,7 @@ func (d *offloadDevice) selfTest() error {
 	d.warn()
 	d.state.mu.Lock()
 	defer d.state.mu.Unlock()
-	found.known, found.reasons = true, d.state.reasons
+	found.keep(d.state.reasons, sure)
 	return d.apply()
 }
 
@@ -85,34 +91,84 @@ func (d *offloadDevice) warn() {
 	}
 }
 
-// testOut tries the offloads of frames that leave the kernel. Without a packet
-// socket (CAP_NET_RAW) the kernel's word is taken.
-func (d *offloadDevice) testOut(index int) {
+// testOut tries the offloads of frames that leave the kernel, and reports
+// whether it is sure. Without a packet socket (CAP_NET_RAW) the kernel's word is
+// taken.
+func (d *offloadDevice) testOut(index int) (sure bool) {
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return
+		return true
 	}
 	defer unix.Close(fd)
 	if unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1) != nil {
-		return
+		return true
 	}
-	s := &d.state
+	sent := ether.MAC(0)
+	return d.state.testOut(func(kind ether.GSO) error {
+		sent++
+		return d.probeRead(fd, index, kind, sent)
+	})
+}
+
+// testOut sets the reasons why probe fails, where there are none yet. It
+// reports whether they are the kernel's: other ones may be gone with the next
+// device.
+func (r *reasons) testOut(probe func(ether.GSO) error) (sure bool) {
+	sure = true
 	for _, o := range []struct {
 		kind ether.GSO
 		why  *string
-	}{{ether.GSONone, &s.checksum}, {ether.GSOTCPv4, &s.tso4}, {ether.GSOTCPv6, &s.tso6}, {ether.GSOUDP, &s.uso}} {
+	}{{ether.GSONone, &r.checksum}, {ether.GSOTCPv4, &r.tso4}, {ether.GSOTCPv6, &r.tso6}, {ether.GSOUDP, &r.uso}} {
 		if *o.why != "" {
 			continue
 		}
-		if err := d.probeRead(fd, index, o.kind); err != nil {
+		if err := twice(probe, o.kind); err != nil {
 			*o.why = "self-test: " + err.Error()
+			sure = sure && !passing(err)
 		}
 	}
+	return sure
 }
 
-// probeRead sends a probe from the packet socket fd and reads it from the first queue.
-func (d *offloadDevice) probeRead(fd, index int, kind ether.GSO) error {
+// testIn is testOut for super-frames into the kernel.
+func (r *reasons) testIn(probe func(ether.GSO) error) (sure bool) {
+	sure = true
+	for _, o := range []struct {
+		kind ether.GSO
+		why  *string
+	}{{ether.GSOTCPv4, &r.groTCP4}, {ether.GSOTCPv6, &r.groTCP6}, {ether.GSOUDP, &r.groUDP}} {
+		if err := twice(probe, o.kind); err != nil {
+			*o.why = fmt.Sprintf("self-test: the kernel refuses super-frames (%v)", err)
+			sure = sure && !passing(err)
+		}
+	}
+	return sure
+}
+
+// twice gives a probe a second chance if it failed for a reason that passes.
+func twice(probe func(ether.GSO) error, kind ether.GSO) error {
+	err := probe(kind)
+	if passing(err) {
+		err = probe(kind)
+	}
+	return err
+}
+
+// passing reports whether err says nothing about offloads: the machine is busy
+// or short of memory.
+func passing(err error) bool {
+	return errors.Is(err, errLate) || errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM)
+}
+
+// errLate: a probe is lost, or will come too late.
+var errLate = fmt.Errorf("a probe did not come within %v", probeTimeout)
+
+// probeRead sends a probe from the packet socket fd and reads it from the first
+// queue. number, 1 to 255, is one that no probe of this device had: those before
+// may still come.
+func (d *offloadDevice) probeRead(fd, index int, kind ether.GSO, number ether.MAC) error {
 	frame, m := probe(kind, d.mac)
+	(d.mac ^ number).Put(frame)
 	out := make([]byte, virtioLen, virtioLen+len(frame))
 	encodeVirtio(out, m)
 	out = append(out, frame...)
@@ -131,7 +187,7 @@ func (d *offloadDevice) probeRead(fd, index int, kind ether.GSO) error {
 		for _, f := range b.Frames {
 			switch {
 			case len(f.B) < 14 || !bytes.Equal(f.B[:14], frame[:14]):
-				continue // the stack's own
+				continue // the stack's own, or late
 			case !bytes.Equal(f.B, frame):
 				return errors.New("a super-frame came in pieces")
 			case f.Meta != m:
@@ -140,26 +196,27 @@ func (d *offloadDevice) probeRead(fd, index int, kind ether.GSO) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("a probe did not come within %v", probeTimeout)
+	return errLate
 }
 
-// waitUntil reports whether there is something to read before end.
+// waitUntil reports whether there is something to read before end. It looks at
+// least once: a process that was not scheduled until then missed nothing.
 func (q *offloadQueue) waitUntil(end time.Time) bool {
 	for {
-		left := time.Until(end)
-		if left <= 0 {
-			return false
-		}
+		left := max(0, time.Until(end))
 		p := []unix.PollFd{{Events: unix.POLLIN}}
 		var n int
 		if q.file.Control(func(fd uintptr) {
 			p[0].Fd = int32(fd)
-			n, _ = unix.Poll(p, int(left.Milliseconds())+1)
+			n, _ = unix.Poll(p, int((left+time.Millisecond-1)/time.Millisecond))
 		}) != nil {
 			return false
 		}
 		if n > 0 {
 			return true
+		}
+		if left == 0 {
+			return false
 		}
 	}
 }

@@ -38,7 +38,7 @@ type Config struct {
 	MAC ether.MAC
 	// MTU in bytes, 68 to 65535.
 	MTU int
-	// Addresses to assign; may be empty.
+	// Addresses to assign; may be empty. IPv6 ones need an MTU of 1280.
 	Addresses []netip.Prefix
 	// Queues is the number of queues, 1 to 256; default 1. DriverPlain has one.
 	Queues int
@@ -75,7 +75,9 @@ type Device interface {
 	MAC() ether.MAC
 	Queues() []Queue
 	MTU() int
-	// SetMTU changes the MTU, also when the device was moved to another namespace.
+	// SetMTU changes the MTU, also when the device was moved to another
+	// namespace. Below 1280 bytes the kernel switches IPv6 off on the device;
+	// its configured addresses come back with an MTU that is large enough.
 	SetMTU(bytes int) error
 	Offloads() Offloads
 	// SetOffload switches offloads off, or on again where the kernel has them,

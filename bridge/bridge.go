@@ -219,8 +219,7 @@ func (p *Port) Device() tap.Device { return p.dev }
 func (p *Port) WriteFrame(m ether.Meta, parts [][]byte) {
 	q := p.queues[0]
 	if len(p.queues) > 1 {
-		// The kernel sends a flow's answers to the queue that it was written to:
-		// one flow, one queue.
+		// One flow, one queue: what is written by one keeps its order.
 		q = p.queues[ether.FlowHash(parts[0])%uint32(len(p.queues))]
 	}
 	if q.WriteFrame(m, parts) != nil {

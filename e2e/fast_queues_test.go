@@ -21,8 +21,8 @@ import (
 //	a (queues=4) ──[ul]── b (queues=4)      many flows both ways at once
 
 // TestQueuesKeepOrder: with four queues no flow is ever reordered. Each UDP flow
-// runs in both directions between the same two ports, because a TAP of several
-// queues has the kernel send a flow to the queue that its answers came from.
+// runs in both directions between the same two ports: by itself the kernel would send
+// a flow to the queue that its answers came from, and move it when they begin.
 func TestQueuesKeepOrder(t *testing.T) {
 	t.Parallel()
 	l, sw, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4, Offloads: lab.NIC})
@@ -49,8 +49,7 @@ func TestQueuesKeepOrder(t *testing.T) {
 		for side := range 2 {
 			c := flowSocket(t, h[side], ends[side], ends[1-side], train)
 			wg.Go(func() {
-				// The other side joins in while the flow is under way: then the kernel
-				// moves it to another queue, which must not be seen.
+				// The other side joins in while the flow is under way.
 				time.Sleep(time.Duration(side*i) * 100 * time.Millisecond)
 				out.Add(sendFlow(t, c, uint32(i), size, train > 0, end))
 			})

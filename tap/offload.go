@@ -88,8 +88,8 @@ func (d *offloadDevice) setUpAll(cfg Config, name string, flags uint16) error {
 	if err := d.selfTest(); err != nil {
 		return err
 	}
-	for range cfg.Queues - 1 {
-		if err := d.attach(name, flags); err != nil {
+	if cfg.Queues > 1 {
+		if err := d.attachOthers(cfg.Queues-1, name, flags); err != nil {
 			return err
 		}
 	}
@@ -97,6 +97,25 @@ func (d *offloadDevice) setUpAll(cfg Config, name string, flags uint16) error {
 		return err
 	}
 	return d.setUp(cfg)
+}
+
+// attachOthers adds n queues. Where the kernel lets no program choose among them
+// the device keeps one: by its own choice flows would be reordered.
+func (d *offloadDevice) attachOthers(n int, name string, flags uint16) error {
+	var err error
+	if d.files[0].Control(func(fd uintptr) { err = steer(int(fd)) }) != nil {
+		return ErrClosed
+	}
+	if err != nil {
+		d.log.Warn("one queue instead of several: the kernel takes no program to choose by (it needs CAP_BPF)", "port", d.name, "err", err)
+		return nil
+	}
+	for range n {
+		if err := d.attach(name, flags); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // attach adds a queue to the device of that name, which it makes if flags has

@@ -12,6 +12,9 @@ var imports = map[string][]string{
 	"node":   {"config", "bridge", "discovery", "tap", "underlay", "vxlan", "ether", "internal/version"},
 	"config": {"tap", "vxlan", "ether"},
 
+	"peer":          {"crypto"},
+	"peer/peertest": {},
+
 	"bridge":    {"tap", "underlay", "vxlan", "ether"},
 	"discovery": {"vxlan"},
 
@@ -20,6 +23,7 @@ var imports = map[string][]string{
 	"underlay":              {"internal/ready"},
 	"underlay/underlaytest": {"underlay"},
 
+	"crypto":          {},
 	"vxlan":           {},
 	"ether":           {},
 	"ether/ethertest": {"ether"},
@@ -29,7 +33,7 @@ var imports = map[string][]string{
 	"internal/archtest":    {},
 	"internal/lab":         {},
 	"internal/lab/labtest": {"internal/lab"},
-	"internal/demo":        {"internal/lab", "node"},
+	"internal/demo":        {"internal/lab"},
 
 	"examples/embed": {"bridge", "tap", "underlay"},
 	"bench":          {"internal/lab"},
@@ -38,6 +42,7 @@ var imports = map[string][]string{
 // thirdParty says which packages may import a module of somebody else: its
 // types stop there.
 var thirdParty = map[string][]string{
+	"github.com/quic-go/quic-go":    {"peer"},
 	"github.com/hashicorp/":         {"discovery"},
 	"github.com/vishvananda/":       {"tap", "internal/lab"},
 	"github.com/songgao/water":      {"tap"},

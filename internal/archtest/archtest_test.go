@@ -42,6 +42,7 @@ func sources(t *testing.T, f func(folder, file string)) {
 
 func TestImports(t *testing.T) {
 	seen := map[string]bool{}
+	used := map[string]bool{}
 	sources(t, func(folder, file string) {
 		seen[folder] = true
 		allowed, ok := imports[folder]
@@ -59,6 +60,7 @@ func TestImports(t *testing.T) {
 				t.Fatal(err)
 			}
 			if own, ok := strings.CutPrefix(path, module); ok {
+				used[folder+" "+own] = true
 				if !slices.Contains(allowed, own) {
 					t.Errorf("%s imports %s, which the table does not allow", file, own)
 				}
@@ -72,9 +74,14 @@ func TestImports(t *testing.T) {
 			}
 		}
 	})
-	for folder := range imports {
+	for folder, allowed := range imports {
 		if !seen[folder] {
 			t.Errorf("the table of imports names %s, which has no Go files", folder)
+		}
+		for _, own := range allowed {
+			if !used[folder+" "+own] {
+				t.Errorf("the table lets %s import %s, which it does not", folder, own)
+			}
 		}
 	}
 }

@@ -222,7 +222,8 @@ type VXLAN struct {
 	MTU  int // default: the kernel's
 	// Addr is the device's own address; may be absent.
 	Addr netip.Prefix
-	// NoChecksum sends the outer UDP checksum as zero.
+	// NoChecksum sends the outer UDP checksum over IPv6 as zero. Over IPv4 it
+	// does nothing: netlink does not say so to the kernel.
 	NoChecksum bool
 }
 

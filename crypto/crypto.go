@@ -1,0 +1,16 @@
+// Package crypto holds identities: who a node of a secure cluster is.
+//
+//	CA ──Issue──▶ Certificate (X.509, spiffe://CLUSTER/node/NAME, Rights)   shown in TLS, checked by Roots.Verify
+//	   └────────▶ card ─┐
+//	node ──signs──▶ Statement ─▶ Passport (237 to 399 bytes)                shown in gossip, checked by Passport.Verify
+//	Token ──Prove──▶ TokenRecord.Verify, Use                                lets a machine ask for the first certificate
+//	Dir, State                                                             keep all of it over restarts and power cuts
+//
+// The cluster's secrets are Keys: the root secret, from which each OverlayKey
+// is derived, and the GossipRing. All signatures are Ed25519; each is over a
+// text that starts with what it is for. Times are parameters: see Clock.
+//
+// The package opens no connection and starts no goroutine. It decides who
+// somebody is, not what they may do: that a name goes to its first key only, or
+// that an overlay's key goes to the granted only, is for those who ask it.
+package crypto

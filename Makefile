@@ -26,9 +26,10 @@ demo: bin/tulle
 tools:
 	@$(SUDO) ./.ci/tools $(PACKAGES)
 
-# Every test of up to a minute, the privileged ones too.
+# Every test of up to a minute, the privileged ones too. Not from the cache: it
+# does not see that e2e runs the binary.
 test: tools bin/tulle
-	$(SUDO) go test $(GOTESTFLAGS) ./...
+	$(SUDO) go test -count 1 $(GOTESTFLAGS) ./...
 
 # All but e2e, which runs the binary.
 race: tools

@@ -29,6 +29,7 @@ func (d *nullDevice) MTU() int                                  { return 1450 }
 func (d *nullDevice) SetMTU(int) error                          { return nil }
 func (d *nullDevice) Offloads() tap.Offloads                    { return tap.Offloads{} }
 func (d *nullDevice) SetOffload(noTSO, noUSO, noGRO bool) error { return nil }
+func (d *nullDevice) Dropped() uint64                           { return 0 }
 func (d *nullDevice) Close() error                              { return nil }
 func (d *nullDevice) Wait() error                               { return tap.ErrClosed }
 func (d *nullDevice) Read(*tap.Batch) error                     { return tap.ErrClosed }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"net/netip"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +24,33 @@ func TestTapDeleted(t *testing.T) {
 	a.eventually(15*time.Second, "has made it again", func() bool { return a.status().Overlays[0].Up })
 	ping(t, b.host, address(1), 5*time.Second)
 	ping(t, a.host, address(2), 5*time.Second)
+}
+
+// TestTapOverflow: what the kernel drops while the node does not read is counted.
+func TestTapOverflow(t *testing.T) {
+	t.Parallel()
+	_, _, a, _ := pair(t, lab.Underlay{})
+	ping(t, a.host, address(2), 5*time.Second)
+	before := a.status().Drops["tap_overflow"]
+	if err := a.proc.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	c, err := a.host.Dial(t.Context(), "udp", netip.AddrPortFrom(address(2), 9).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	const sent = 3000
+	for range sent {
+		_, _ = c.Write([]byte("x")) // refused or dropped: both are the point
+	}
+	if err := a.proc.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	ping(t, a.host, address(2), 5*time.Second)
+	if got := a.status().Drops["tap_overflow"] - before; got == 0 || got > sent {
+		t.Errorf("tap_overflow grew by %d, want some of %d", got, sent)
+	}
 }
 
 // TestUnderlayMoves: the underlay's address moves to a bridge, as when somebody

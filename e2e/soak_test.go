@@ -194,7 +194,7 @@ func explain(t *testing.T, nodes []*tulle, moved *[2]atomic.Int64) {
 			}
 			t.Logf("%s: %s = %d", n.name, reason, count)
 			switch reason {
-			case "rx_overflow", "tx_full", "tap_write":
+			case "rx_overflow", "tx_full", "tap_write", "tap_overflow":
 				reported += count
 			default:
 				t.Errorf("%s: drop %s = %d, want 0: no load explains it", n.name, reason, count)

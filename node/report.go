@@ -65,6 +65,12 @@ func (n *Node) drops() map[string]uint64 {
 	d["tx_unreachable"] = s.TxUnreachable.Load()
 	d["tx_full"] = s.TxFull.Load()
 	d["tx_error"] = s.TxError.Load()
+	d["tap_overflow"] = 0
+	for _, o := range n.overlays {
+		if a := o.tap.Load(); a != nil {
+			d["tap_overflow"] += a.dev.Dropped()
+		}
+	}
 	g := n.disc.Stats()
 	d["floods_refused"] = g.FloodsRefused
 	d["streams_refused"] = g.StreamsRefused

@@ -345,6 +345,22 @@ func (l *link) restoreIPv6(h *netlink.Handle, dev netlink.Link, mtu int) error {
 	return nil
 }
 
+// Dropped returns how many frames the kernel dropped for want of room in the
+// queues since the device was made; 0 when it is gone.
+func (l *link) Dropped() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h, dev, err := l.find()
+	if err != nil {
+		return 0
+	}
+	defer h.Close()
+	if s := dev.Attrs().Statistics; s != nil {
+		return s.TxDropped
+	}
+	return 0
+}
+
 // wrap adds the device's name to an error, except to ErrClosed.
 func (l *link) wrap(err error) error {
 	if err == nil || errors.Is(err, ErrClosed) {

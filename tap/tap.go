@@ -83,6 +83,9 @@ type Device interface {
 	// SetOffload switches offloads off, or on again where the kernel has them,
 	// while the device runs; the arguments are those of Config.
 	SetOffload(noTSO, noUSO, noGRO bool) error
+	// Dropped returns how many frames found no room in the queues, because they
+	// were read too slowly, since the device was made.
+	Dropped() uint64
 	// Close ends all queues (their Wait returns ErrClosed) and removes the device.
 	Close() error
 }

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tulle-net/tulle/node"
 )
 
 // ledger is what a has counted, apart from what b sent to it.
@@ -23,8 +25,19 @@ var arriving = []string{"unknown_type", "control_refused", "unknown_session", "s
 func account(a, b *tulle) ledger {
 	a.t.Helper()
 	l := ledger{counts: map[string]uint64{}, backlog: backlogDrops(a.t)}
-	sent := b.status().Overlays[0].TxFrames // before a's: what is on its way looks like one more of ours
-	s := a.status()
+	// A frame of b between the two looks would be one of ours too many, for good:
+	// look at a while b is silent, if it ever is.
+	sent := b.status().Overlays[0].TxFrames
+	var s node.Status
+	for range 20 {
+		time.Sleep(5 * time.Millisecond) // what is on its way arrives
+		s = a.status()
+		now := b.status().Overlays[0].TxFrames
+		if now == sent {
+			break
+		}
+		sent = now
+	}
 	for _, reason := range arriving {
 		l.counts[reason] = s.Drops[reason]
 	}

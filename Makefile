@@ -27,13 +27,14 @@ tools:
 	@$(SUDO) ./.ci/tools $(PACKAGES)
 
 # Every test of up to a minute, the privileged ones too. Not from the cache: it
-# does not see that e2e runs the binary.
+# does not see that e2e runs the binary. One package after the other: each loads
+# both cores of a small machine.
 test: tools bin/tulle
-	$(SUDO) go test -count 1 $(GOTESTFLAGS) ./...
+	$(SUDO) go test -count 1 -p 1 $(GOTESTFLAGS) ./...
 
 # All but e2e, which runs the binary.
 race: tools
-	$(SUDO) go test -race -count 1 $(GOTESTFLAGS) $$(go list ./... | grep -v /e2e)
+	$(SUDO) go test -race -count 1 -p 1 $(GOTESTFLAGS) $$(go list ./... | grep -v /e2e)
 
 # Longer ones, run before an issue is closed.
 soak: tools bin/tulle

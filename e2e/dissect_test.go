@@ -115,7 +115,7 @@ func dissect(t *testing.T, file string, flows int) {
 	// What tshark has to remark. It takes part in no protocol, so it remarks on
 	// TCP's ordinary life too (a loss repaired, a full window, a closed port):
 	// that is about the hosts, not about what we put on the wire.
-	const ordinary = "tcp.analysis.flags || tcp.connection.rst || icmp.resp_not_found || icmpv6.resp_not_found"
+	const ordinary = "tcp.analysis.flags || tcp.options.sack.dsack || tcp.connection.rst || icmp.resp_not_found || icmpv6.resp_not_found"
 	objections := 0
 	for line := range lines(t, file, append(sums, "-Y", "_ws.malformed || (_ws.expert.severity >= warning && !("+ordinary+"))")...) {
 		t.Errorf("tshark objects to %s", line)

@@ -22,12 +22,13 @@ type File struct {
 	f   *os.File
 	raw syscall.RawConn
 	hot time.Time // until when Wait polls
-	// locked: the worker's goroutine is locked to its thread.
-	locked bool
-	spin   func(fd uintptr)
-	look   func(fd uintptr)
-	park   func(fd uintptr) bool
-	found  int16 // the last poll's events
+	// locked: the worker's goroutine is locked to its thread; parked: the last
+	// waitCold did not find something at once.
+	locked, parked bool
+	spin           func(fd uintptr)
+	look           func(fd uintptr)
+	park           func(fd uintptr) bool
+	found          int16 // the last poll's events
 }
 
 const (
@@ -65,7 +66,11 @@ func FromFile(file *os.File) (*File, error) {
 	// Made once: a closure per call would allocate.
 	f.spin = func(fd uintptr) { f.found = poll(fd, pollBound) }
 	f.look = func(fd uintptr) { f.found = poll(fd, 0) }
-	f.park = func(fd uintptr) bool { f.found = poll(fd, 0); return f.found != 0 }
+	f.park = func(fd uintptr) bool {
+		f.found = poll(fd, 0)
+		f.parked = f.parked || f.found == 0
+		return f.found != 0
+	}
 	return f, nil
 }
 
@@ -109,6 +114,7 @@ func (f *File) unlock() {
 
 // waitCold parks the goroutine in the runtime's poller.
 func (f *File) waitCold() error {
+	f.parked = false
 	if f.raw.Read(f.park) != nil {
 		// Either f is closed, or the runtime's poller refuses to wait because
 		// it saw an error event alone: then a read tells which.
@@ -122,7 +128,9 @@ func (f *File) waitCold() error {
 		}
 	}
 	f.hot = time.Now().Add(hotFor)
-	go wake()
+	if f.parked {
+		go wake()
+	}
 	return nil
 }
 

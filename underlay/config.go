@@ -13,9 +13,9 @@ type Config struct {
 	// IPv4 alone where IPv6 is disabled; any other address on itself. Port 0
 	// lets the kernel choose one port for both families.
 	Listen netip.AddrPort
-	// Source is the address that datagrams leave from. While this host does not
-	// have it, and for the other family, the kernel chooses by route; Rebind
-	// takes it up once it is there.
+	// Source is the address that datagrams leave from, until SetSource. While
+	// this host does not have it, and for the other family, the kernel chooses
+	// by route; Rebind takes it up once it is there.
 	Source netip.Addr
 	// SourcePorts is the number of UDP source ports per family, 1 to 64; default 16.
 	SourcePorts int
@@ -51,7 +51,7 @@ func (c Config) validated() (Config, error) {
 	}
 	c.Listen = unmap(c.Listen)
 	c.Source = c.Source.Unmap()
-	if c.Source.IsValid() && (c.Source.IsUnspecified() || c.Source.IsMulticast()) {
+	if !isSource(c.Source) {
 		fault("source %s is no address of a host", c.Source)
 	}
 	if c.SourcePorts == 0 {
@@ -84,6 +84,10 @@ func (c Config) validated() (Config, error) {
 	}
 	return c, errors.Join(faults...)
 }
+
+// isSource reports whether datagrams can leave from a, or a leaves the choice
+// to the kernel.
+func isSource(a netip.Addr) bool { return !a.IsValid() || !a.IsUnspecified() && !a.IsMulticast() }
 
 func unmap(a netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())

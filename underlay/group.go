@@ -29,7 +29,7 @@ func (c *conn) JoinGroup(group netip.Addr) error {
 		m = &membership{}
 	}
 	if !m.joined { // else the kernel would say EADDRINUSE
-		if err := m.join(r, group, indexOf(c.cfg.Source)); err != nil {
+		if err := m.join(r, group, indexOf(*c.source.Load())); err != nil {
 			return err
 		}
 	}
@@ -61,16 +61,35 @@ func (c *conn) LeaveGroup(group netip.Addr) error {
 // Rebind changes nothing where no device holds the source address: the next
 // change of an address is the time to try again.
 func (c *conn) Rebind() error {
+	c.joining.Lock()
+	defer c.joining.Unlock()
+	return c.rebind(*c.source.Load())
+}
+
+// SetSource is Rebind with another source address.
+func (c *conn) SetSource(source netip.Addr) error {
+	source = source.Unmap()
+	if !isSource(source) {
+		return fmt.Errorf("underlay: source %s is no address of a host", source)
+	}
+	c.joining.Lock()
+	defer c.joining.Unlock()
+	return c.rebind(source)
+}
+
+// rebind makes source, which a device must hold, the source address. The caller
+// holds c.joining.
+func (c *conn) rebind(source netip.Addr) error {
 	ifindex := 0
-	if c.cfg.Source.IsValid() {
-		d, err := DeviceOf(c.cfg.Source)
+	if source.IsValid() {
+		d, err := DeviceOf(source)
 		if err != nil {
 			return err
 		}
 		ifindex = d.Index
 	}
-	c.joining.Lock()
-	defer c.joining.Unlock()
+	// Before the pools go: a Flush that makes new ones makes them with it.
+	c.source.Store(&source)
 	if err := c.dropPools(); err != nil {
 		return err
 	}

@@ -17,8 +17,9 @@ import (
 
 // conn is the Conn over the kernel's sockets.
 type conn struct {
-	cfg       Config
+	cfg       Config // but for Source: see source
 	stats     Stats
+	source    atomic.Pointer[netip.Addr] // Config.Source, or what SetSource gave
 	receivers []*receiver
 	local     []netip.AddrPort
 
@@ -31,8 +32,10 @@ type conn struct {
 	making  sync.Mutex
 	retryAt [2]time.Time // when making a pool may be tried again; guarded by making
 
-	joining sync.Mutex // held for a change of groups
+	joining sync.Mutex // held for a change of groups or of source
 	groups  map[netip.Addr]*membership
+
+	control sync.Pool // of *controlMessage
 
 	gso         atomic.Bool
 	gsoState    atomic.Pointer[string]
@@ -55,6 +58,8 @@ func Open(cfg Config) (Conn, error) {
 		return nil, err
 	}
 	c := &conn{cfg: cfg, maxSegments: minMaxSegments, groups: map[netip.Addr]*membership{}}
+	c.source.Store(&cfg.Source)
+	c.control.New = func() any { return newControlMessage() }
 	c.tested = testOffloads(cfg)
 	c.sndBuf = c.tested.sndBuf
 	if c.tested.longTrains {
@@ -102,7 +107,7 @@ func noFamily(err error) bool {
 
 // listenOn adds one listening socket.
 func (c *conn) listenOn(at netip.AddrPort) error {
-	fd, err := listenSocket(at, c.cfg.ReceiveBuffer, *c.groState.Load() == stateOn)
+	fd, err := listenSocket(at, c.cfg.ReceiveBuffer, c.cfg.SendBuffer, *c.groState.Load() == stateOn)
 	if err != nil {
 		return listenError(at, err)
 	}
@@ -121,7 +126,7 @@ func (c *conn) listenOn(at netip.AddrPort) error {
 	return nil
 }
 
-func listenSocket(at netip.AddrPort, buffer int, gro bool) (fd int, err error) {
+func listenSocket(at netip.AddrPort, rcvBuf, sndBuf int, gro bool) (fd int, err error) {
 	f := familyOf(at.Addr())
 	fd, err = udpSocket(f)
 	if err != nil {
@@ -144,7 +149,11 @@ func listenSocket(at netip.AddrPort, buffer int, gro bool) (fd int, err error) {
 	if f == v6 {
 		_ = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_MULTICAST_ALL, 0)
 	}
-	setBuffer(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, buffer)
+	if err = neverFragment(fd, f); err != nil {
+		return -1, err
+	}
+	setBuffer(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, rcvBuf)
+	setBuffer(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, sndBuf)
 	// Without it (emulated kernels) RxOverflow stays 0.
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1)
 	if gro {

@@ -44,7 +44,7 @@ func (c *conn) pool(f family) (*pool, error) {
 	if now.Before(c.retryAt[f]) {
 		return nil, errPoolFailed
 	}
-	p, err := newPool(c.cfg, f)
+	p, err := newPool(c.cfg, *c.source.Load(), f)
 	if err != nil {
 		if c.retryAt[f].IsZero() {
 			c.cfg.Log.Warn("cannot send to one address family", "err", err)
@@ -59,13 +59,14 @@ func (c *conn) pool(f family) (*pool, error) {
 // errPoolFailed: a moment ago it did not work.
 var errPoolFailed = errors.New("underlay: no source ports")
 
-func newPool(cfg Config, f family) (*pool, error) {
+// newPool makes sockets that leave from wanted, if that is of family f.
+func newPool(cfg Config, wanted netip.Addr, f family) (*pool, error) {
 	p := &pool{fds: make([]int, 0, cfg.SourcePorts)}
 	source := f.unspecified()
-	if cfg.Source.IsValid() && familyOf(cfg.Source) == f {
-		source = cfg.Source
+	if wanted.IsValid() && familyOf(wanted) == f {
+		source = wanted
 	}
-	ifindex := indexOf(cfg.Source)
+	ifindex := indexOf(wanted)
 	for range cfg.SourcePorts {
 		fd, err := poolSocket(f, cfg.SendBuffer, ifindex)
 		if err != nil {

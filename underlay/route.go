@@ -44,7 +44,7 @@ func withRoute(source, dst netip.Addr, fn func(fd int) error) error {
 // PathMTU is the MTU of the route, or less where an ICMP message told so.
 func (c *conn) PathMTU(dst netip.Addr) (int, error) {
 	mtu := 0
-	err := withRoute(c.cfg.Source, dst, func(fd int) (err error) {
+	err := withRoute(*c.source.Load(), dst, func(fd int) (err error) {
 		level, option := unix.SOL_IP, unix.IP_MTU
 		if familyOf(dst.Unmap()) == v6 {
 			level, option = unix.SOL_IPV6, unix.IPV6_MTU

@@ -1,6 +1,7 @@
 // Package underlay moves trains of datagrams between this node and others over UDP.
 //
 //	send     Sender.Reserve, Commit … Flush   one sendmsg(UDP_SEGMENT) a train, from a pool of source ports
+//	control  Conn.SendControl                 one datagram, from the listening socket
 //	receive  Receiver.Wait, Receive           recvmmsg, UDP_GRO; a slot may hold a whole train
 //
 // It knows addresses, ports and sizes; it does not look into datagrams.
@@ -18,6 +19,17 @@ type Conn interface {
 	Receivers() []Receiver
 	// NewSender returns a Sender for one worker.
 	NewSender() Sender
+	// SendControl sends one datagram from the listening socket of dst's family,
+	// so that its source port is the listening one (a Sender's is not); where
+	// that socket listens on all addresses, from the source address as long as
+	// this host has it. d is borrowed, 0 to 65,507 bytes, and is never fragmented
+	// (RFC 9000, section 14). It never blocks and is safe for concurrent use.
+	// The error is ErrClosed after Close or else the errno alone: EMSGSIZE when d
+	// is larger than the device's MTU allows, EAFNOSUPPORT when nothing listens
+	// for the family, EAGAIN when the send buffer is full. What ICMP says later
+	// is told to nobody: whoever sends control finds out by itself whether it
+	// arrives.
+	SendControl(dst netip.AddrPort, d []byte) error
 	// LocalAddrs returns the addresses that the listening sockets are bound to.
 	LocalAddrs() []netip.AddrPort
 	// JoinGroup and LeaveGroup change the membership of a multicast group on
@@ -34,6 +46,11 @@ type Conn interface {
 	// a group that could not be joined is tried again by the next Rebind.
 	// Groups are left for a moment: don't call it without a cause.
 	Rebind() error
+	// SetSource is for when the node's address changed: source takes the place
+	// of Config.Source, for control at once, and then it does what Rebind does.
+	// It fails, with nothing changed, if source is no address of a host or no
+	// device holds it; the zero Addr leaves the choice to the kernel.
+	SetSource(source netip.Addr) error
 	// PathMTU returns the MTU in bytes of the route to dst.
 	PathMTU(dst netip.Addr) (int, error)
 	Stats() *Stats
@@ -119,6 +136,10 @@ type Stats struct {
 	TxFull atomic.Uint64
 	// TxError: any other error.
 	TxError atomic.Uint64
+	// TxControl and TxControlError: what SendControl sent, and what it returned
+	// an error for, a probe that was larger than the MTU among them. The Tx
+	// fields above do not count it.
+	TxControl, TxControlError atomic.Uint64
 	// ICMPErrors and ICMPTooBig: errors that came back for datagrams that were
 	// sent before, and those among them that tell of a smaller path MTU.
 	ICMPErrors, ICMPTooBig atomic.Uint64

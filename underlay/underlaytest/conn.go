@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"syscall"
 
 	"github.com/tulle-net/tulle/underlay"
 )
@@ -11,7 +12,7 @@ import (
 // Conn is an underlay.Conn of a Net.
 type Conn struct {
 	net      *Net
-	addr     netip.AddrPort
+	addr     netip.AddrPort     // guarded by net.mu
 	basePort uint16             // first of its source ports
 	groups   map[netip.Addr]int // joins of each, guarded by net.mu
 	rebinds  int                // guarded by net.mu
@@ -37,8 +38,40 @@ var (
 
 func (c *Conn) Receivers() []underlay.Receiver { return []underlay.Receiver{&receiver{c}} }
 func (c *Conn) NewSender() underlay.Sender     { return &sender{c: c} }
-func (c *Conn) LocalAddrs() []netip.AddrPort   { return []netip.AddrPort{c.addr} }
 func (c *Conn) Stats() *underlay.Stats         { return &c.stats }
+
+// LocalAddrs returns the one address that the Conn has now: see SetSource.
+func (c *Conn) LocalAddrs() []netip.AddrPort {
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	return []netip.AddrPort{c.addr}
+}
+
+// SendControl sends from the address that the Conn listens on.
+func (c *Conn) SendControl(dst netip.AddrPort, d []byte) error {
+	err := c.sendControl(netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port()), d)
+	if err != nil {
+		c.stats.TxControlError.Add(1)
+		return err
+	}
+	c.stats.TxControl.Add(1)
+	return nil
+}
+
+func (c *Conn) sendControl(dst netip.AddrPort, d []byte) error {
+	if c.closed() {
+		return underlay.ErrClosed
+	}
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	if !dst.IsValid() || dst.Addr().Is4() != c.addr.Addr().Is4() {
+		return syscall.EAFNOSUPPORT
+	}
+	if len(d) > underlay.MaxSend || !c.net.send(c, c.addr, dst, d) {
+		return syscall.EMSGSIZE
+	}
+	return nil
+}
 
 // SetOffload does nothing: trains stay on.
 func (c *Conn) SetOffload(noGSO, noGRO bool) error { return nil }
@@ -83,7 +116,34 @@ func (c *Conn) Rebind() error {
 	return nil
 }
 
-// Rebinds returns how often Rebind was called.
+// SetSource moves the Conn, with its port, to an address that the host has got
+// in place of its old one: what is on the way to that is lost, and another Conn
+// may have it. It fails if another Conn is at the new one. It counts as a Rebind.
+func (c *Conn) SetSource(source netip.Addr) error {
+	if c.closed() {
+		return underlay.ErrClosed
+	}
+	if !source.IsValid() {
+		return c.Rebind() // the kernel's choice is the one address that there is
+	}
+	source = source.Unmap()
+	if source.IsUnspecified() || source.IsMulticast() {
+		return fmt.Errorf("underlaytest: source %s is no address of a host", source)
+	}
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	at := netip.AddrPortFrom(source, c.addr.Port())
+	if other := c.net.conns[at]; other != nil && other != c {
+		return fmt.Errorf("underlaytest: address %s is in use", at)
+	}
+	delete(c.net.conns, c.addr)
+	c.addr = at
+	c.net.conns[at] = c
+	c.rebinds++
+	return nil
+}
+
+// Rebinds returns how often Rebind and SetSource were called.
 func (c *Conn) Rebinds() int {
 	c.net.mu.Lock()
 	defer c.net.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"syscall"
 	"testing"
 	"testing/synctest"
 
@@ -251,6 +252,72 @@ func TestGroups(t *testing.T) {
 		if ids, _ := drain(t, conn); !slices.Equal(ids, want) {
 			t.Errorf("%v got %v, want %v", conn.LocalAddrs(), ids, want)
 		}
+	}
+}
+
+func TestControl(t *testing.T) {
+	n := NewNet(1)
+	n.SetLink(addrA.Addr(), addrB.Addr(), Link{MTU: 1000})
+	a, b := n.Conn(addrA), n.Conn(addrB)
+	mapped := netip.AddrPortFrom(netip.AddrFrom16(addrB.Addr().As16()), addrB.Port())
+	if err := errors.Join(a.SendControl(addrB, number(0, 972)), a.SendControl(mapped, number(1, 4))); err != nil {
+		t.Fatal(err)
+	}
+	for dst, want := range map[netip.AddrPort]error{
+		addrB:                              syscall.EMSGSIZE,
+		netip.MustParseAddrPort("[::1]:1"): syscall.EAFNOSUPPORT,
+		{}:                                 syscall.EAFNOSUPPORT,
+	} {
+		if err := a.SendControl(dst, number(2, 973)); !errors.Is(err, want) {
+			t.Errorf("SendControl(%s) = %v, want %v", dst, err, want)
+		}
+	}
+	ids, srcs := drain(t, b)
+	if !slices.Equal(ids, []int{0, 1}) || srcs[0] != addrA || srcs[1] != addrA {
+		t.Errorf("got %v from %v, want 0 and 1 from %s", ids, srcs, addrA)
+	}
+	if st := a.Stats(); st.TxControl.Load() != 2 || st.TxControlError.Load() != 3 || st.TxDatagrams.Load() != 0 {
+		t.Errorf("sent %d, errors %d, data %d, want 2, 3, 0", st.TxControl.Load(), st.TxControlError.Load(), st.TxDatagrams.Load())
+	}
+	a.Close()
+	if err := a.SendControl(addrB, number(3, 4)); err != underlay.ErrClosed {
+		t.Errorf("SendControl after Close = %v, want ErrClosed", err)
+	}
+}
+
+func TestSetSource(t *testing.T) {
+	n := NewNet(1)
+	a, b := n.Conn(addrA), n.Conn(addrB)
+	if err := a.SetSource(addrB.Addr()); err == nil {
+		t.Error("SetSource to the address of another Conn: no error")
+	}
+	if err := a.SetSource(netip.MustParseAddr("239.1.1.1")); err == nil {
+		t.Error("SetSource to a group: no error")
+	}
+	if err := errors.Join(a.SetSource(addrC.Addr()), a.SetSource(addrC.Addr()), a.SetSource(netip.Addr{})); err != nil {
+		t.Fatal(err)
+	}
+	if at := a.LocalAddrs()[0]; at != addrC || a.(*Conn).Rebinds() != 3 {
+		t.Errorf("at %s after %d rebinds, want %s, 3", at, a.(*Conn).Rebinds(), addrC)
+	}
+	s := a.NewSender()
+	put(s, addrB, 0, number(0, 10))
+	s.Flush()
+	if err := errors.Join(a.SendControl(addrB, number(1, 10)), b.SendControl(addrA, number(2, 10)), b.SendControl(addrC, number(3, 10))); err != nil {
+		t.Fatal(err)
+	}
+	ids, srcs := drain(t, b)
+	if !slices.Equal(ids, []int{0, 1}) || srcs[0].Addr() != addrC.Addr() || srcs[1] != addrC {
+		t.Errorf("b got %v from %v, want both from the new address", ids, srcs)
+	}
+	if ids, _ := drain(t, a); !slices.Equal(ids, []int{3}) {
+		t.Errorf("a got %v, want what went to its new address", ids)
+	}
+	n.Conn(addrA) // its old one is free
+	a.Close()
+	n.Conn(addrC)
+	if err := a.SetSource(addrA.Addr()); err != underlay.ErrClosed {
+		t.Errorf("SetSource after Close = %v, want ErrClosed", err)
 	}
 }
 

@@ -243,7 +243,9 @@ func (q *offloadQueue) read(fd uintptr) {
 			q.err = err
 			return
 		}
-		b.Frames = append(b.Frames, Frame{B: frame, Meta: m})
+		f := FrameAt(in[virtioLen-Headroom:], len(frame)) // the header is read
+		f.Meta = m
+		b.Frames = append(b.Frames, f)
 		if m.GSO != ether.GSONone || len(frame) > bigFrame {
 			return
 		}

@@ -108,20 +108,24 @@ func (d *plainDevice) Wait() error {
 	return nil
 }
 
+// plainRoom is the room that a read needs, whatever comes.
+const plainRoom = Headroom + ether.MaxFrame
+
 // Read returns the frames that wait. It is this device's only reader, so what
 // poll promised is still there for water, which would block.
 func (d *plainDevice) Read(b *Batch) error {
 	b.Frames = b.Frames[:0]
-	for off := 0; len(b.Frames) < BatchFrames && len(b.buf)-off >= ether.MaxFrame && d.file.Readable(); {
-		n, err := d.tun.Read(b.buf[off : off+ether.MaxFrame])
+	for off := 0; len(b.Frames) < BatchFrames && len(b.buf)-off >= plainRoom && d.file.Readable(); {
+		in := b.buf[off : off+plainRoom]
+		n, err := d.tun.Read(in[Headroom:])
 		if err != nil {
 			if len(b.Frames) > 0 {
 				return nil // the next Read tells
 			}
 			return plainError(err)
 		}
-		b.Frames = append(b.Frames, Frame{B: b.buf[off : off+n : off+n]})
-		off += (n + 63) &^ 63
+		b.Frames = append(b.Frames, FrameAt(in, n))
+		off += (Headroom + n + 63) &^ 63
 	}
 	if len(b.Frames) == 0 && d.closed.Load() {
 		return ErrClosed

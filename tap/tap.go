@@ -120,10 +120,26 @@ const (
 	batchBytes = 128 << 10
 )
 
-// Frame is one frame that was read. B is valid until the next Read into its Batch.
+// Headroom is the bytes before a frame that its reader may use: the room of a
+// VXLAN header (RFC 7348, section 5), which thus stands before the frame without
+// a copy. The offload driver has had the kernel's header there, of 10 bytes.
+const Headroom = 8
+
+// Frame is one frame that was read. B and Head are valid until the next Read
+// into its Batch, and until then the reader's to change.
 type Frame struct {
 	B    []byte
 	Meta ether.Meta
+	// Head is B with Headroom bytes before it that mean nothing: Head[Headroom:]
+	// is B, the same memory. No other frame of the Batch is in it.
+	Head []byte
+}
+
+// FrameAt returns the Frame whose n bytes stand in buf behind Headroom bytes, for
+// drivers and their fakes. It has no Meta.
+func FrameAt(buf []byte, n int) Frame {
+	head := buf[: Headroom+n : Headroom+n]
+	return Frame{B: head[Headroom:], Head: head}
 }
 
 // Batch is the memory of one worker's reads: it is given to Read again and again.

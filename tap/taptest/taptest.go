@@ -155,7 +155,7 @@ func (d *Device) InjectAt(n int, frame []byte, m ether.Meta) bool {
 }
 
 // Next returns the next frame that was written, in one piece and the caller's
-// own. It waits for one until ctx ends or the device is closed.
+// own, without Head. It waits for one until ctx ends or the device is closed.
 func (d *Device) Next(ctx context.Context) (tap.Frame, error) {
 	if f, ok := d.TryNext(); ok {
 		return f, nil
@@ -200,24 +200,29 @@ func (q *queue) Wait() error {
 	}
 }
 
-// Read batches as the offload driver does: a super-frame is the last.
+// Read batches as the offload driver does: a super-frame is the last. The
+// headroom is full of what nobody wrote, as it is there.
 func (q *queue) Read(b *tap.Batch) error {
 	b.Frames = b.Frames[:0]
 	if q.dev.isClosed() {
 		return tap.ErrClosed
 	}
 	buf := b.Buffer()
-	for off := 0; len(b.Frames) < tap.BatchFrames && len(buf)-off >= ether.MaxFrame; {
+	for off := 0; len(b.Frames) < tap.BatchFrames && len(buf)-off >= tap.Headroom+ether.MaxFrame; {
 		f, ok := q.take()
 		if !ok {
 			return nil
 		}
-		n := copy(buf[off:], f.B)
-		b.Frames = append(b.Frames, tap.Frame{B: buf[off : off+n : off+n], Meta: f.Meta})
+		for i := range tap.Headroom {
+			buf[off+i] = 0xee
+		}
+		read := tap.FrameAt(buf[off:], copy(buf[off+tap.Headroom:], f.B))
+		read.Meta = f.Meta
+		b.Frames = append(b.Frames, read)
 		if f.Meta.GSO != ether.GSONone {
 			return nil
 		}
-		off += n
+		off += len(read.Head)
 	}
 	return nil
 }

@@ -43,6 +43,14 @@ func TestReadBatches(t *testing.T) {
 			t.Errorf("frame %d = %x %+v", i, f.B, f.Meta)
 		}
 	}
+	for i, f := range b.Frames { // each with room that is no other's
+		if len(f.Head) != tap.Headroom+len(f.B) || cap(f.Head) != len(f.Head) || &f.Head[tap.Headroom] != &f.B[0] {
+			t.Fatalf("frame %d: Head has %d bytes, B %d", i, len(f.Head), len(f.B))
+		}
+		if i < 3 {
+			clear(f.Head)
+		}
+	}
 	if f := b.Frames[3]; !bytes.Equal(f.B, frameOf(ether.MaxFrame, 9)) || f.Meta != super {
 		t.Errorf("super-frame: %d bytes, %+v, want %d, %+v", len(f.B), f.Meta, ether.MaxFrame, super)
 	}

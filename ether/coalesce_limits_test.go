@@ -186,6 +186,8 @@ func BenchmarkCoalesce(b *testing.B) {
 	opts := make([]byte, 12)
 	tcp4 := tcpSegments(ethertest.TCP{Payload: pattern(45 * 1448), Options: opts, DF: true}, 1448, false)
 	tcp6 := tcpSegments(ethertest.TCP{Payload: pattern(45 * 1428), Options: opts, Src: ethertest.DefaultSrc6}, 1428, false)
+	partial := tcpSegments(ethertest.TCP{Payload: pattern(45 * 1448), Options: opts, DF: true}, 1448, true)
+	pm, _ := ether.PartialMeta(partial[0])
 	udp := udpSegments(ethertest.UDP{Payload: pattern(45 * 1400)}, 1400, false)
 	var many, mice, acks [][]byte
 	for i := range 8 {
@@ -205,6 +207,7 @@ func BenchmarkCoalesce(b *testing.B) {
 		m    ether.Meta
 	}{
 		{"TCPv4", tcp4, ether.Meta{}}, {"TCPv4 verified", tcp4, ether.Meta{Checksum: ether.ChecksumVerified}},
+		{"TCPv4 partial", partial, pm},
 		{"TCPv6", tcp6, ether.Meta{}}, {"UDPv4", udp, ether.Meta{}},
 		{"8 flows", many, ether.Meta{}}, {"64-byte UDP of 64 flows", mice, ether.Meta{}}, {"ACKs", acks, ether.Meta{}},
 	} {

@@ -20,10 +20,11 @@ var (
 // in each. VLAN tags, IP options and IPv6 extension headers are repeated. The
 // zero Segmenter is ready; it is used again and again, by one goroutine.
 type Segmenter struct {
-	// Unfilled leaves the TCP or UDP checksum of what Next writes as the
-	// pseudo-header's sum where Next would else compute it; Partial says where.
-	// For a wire that authenticates, where nobody need sum the payload. It is
-	// not changed between Reset and the last Next.
+	// Unfilled leaves the TCP or UDP checksum of what Next gives as the
+	// pseudo-header's sum where Next would else compute it; Partial says whether.
+	// For a wire that authenticates, where nobody need sum the payload: there
+	// PartialMeta of each frame is the Meta that it needs. It is not changed
+	// between Reset and the last Next.
 	Unfilled bool
 
 	frame []byte
@@ -38,6 +39,8 @@ type Segmenter struct {
 	tcpWord uint16
 	// zero: UDP without a checksum stays so.
 	zero bool
+	// finish: the partial checksum of an ordinary frame is to be filled.
+	finish bool
 	// The sums of what is the same in each segment: the IPv4 header without
 	// length, identification and checksum; the pseudo-header without length;
 	// that and the L4 header without what changes.
@@ -57,6 +60,14 @@ func (s *Segmenter) Reset(frame []byte, m Meta) error {
 	if m.GSO == GSONone {
 		if m.Checksum == ChecksumPartial && int(m.ChecksumStart)+int(m.ChecksumOffset)+2 > len(frame) {
 			return errSegmentShort
+		}
+		s.finish = m.Checksum == ChecksumPartial
+		if s.finish && s.Unfilled {
+			// Not where the receiver would look for it: that of an inner packet,
+			// when a guest tunnels. That one is filled here.
+			if want, ok := PartialMeta(frame); ok && m.ChecksumStart == want.ChecksumStart && m.ChecksumOffset == want.ChecksumOffset {
+				s.finish = false
+			}
 		}
 		s.end = len(frame)
 		return nil
@@ -161,15 +172,16 @@ func (s *Segmenter) MaxLen() int {
 	return int(s.h.Payload) + min(int(s.m.SegmentLen), s.end-s.off)
 }
 
-// Partial reports whether the checksums of the frames that Next writes are left
+// Partial reports whether the checksums of the frames that Next gives are left
 // partial: Unfilled is set, and the frame is a super-frame with checksums or an
-// ordinary one whose own is partial. It is valid from Reset to the next Reset.
+// ordinary one whose own is partial and where PartialMeta finds it. It is valid
+// from Reset to the next Reset.
 func (s *Segmenter) Partial() bool {
 	if !s.Unfilled {
 		return false
 	}
 	if s.m.GSO == GSONone {
-		return s.m.Checksum == ChecksumPartial
+		return s.m.Checksum == ChecksumPartial && !s.finish
 	}
 	return !s.zero
 }
@@ -183,7 +195,7 @@ func (s *Segmenter) Next(dst []byte) int {
 	if s.m.GSO == GSONone {
 		n := copy(dst[:s.end], s.frame)
 		s.end = 0
-		if !s.Unfilled {
+		if s.finish {
 			FinishChecksum(dst[:n], s.m) // Reset saw that the field is within
 		}
 		return n
@@ -193,7 +205,57 @@ func (s *Segmenter) Next(dst []byte) int {
 	dst = dst[:head+n]
 	copy(dst, s.frame[:head])
 	copy(dst[head:], s.frame[s.off:s.off+n])
-	first := s.off == head
+	s.put(dst)
+	return len(dst)
+}
+
+// NextInPlace is Next without a copy of the payload: it returns the next whole
+// frame in the memory of the super-frame, behind the free bytes that head has
+// before it. head ends with the frame of Reset, which then is not just borrowed
+// but used up. All segments of a frame are had from the same head, and none of
+// them from Next. It is nil when there is no more.
+//
+//	head   free | headers | payload 1 | payload 2 | …
+//	1st    free | headers | payload 1 |
+//	2nd                free | headers | payload 2 |
+//
+// What it returns is valid until the next NextInPlace, which writes headers over
+// the end of it. The free bytes, whose content means nothing, are the caller's
+// to write; the frame is not, because the next headers are made from its own.
+// They may be longer than the payload that they are written over: all that is
+// before a segment has been used by then.
+func (s *Segmenter) NextInPlace(head []byte) []byte {
+	if s.end == 0 {
+		return nil
+	}
+	free := len(head) - len(s.frame)
+	if free < 0 || &head[free] != &s.frame[0] {
+		panic("ether: NextInPlace: head does not end with the frame of Reset")
+	}
+	if s.m.GSO == GSONone {
+		s.end = 0
+		if s.finish {
+			FinishChecksum(s.frame, s.m)
+		}
+		return head[:len(head):len(head)]
+	}
+	// An offset in frame is free less than the same one in head.
+	start := s.off - int(s.h.Payload)
+	end := s.off + min(int(s.m.SegmentLen), s.end-s.off)
+	dst := s.frame[start:end]
+	if start > 0 {
+		before := s.frame[start-int(s.m.SegmentLen):]
+		copy(dst, before[:s.h.Payload]) // which may overlap
+	}
+	s.put(dst)
+	return head[start : free+end : free+end]
+}
+
+// put makes the headers of dst, the next segment with those of the super-frame
+// or of any segment, its own.
+func (s *Segmenter) put(dst []byte) {
+	n := len(dst) - int(s.h.Payload)
+	first := s.off == int(s.h.Payload)
 	s.off += n
 	last := s.off == s.end
 	if last {
@@ -205,7 +267,6 @@ func (s *Segmenter) Next(dst []byte) int {
 	} else {
 		s.putUDP(dst)
 	}
-	return len(dst)
 }
 
 // putIP writes length, identification and header checksum of the segment dst.

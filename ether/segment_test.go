@@ -330,6 +330,7 @@ func FuzzSegment(f *testing.F) {
 	add(ethertest.UDP{Payload: pattern(100), Src: ethertest.DefaultSrc6}.Super(0))
 	add(ethertest.UDP{Payload: pattern(300)}.Frame(), ether.Meta{GSO: ether.GSOUDP, SegmentLen: 9})
 	add(ethertest.TCP{Payload: pattern(9)}.Frame(), ether.Meta{})
+	add(ethertest.UDP{Payload: pattern(99), Src: ethertest.DefaultSrc6, Extensions: ext}.Super(2))
 	f.Fuzz(func(t *testing.T, frame []byte, gso, sum byte, segmentLen, start, offset uint16, unfilled bool) {
 		m := ether.Meta{GSO: ether.GSO(gso % 5), Checksum: ether.Checksum(sum % 3), SegmentLen: segmentLen, ChecksumStart: start, ChecksumOffset: offset}
 		s := ether.Segmenter{Unfilled: unfilled}
@@ -337,9 +338,10 @@ func FuzzSegment(f *testing.F) {
 			return
 		}
 		got := cut(t, &s, frame, m)
+		compareFrames(t, cutInPlace(t, &s, len(frame)%9, frame, m), got)
 		if m.GSO == ether.GSONone {
 			want := bytes.Clone(frame)
-			if !unfilled {
+			if !s.Partial() {
 				ether.FinishChecksum(want, m)
 			}
 			compareFrames(t, got, [][]byte{want})

@@ -4,7 +4,9 @@
 // tags, IPv4 RFC 791, IPv6 RFC 8200, TCP RFC 9293, UDP RFC 768, ARP RFC 826,
 // neighbour discovery RFC 4861), the Internet checksum (RFC 1071), a hash of
 // the inner flow (RFC 7348, section 5), and it cuts super-frames into segments
-// and joins segments to super-frames.
+// and joins segments to super-frames. For paths that are narrower than a sender
+// thinks it lowers the MSS of a SYN (RFC 9293, section 3.7.1) and makes the ICMP
+// answer to a packet that is too big (RFC 1191, RFC 4443).
 //
 //	      6     6     0, 4 or 8     2
 //	+-----+-----+---------------+------+----------+-------------+---------+

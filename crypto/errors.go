@@ -58,3 +58,20 @@ var (
 	// ErrOtherName: the state is another node's.
 	ErrOtherName = errors.New("state of another node")
 )
+
+// What can be wrong with a sealed datagram or flood. They are returned as they
+// are: nothing is allocated for what strangers send.
+var (
+	// ErrSealedShort: too short for the sealed form.
+	ErrSealedShort = errors.New("crypto: sealed: too short")
+	// ErrSealedMalformed: not the sealed form of this release, or of another session.
+	ErrSealedMalformed = errors.New("crypto: sealed: malformed")
+	// ErrSealedReplay: it came before, or so late that nobody knows.
+	ErrSealedReplay = errors.New("crypto: sealed: replay")
+	// ErrSealedForged: somebody without the key made it, or it was changed on the way.
+	ErrSealedForged = errors.New("crypto: sealed: not authentic")
+	// ErrSealedDropped: the session is over, and its key dropped.
+	ErrSealedDropped = errors.New("crypto: sealed: the session was dropped")
+	// ErrFloodSender: a flood in the name of a node that does not flood this overlay, or of one too many.
+	ErrFloodSender = errors.New("crypto: sealed: flood of an unknown sender")
+)

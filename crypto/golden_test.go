@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"maps"
 	"net/netip"
 	"os"
@@ -33,6 +34,7 @@ func vectors(t *testing.T) map[string]string {
 	put("overlay key: root 01…, blue, epoch 0", OverlayKey(key(1), "blue", 0).Bytes())
 	put("overlay key: root 01…, team-a, epoch 258", OverlayKey(key(1), "team-a", 258).Bytes())
 	put("gossip ring: epoch 2, keys 01… 02…", (&GossipRing{Epoch: 2, Primary: key(1), Others: []Key{key(2)}}).Encode())
+	putSessions(put, key(1))
 
 	ca, _ := testCA(t, "c1", 1)
 	fingerprint := ca.Fingerprint()
@@ -75,6 +77,23 @@ func vectors(t *testing.T) map[string]string {
 	// A request has no random part: RFC 8032 signatures are deterministic.
 	put("request: n1, seed 02…", request(t, fixedKey(2), "n1"))
 	return v
+}
+
+// putSessions adds what is derived from an overlay's key k, with the exporter
+// e1…, overlay blue, epoch 258, indexes 1 and 2, nonces c1… and c2….
+func putSessions(put func(string, []byte), k Key) {
+	exporter := bytes.Repeat([]byte{0xE1}, MinExporter)
+	nonce := func(b byte) [16]byte { return [16]byte(bytes.Repeat([]byte{b}, 16)) }
+	for _, role := range []string{RoleClient, RoleServer} {
+		proof := ProveOverlay(k, exporter, role, "blue", 258)
+		put("overlay proof: "+role, proof[:])
+	}
+	for _, c := range bothCiphers {
+		toServer, toClient := SessionKeys(k, exporter, "blue", 258, c, 1, 2, nonce(0xC1), nonce(0xC2))
+		put(fmt.Sprintf("session key to server: %v", c), toServer.Bytes())
+		put(fmt.Sprintf("session key to client: %v", c), toClient.Bytes())
+	}
+	put("flood key: blue, epoch 258", FloodKey(k, "blue", 258).Bytes())
 }
 
 // TestVectors: a format that changes is another version, and not unnoticed.

@@ -50,7 +50,8 @@ var thirdParty = map[string][]string{
 	"github.com/goccy/go-yaml":      {"config", "cmd/tulle"},
 	"github.com/puzpuzpuz/xsync/v4": {"bridge"},
 	"golang.org/x/time/rate":        {"discovery"},
-	"golang.org/x/sys/cpu":          {"ether"},
+	"golang.org/x/crypto":           {"crypto"},
+	"golang.org/x/sys/cpu":          {"ether", "crypto"},
 	"golang.org/x/sys/unix":         {"tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "cmd/tulle"},
 	"golang.org/x/net":              {"internal/lab"},
 }

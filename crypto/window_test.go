@@ -1,0 +1,147 @@
+package crypto
+
+import (
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+// modelWindow is what replayWindow has to do, with a map and a bound.
+type modelWindow struct {
+	seen map[uint64]bool
+	end  uint64
+}
+
+func (m *modelWindow) accept(counter uint64) bool {
+	if counter+ReplayWindow < m.end || m.seen[counter] {
+		return false
+	}
+	m.seen[counter] = true
+	m.end = max(m.end, counter+1)
+	return true
+}
+
+// TestReplayWindowModel drives window and model with the same random history,
+// most of it near the edges of the window and of blocks.
+func TestReplayWindowModel(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var w replayWindow
+		m := modelWindow{seen: map[uint64]bool{}}
+		near := rapid.Int64Range(-70, 70)
+		at := []int64{0, -ReplayWindow, ReplayWindow, -windowBlocks * blockBits, windowBlocks * blockBits, -ReplayWindow / 2}
+		for range rapid.IntRange(1, 200).Draw(t, "datagrams") {
+			var counter uint64
+			if rapid.IntRange(0, 9).Draw(t, "kind") == 0 {
+				counter = rapid.Uint64Range(0, SessionDatagrams-1).Draw(t, "anywhere")
+			} else {
+				c := int64(m.end) + at[rapid.IntRange(0, len(at)-1).Draw(t, "edge")] + near.Draw(t, "near")
+				counter = uint64(min(max(c, 0), SessionDatagrams-1))
+			}
+			fresh := w.fresh(counter)
+			want := m.accept(counter)
+			if got := w.accept(counter); got != want || fresh != want {
+				t.Fatalf("accept(%d) = %t, fresh = %t, want %t; end %d", counter, got, fresh, want, m.end)
+			}
+			if w.end.Load() != m.end || w.accepted.Load() != uint64(len(m.seen)) {
+				t.Fatalf("end %d, accepted %d, want %d, %d", w.end.Load(), w.accepted.Load(), m.end, len(m.seen))
+			}
+		}
+	})
+}
+
+// TestReplayWindowEdges: the window is exactly ReplayWindow wide, and works to
+// the last counter.
+func TestReplayWindowEdges(t *testing.T) {
+	for _, top := range []uint64{ReplayWindow - 1, ReplayWindow, 100_000, SessionDatagrams - 1} {
+		var w replayWindow
+		if !w.accept(top) {
+			t.Fatalf("%d is refused", top)
+		}
+		if oldest := top - (ReplayWindow - 1); !w.accept(oldest) {
+			t.Errorf("%d, the oldest within the window of %d, is refused", oldest, top)
+		}
+		if top >= ReplayWindow && w.accept(top-ReplayWindow) {
+			t.Errorf("%d, behind the window of %d, is accepted", top-ReplayWindow, top)
+		}
+		for c := top - (ReplayWindow - 1) + 1; c < top; c++ {
+			if !w.accept(c) || w.accept(c) {
+				t.Fatalf("%d, below %d, is not accepted once", c, top)
+			}
+		}
+		if w.accept(top) {
+			t.Errorf("%d is accepted twice", top)
+		}
+	}
+}
+
+// TestReplayWindowConcurrent: eight workers are given every counter several
+// times, close together and in other orders. Each is accepted once: none twice,
+// and none is lost, as all are within the window of where the workers are.
+func TestReplayWindowConcurrent(t *testing.T) {
+	const (
+		workers = 8
+		step    = ReplayWindow / 2
+		rounds  = 24
+	)
+	var w replayWindow
+	accepted := make([]atomic.Uint32, step*rounds)
+	for round := range rounds {
+		var wg sync.WaitGroup
+		for worker := range workers {
+			wg.Go(func() {
+				for i := range step {
+					// An odd factor visits every counter of the step; the next workers
+					// go through the same ones another way.
+					c := uint64(round*step + (i*(2*worker+1)+worker*7)%step)
+					if w.fresh(c) && w.accept(c) {
+						accepted[c].Add(1)
+					}
+				}
+			})
+		}
+		wg.Wait()
+	}
+	for c := range accepted {
+		if n := accepted[c].Load(); n != 1 {
+			t.Fatalf("counter %d is accepted %d times", c, n)
+		}
+	}
+	if w.accepted.Load() != step*rounds || w.end.Load() != step*rounds {
+		t.Errorf("accepted %d, end %d, want %d", w.accepted.Load(), w.end.Load(), step*rounds)
+	}
+}
+
+// TestReplayWindowRace: workers race far ahead of each other, so that words of
+// the ring are taken over by later blocks in the middle of it. Nothing is
+// accepted twice.
+func TestReplayWindowRace(t *testing.T) {
+	const counters = windowBlocks * blockBits * 3
+	var w replayWindow
+	accepted := make([]atomic.Uint32, counters)
+	var wg sync.WaitGroup
+	for worker := range 8 {
+		wg.Go(func() {
+			stride := []int{1, 1, 33, 97, 1025, 8193, 16385, 5}[worker] // odd, so that all are visited
+			for i := range counters {
+				c := uint64(i * stride % counters)
+				if w.accept(c) {
+					accepted[c].Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	total := uint64(0)
+	for c := range accepted {
+		n := accepted[c].Load()
+		total += uint64(n)
+		if n > 1 {
+			t.Fatalf("counter %d is accepted %d times", c, n)
+		}
+	}
+	if w.end.Load() != counters || w.accepted.Load() != total {
+		t.Errorf("end %d, accepted %d, want %d, %d", w.end.Load(), w.accepted.Load(), counters, total)
+	}
+}

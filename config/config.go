@@ -10,6 +10,7 @@ package config
 import (
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,34 +26,35 @@ const (
 	// GossipPort is Serf's own default.
 	GossipPort = 7946
 
-	defaultSourcePorts    = 16
-	maxSourcePorts        = 64
-	defaultGroupTTL       = 1
-	maxGroupTTL           = 255
-	defaultAge            = 300 * time.Second
-	minAge                = time.Second
-	maxAge                = 24 * time.Hour
-	defaultMACs           = 65_536
-	maxMACs               = 1 << 20
-	defaultMACsPerPort    = 16_384
-	minMTU                = 68 // RFC 791: what every IPv4 link carries
-	maxMTU                = 65_535
-	maxQueues             = 256
-	maxDeviceName         = 15  // IFNAMSIZ less the terminating zero
-	maxSocketPath         = 103 // sun_path less the terminating zero, and ".new", which the node makes first
-	maxFileBytes          = 4 << 20
-	encryptionNone        = "none"
-	encryptionRequired    = "required"
-	floodUnicast          = "unicast"
-	floodMulticast        = "multicast"
-	floodGossip           = "gossip"
-	unfinishedAuto        = "auto"
-	unfinishedOn          = "on"
-	unfinishedOff         = "off"
-	overlayExample        = "name=blue,vni=100,encryption=none,address=10.32.0.1/16"
-	openOnly              = "this version forms open clusters only"
-	reservedVNIReason     = "0 is reserved by Tulle: it is what a header that was never filled in carries"
-	sealedOverlaysMissing = "sealed overlays are not there yet: this version speaks plain VXLAN only; say encryption=none"
+	defaultSourcePorts = 16
+	maxSourcePorts     = 64
+	defaultGroupTTL    = 1
+	maxGroupTTL        = 255
+	defaultAge         = 300 * time.Second
+	minAge             = time.Second
+	maxAge             = 24 * time.Hour
+	defaultMACs        = 65_536
+	maxMACs            = 1 << 20
+	defaultMACsPerPort = 16_384
+	minMTU             = 68 // RFC 791: what every IPv4 link carries
+	maxMTU             = 65_535
+	maxQueues          = 256
+	maxDeviceName      = 15  // IFNAMSIZ less the terminating zero
+	maxSocketPath      = 103 // sun_path less the terminating zero, and ".new", which the node makes first
+	maxFileBytes       = 4 << 20
+	encryptionNone     = "none"
+	encryptionRequired = "required"
+	floodUnicast       = "unicast"
+	floodMulticast     = "multicast"
+	floodGossip        = "gossip"
+	unfinishedAuto     = "auto"
+	unfinishedOn       = "on"
+	unfinishedOff      = "off"
+	cipherAuto         = "auto"
+	cipherChaCha       = "chacha20-poly1305"
+	cipherAES          = "aes-256-gcm"
+	overlayExample     = "name=blue,vni=100,address=10.32.0.1/16"
+	reservedVNIReason  = "0 is reserved by Tulle: it is what a header that was never filled in carries"
 )
 
 // Config is everything that `tulle up` can be told. A zero field stands for
@@ -70,9 +72,12 @@ type Config struct {
 	Advertise netip.Addr
 	// Gossip is where Serf listens, TCP and UDP; default [::]:7946.
 	Gossip netip.AddrPort
-	// Join are seeds, HOST[:PORT]; in an open cluster the gossip port, default 7946.
+	// Join are seeds, HOST[:PORT], as text: in an open cluster the port is that
+	// of gossip, default 7946, in a secure one that of data, default 4789; which
+	// it is the node knows (ParseHostPort takes the default).
 	Join []string
-	// Token to join a secure cluster with.
+	// Token to join a secure cluster with, once; it may stay when the node has
+	// joined. It is only passed on: whether it is one is for crypto.ParseToken.
 	Token Secret
 	// StateDir; default /var/lib/tulle.
 	StateDir string
@@ -88,7 +93,10 @@ type Config struct {
 	// NoGSO and NoGRO (keys gso and gro: on, off; default on) switch off trains
 	// of datagrams on the way out of the node and on the way in.
 	NoGSO, NoGRO bool
-	Overlays     []Overlay
+	// KeyLog is the path of a file that the session keys are appended to, for
+	// debugging: whoever reads it can decrypt what was captured. Default none.
+	KeyLog   string
+	Overlays []Overlay
 }
 
 // Overlay is one static overlay.
@@ -99,6 +107,13 @@ type Overlay struct {
 	VNI vxlan.VNI
 	// Encryption: required (default) or none.
 	Encryption string
+	// Cipher of an overlay with Encryption required: auto (default:
+	// aes-256-gcm where both nodes have AES in hardware, else
+	// chacha20-poly1305), chacha20-poly1305, aes-256-gcm. Empty with none.
+	Cipher string
+	// ClampMSS (key mss-clamp) lowers the MSS that TCP connections across the
+	// overlay agree on to what fits the path to the peer.
+	ClampMSS bool
 	// Address is this host's own address in the overlay; may be absent.
 	Address netip.Prefix
 	// Tap is the name of the device, 1 to 15 bytes; default: the overlay's
@@ -161,4 +176,12 @@ func Default() Config {
 		SourcePorts:         defaultSourcePorts,
 		UnfinishedChecksums: unfinishedAuto,
 	}
+}
+
+// Open reports whether the settings ask for an open cluster: at least one
+// overlay, all of them without encryption, and no token. A node that has an
+// identity in its state is secure nevertheless; the settings do not know of it.
+func (c *Config) Open() bool {
+	encrypted := slices.ContainsFunc(c.Overlays, func(o Overlay) bool { return o.Encryption != encryptionNone })
+	return len(c.Overlays) > 0 && !encrypted && c.Token == ""
 }

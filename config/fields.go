@@ -69,6 +69,7 @@ var nodeFields = []field[Config]{
 	{key: "unfinished-checksums", set: text(func(c *Config) *string { return &c.UnfinishedChecksums })},
 	{key: "gso", set: offSwitch(func(c *Config) *bool { return &c.NoGSO })},
 	{key: "gro", set: offSwitch(func(c *Config) *bool { return &c.NoGRO })},
+	{key: "keylog", set: text(func(c *Config) *string { return &c.KeyLog })},
 }
 
 // overlayFields are the keys of one overlay, in a file and in --overlay.
@@ -83,6 +84,8 @@ var overlayFields = []field[Overlay]{
 		return checkVNI(o.VNI)
 	}},
 	{key: "encryption", set: text(func(o *Overlay) *string { return &o.Encryption })},
+	{key: "cipher", set: text(func(o *Overlay) *string { return &o.Cipher })},
+	{key: "mss-clamp", set: yesNo(func(o *Overlay) *bool { return &o.ClampMSS })},
 	{key: "address", set: func(o *Overlay, s string) (err error) {
 		o.Address, err = parsePrefix(s)
 		return err
@@ -114,13 +117,7 @@ var overlayFields = []field[Overlay]{
 		return err
 	}},
 	{key: "group-ttl", set: positive(func(o *Overlay) *int { return &o.GroupTTL })},
-	{key: "learn-vteps", set: func(o *Overlay, s string) error {
-		if s != "true" && s != "false" {
-			return errors.New("want true or false")
-		}
-		o.LearnVTEPs = s == "true"
-		return nil
-	}},
+	{key: "learn-vteps", set: yesNo(func(o *Overlay) *bool { return &o.LearnVTEPs })},
 	{key: "age", set: func(o *Overlay, s string) (err error) {
 		if o.AgeAfter, err = time.ParseDuration(s); err != nil || o.AgeAfter <= 0 {
 			return errors.New("want a duration with its unit, as in 300s or 5m")
@@ -183,6 +180,16 @@ func positive[T any](at func(*T) *int) func(*T, string) error {
 			return errors.New("want a whole number, 1 or more")
 		}
 		*at(t) = n
+		return nil
+	}
+}
+
+func yesNo[T any](at func(*T) *bool) func(*T, string) error {
+	return func(t *T, s string) error {
+		if s != "true" && s != "false" {
+			return errors.New("want true or false")
+		}
+		*at(t) = s == "true"
 		return nil
 	}
 }

@@ -42,13 +42,20 @@ func TestLoad(t *testing.T) {
 			Driver: tap.DriverPlain, Netns: "/run/netns/h1", Queues: 1,
 		}, {
 			Name: "007", VNI: 7, Encryption: "none", LearnVTEPs: true,
+		}, {
+			Name: "sealed", VNI: 8, Encryption: "required", Cipher: "chacha20-poly1305", ClampMSS: true,
 		}},
+		KeyLog: "/tmp/keys",
+		Token:  "hunter2",
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("Load =\n%+v, want\n%+v", c, want)
 	}
 	if err := c.Validate(); err != nil {
 		t.Errorf("Validate: %v", err)
+	}
+	if c.Open() {
+		t.Error("settings with a token and a sealed overlay ask for an open cluster")
 	}
 	if !c.Overlays[0].LearnVTEPs {
 		t.Error("flood multicast does not imply learn-vteps")

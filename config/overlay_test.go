@@ -23,6 +23,7 @@ func TestParseOverlay(t *testing.T) {
 				netip.MustParseAddrPort("192.0.2.9:4789"), netip.MustParseAddrPort("[2001:db8::9]:8472"), netip.MustParseAddrPort("[2001:db8::8]:4789"),
 			},
 		}},
+		{"name=s,vni=9,cipher=aes-256-gcm,mss-clamp=true", Overlay{Name: "s", VNI: 9, Encryption: "required", Cipher: "aes-256-gcm", ClampMSS: true}},
 		{"name=b,mac=02-54-0A-20-00-01,mtu=0,flood=gossip,group=ff05::1,group-ttl=2,learn-vteps=true,age=90s,max-macs=5,max-macs-per-port=4,driver=plain,netns=/run/netns/x,queues=2", Overlay{
 			Name: "b", Encryption: "required", MAC: 0x0254_0a20_0001, Flood: "gossip", Group: netip.MustParseAddr("ff05::1"), GroupTTL: 2,
 			LearnVTEPs: true, AgeAfter: 90 * time.Second, MaxMACs: 5, MaxMACsPerPort: 4, Driver: "plain", Netns: "/run/netns/x", Queues: 2,
@@ -41,7 +42,7 @@ func TestParseOverlayFaults(t *testing.T) {
 		{"blue", `"blue" is no KEY=VALUE`},
 		{"name=a,adress=10.0.0.1/8", `unknown key "adress"; did you mean "address"?`},
 		{"name=a,peers=192.0.2.1", `unknown key "peers"; did you mean "peer"?`},
-		{"name=a,xyzzy=1", `unknown key "xyzzy"; the keys are name, vni, encryption, address, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues`},
+		{"name=a,xyzzy=1", `unknown key "xyzzy"; the keys are name, vni, encryption, cipher, mss-clamp, address, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues`},
 		{"name=a,name=b", `"name" is there twice`},
 		{"vni=0", `vni "0": 0 is reserved by Tulle: it is what a header that was never filled in carries; take one from 1 to 16777215`},
 		{"vni=16777216", `vni "16777216": a VNI has 24 bits: take one from 1 to 16777215`},
@@ -59,6 +60,7 @@ func TestParseOverlayFaults(t *testing.T) {
 		{"peer=fe80::1%eth0", "an address with a zone is not supported"},
 		{"group=239.1.1.1:4789", "want an IP address without a port"},
 		{"learn-vteps=1", `learn-vteps "1": want true or false`},
+		{"mss-clamp=on", `mss-clamp "on": want true or false`},
 		{"age=300", `age "300": want a duration with its unit, as in 300s or 5m`},
 		{"age=-1s", "want a duration with its unit"},
 		{"queues=0", `queues "0": want a whole number, 1 or more`},
@@ -105,6 +107,7 @@ func TestEdits(t *testing.T) {
 func FuzzParseOverlay(f *testing.F) {
 	f.Add("name=blue,vni=100,encryption=none,address=10.32.0.1/16,tap=blue0,peer=192.0.2.9,peer=[2001:db8::9]:8472")
 	f.Add("name=b,mac=02:54:0a:20:00:01,mtu=1400,flood=multicast,group=239.1.1.1,group-ttl=2,learn-vteps=true,age=90s")
+	f.Add("name=s,vni=9,encryption=required,cipher=chacha20-poly1305,mss-clamp=true,flood=gossip")
 	f.Add("max-macs=5,max-macs-per-port=4,driver=plain,netns=/run/netns/x,queues=2,,=,a=b=c")
 	f.Fuzz(func(t *testing.T, s string) {
 		o, err := ParseOverlay(s)

@@ -22,7 +22,6 @@ func (c *Config) Validate() error {
 	v := &validator{c: c}
 	v.node()
 	v.addresses()
-	v.openCluster()
 	for i := range c.Overlays {
 		v.overlay(i, &c.Overlays[i])
 	}
@@ -46,6 +45,9 @@ func (c *Config) fill() {
 	for i := range c.Overlays {
 		o := &c.Overlays[i]
 		setDefault(&o.Encryption, encryptionRequired)
+		if o.Encryption == encryptionRequired {
+			setDefault(&o.Cipher, cipherAuto)
+		}
 		setDefault(&o.Tap, o.Name[:min(len(o.Name), maxDeviceName)])
 		setDefault(&o.Flood, floodUnicast)
 		setDefault(&o.GroupTTL, defaultGroupTTL)
@@ -148,16 +150,6 @@ func (v *validator) addresses() {
 	}
 }
 
-// openCluster refuses what needs a secure cluster.
-func (v *validator) openCluster() {
-	if v.c.Token != "" {
-		v.fault("token: tokens are for secure clusters, which are not there yet: %s; leave the token out and say encryption=none on every overlay", openOnly)
-	}
-	if len(v.c.Overlays) == 0 {
-		v.fault("no overlay: %s, and a node of one has at least one overlay; give one, as in --overlay %s", openOnly, overlayExample)
-	}
-}
-
 func (v *validator) overlay(i int, o *Overlay) {
 	v.within = "overlay " + o.Name + ": "
 	defer func() { v.within = "" }()
@@ -204,17 +196,9 @@ func (v *validator) device(o *Overlay) {
 // wire checks what concerns other VTEPs.
 func (v *validator) wire(o *Overlay) {
 	v.check("encryption", checkChoice(o.Encryption, encryptionNone, encryptionRequired))
+	v.encryption(o)
 	v.check("flood", checkChoice(o.Flood, floodUnicast, floodMulticast, floodGossip))
 	v.check("group-ttl", checkRange(o.GroupTTL, 1, maxGroupTTL))
-	if o.Encryption == encryptionRequired {
-		v.fault("%s", sealedOverlaysMissing)
-		if len(o.Peers) > 0 {
-			v.fault("peers: foreign VTEPs speak plain VXLAN, which encryption=required forbids: leave them out, or say encryption=none")
-		}
-		if o.Flood == floodMulticast {
-			v.fault("flood: multicast reaches VTEPs that speak plain VXLAN, which encryption=required forbids: say flood=unicast, or encryption=none")
-		}
-	}
 	listen := v.c.Listen.Addr()
 	switch {
 	case o.Flood == floodMulticast && !o.Group.IsValid():
@@ -239,6 +223,26 @@ func (v *validator) wire(o *Overlay) {
 			// A VTEP is told by its address: the port that it sends from says nothing.
 			v.fault("peer %s: its address is there twice: list one VTEP an address", p)
 		}
+	}
+}
+
+// encryption checks that nothing asks for plaintext where there may be none.
+func (v *validator) encryption(o *Overlay) {
+	if o.Encryption == encryptionNone && o.Cipher != "" {
+		v.fault("cipher %q: with encryption=none nothing is sealed: leave it out, or say encryption=required", o.Cipher)
+	}
+	if o.Encryption != encryptionRequired {
+		return
+	}
+	v.check("cipher", checkChoice(o.Cipher, cipherAuto, cipherChaCha, cipherAES))
+	if len(o.Peers) > 0 {
+		v.fault("peers: foreign VTEPs speak plain VXLAN, which encryption=required forbids: leave them out, or say encryption=none")
+	}
+	switch {
+	case o.Flood == floodMulticast:
+		v.fault("flood: multicast reaches VTEPs that speak plain VXLAN, which encryption=required forbids: say flood=unicast, or encryption=none")
+	case o.LearnVTEPs:
+		v.fault("learn-vteps: it admits VTEPs that speak plain VXLAN, which encryption=required forbids: leave it out, or say encryption=none")
 	}
 }
 

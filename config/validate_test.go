@@ -54,6 +54,45 @@ func TestValidateFills(t *testing.T) {
 	}
 }
 
+// TestOpen: who asks for encryption anywhere, or for nothing, is secure.
+func TestOpen(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		token    Secret
+		overlays []Overlay
+		open     bool
+	}{
+		{"nothing", "", nil, false},
+		{"token alone", "t", nil, false},
+		{"none", "", []Overlay{{Name: "a", VNI: 1, Encryption: "none"}}, true},
+		{"none, with a token", "t", []Overlay{{Name: "a", VNI: 1, Encryption: "none"}}, false},
+		{"required", "", []Overlay{{Name: "a", VNI: 1, Encryption: "required"}}, false},
+		{"by default", "", []Overlay{{Name: "a", VNI: 1}}, false},
+		{"both", "", []Overlay{{Name: "a", VNI: 1, Encryption: "none"}, {Name: "b", VNI: 2}}, false},
+		{"gossip, sealed", "", []Overlay{{Name: "a", VNI: 1, Flood: "gossip", Cipher: "aes-256-gcm", ClampMSS: true}}, false},
+	} {
+		c := Config{Name: "n1", Token: tt.token, Overlays: tt.overlays}
+		before := c.Open()
+		if err := c.Validate(); err != nil || before != tt.open || c.Open() != tt.open {
+			t.Errorf("%s: Open = %t, after Validate (%v) %t, want %t", tt.name, before, err, c.Open(), tt.open)
+		}
+	}
+}
+
+// TestValidateFillsCipher: where something is sealed, and nowhere else.
+func TestValidateFillsCipher(t *testing.T) {
+	c := valid()
+	c.Overlays = []Overlay{{Name: "a", VNI: 1, Encryption: "none"}, {Name: "b", VNI: 2}, {Name: "c", VNI: 3, Cipher: "aes-256-gcm"}}
+	for range 2 {
+		if err := c.Validate(); err != nil {
+			t.Fatal(err)
+		}
+		if a, b, c := c.Overlays[0].Cipher, c.Overlays[1].Cipher, c.Overlays[2].Cipher; a != "" || b != "auto" || c != "aes-256-gcm" {
+			t.Errorf("ciphers = %q, %q, %q, want none, auto and aes-256-gcm", a, b, c)
+		}
+	}
+}
+
 func TestValidateAdvertise(t *testing.T) {
 	for _, tt := range []struct{ listen, want string }{
 		{"[::]:4789", "invalid IP"}, {"0.0.0.0:4789", "invalid IP"}, {"192.0.2.1:4789", "192.0.2.1"}, {"[2001:db8::1]:4789", "2001:db8::1"},
@@ -98,8 +137,6 @@ func TestValidateNodeFaults(t *testing.T) {
 		{func(c *Config) { c.Advertise = ad("0.0.0.0") }, "config: advertise 0.0.0.0: want the one address that other nodes reach this host at"},
 		{func(c *Config) { c.Listen = ap("0.0.0.0:4789"); c.Advertise = ad("2001:db8::1") }, "config: advertise 2001:db8::1: nothing arrives there while the node listens on 0.0.0.0:4789"},
 		{func(c *Config) { c.Gossip = ap("0.0.0.0:7946"); c.Advertise = ad("2001:db8::1") }, "config: advertise 2001:db8::1: no gossip arrives there while gossip is on 0.0.0.0:7946"},
-		{func(c *Config) { c.Token = "hunter2" }, "config: token: tokens are for secure clusters, which are not there yet: this version forms open clusters only; leave the token out and say encryption=none on every overlay"},
-		{func(c *Config) { c.Overlays = nil }, "config: no overlay: this version forms open clusters only, and a node of one has at least one overlay; give one, as in --overlay name=blue,vni=100,encryption=none,address=10.32.0.1/16"},
 	} {
 		c := valid()
 		tt.change(&c)
@@ -117,7 +154,9 @@ func TestValidateOverlayFaults(t *testing.T) {
 		{func(o *Overlay) { o.Name = "b b" }, `config: overlay b b: name "b b": want 1 to 63 letters, digits and -`},
 		{func(o *Overlay) { o.VNI = 0 }, "config: overlay blue: vni: give one from 1 to 16777215, the same on every node (0 is reserved by Tulle: "},
 		{func(o *Overlay) { o.VNI = 1 << 24 }, "config: overlay blue: vni 16777216: a VNI has 24 bits: take one from 1 to 16777215"},
-		{func(o *Overlay) { o.Encryption = "" }, "config: overlay blue: sealed overlays are not there yet: this version speaks plain VXLAN only; say encryption=none"},
+		{func(o *Overlay) { o.Cipher = "auto" }, `config: overlay blue: cipher "auto": with encryption=none nothing is sealed: leave it out, or say encryption=required`},
+		{func(o *Overlay) { o.Encryption = ""; o.Cipher = "aes" }, `config: overlay blue: cipher "aes": want auto, chacha20-poly1305 or aes-256-gcm`},
+		{func(o *Overlay) { o.Encryption = ""; o.LearnVTEPs = true }, "config: overlay blue: learn-vteps: it admits VTEPs that speak plain VXLAN, which encryption=required forbids: leave it out, or say encryption=none"},
 		{func(o *Overlay) { o.Encryption = "maybe" }, `config: overlay blue: encryption "maybe": want none or required`},
 		{func(o *Overlay) { o.Address = prefix("10.32.0.0/16") }, "config: overlay blue: address 10.32.0.0/16: that is the network itself: take a host's address in it, as in 10.32.0.1/16"},
 		{func(o *Overlay) { o.Address = prefix("10.32.255.255/16") }, "config: overlay blue: address 10.32.255.255/16: that is the broadcast address of 10.32.0.0/16: take a host's address, as in 10.32.255.254/16"},
@@ -134,7 +173,6 @@ func TestValidateOverlayFaults(t *testing.T) {
 		{func(o *Overlay) { o.MTU = 65536 }, "mtu 65536: want 68 to 65535"},
 		{func(o *Overlay) { o.Encryption = "required"; o.Peers = []netip.AddrPort{ap("192.0.2.9:4789")} }, "config: overlay blue: peers: foreign VTEPs speak plain VXLAN, which encryption=required forbids"},
 		{func(o *Overlay) { o.Encryption = "required"; o.Flood = "multicast"; o.Group = ad("239.1.1.1") }, "config: overlay blue: flood: multicast reaches VTEPs that speak plain VXLAN, which encryption=required forbids"},
-		{func(o *Overlay) { o.Encryption = "required"; o.Flood = "gossip" }, "sealed overlays are not there yet"},
 		{func(o *Overlay) { o.Flood = "broadcast" }, `config: overlay blue: flood "broadcast": want unicast, multicast or gossip`},
 		{func(o *Overlay) { o.Flood = "multicast" }, "config: overlay blue: group: flood=multicast needs one, as in group=239.1.1.1"},
 		{func(o *Overlay) { o.Group = ad("239.1.1.1") }, "config: overlay blue: group 239.1.1.1: it is for flood=multicast, and this is flood=unicast"},
@@ -219,8 +257,8 @@ func TestValidateJoinsFaults(t *testing.T) {
 		t.Fatal("no fault")
 	}
 	lines := strings.Split(err.Error(), "\n")
-	if len(lines) != 6 {
-		t.Errorf("Validate = %q, want six faults", lines)
+	if len(lines) != 4 {
+		t.Errorf("Validate = %q, want four faults", lines)
 	}
 	for _, l := range lines {
 		if !strings.HasPrefix(l, "config: ") {

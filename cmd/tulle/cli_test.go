@@ -275,7 +275,6 @@ func TestFailures(t *testing.T) {
 		{text, "status", "what answers at " + text + " is no Tulle: give the node's --socket PATH"},
 		{list, "status", "the node's answer is none of this version: "},
 		{dir + "/none", "status --watch", "no node is running here"},
-		{socket, "up --name n1", "config: no overlay: "},
 		{socket, "up --name a_b --overlay name=blue,vni=1", "config: name \"a_b\": want "},
 		{socket, "up --config " + dir + "/none.yaml", "config: open " + dir + "/none.yaml: no such file or directory"},
 	} {

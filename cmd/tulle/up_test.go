@@ -63,8 +63,8 @@ func TestFlagsWinOverTheFile(t *testing.T) {
 }
 
 func TestTokenIsNotShown(t *testing.T) {
-	_, errOut, status := tulle(t, "up", "--name", "n1", "--token", "hunter2")
-	if status != exitFailed || strings.Contains(errOut, "hunter2") || !strings.Contains(errOut, "secure clusters, which are not there yet") {
+	_, errOut, status := tulle(t, "up", "--name", "n_1", "--token", "hunter2")
+	if status != exitFailed || strings.Contains(errOut, "hunter2") || !strings.Contains(errOut, "config: name \"n_1\"") {
 		t.Errorf("up --token = %d, %s", status, errOut)
 	}
 }

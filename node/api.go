@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/doctor"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
@@ -13,11 +14,23 @@ import (
 
 // The local API: HTTP with JSON over a unix socket of mode 0600.
 //
-//	GET /v1/status              Status
-//	GET /v1/peers               Peers
-//	GET /v1/overlays            Overlays
-//	GET /v1/overlays/NAME/fdb   FDB; 404 with Error where there is no such overlay
-//	PUT /v1/offloads/NAME       OffloadSwitches for a TAP, or for "underlay"; answers OffloadStatus
+//	GET    /v1/status                      Status
+//	GET    /v1/peers                       Peers
+//	GET    /v1/overlays                    Overlays
+//	GET    /v1/overlays/NAME/fdb           FDB; 404 with Error where there is no such overlay
+//	POST   /v1/overlays/NAME/rotate-key    OverlayKeyRotated
+//	PUT    /v1/offloads/NAME               OffloadSwitches for a TAP, or for "underlay"; answers OffloadStatus
+//	GET    /v1/doctor                      Doctor
+//	POST   /v1/tokens                      TokenRequest; answers TokenCreated
+//	GET    /v1/tokens                      Tokens
+//	DELETE /v1/tokens/ID                   Changed
+//	GET    /v1/nodes                       Nodes
+//	POST   /v1/nodes/NAME/revoke           Changed
+//	DELETE /v1/nodes/NAME                  Changed
+//	POST   /v1/gossip/rotate-key           GossipKeyRotated
+//
+// Tokens, nodes and keys are the cluster's: the node asks a keeper, which may
+// take seconds. In an open cluster they are 409 with Error.
 
 // Status answers `tulle status`.
 type Status struct {
@@ -32,7 +45,7 @@ type Status struct {
 type NodeStatus struct {
 	Name      string         `json:"name"`
 	Version   string         `json:"version"`
-	Cluster   string         `json:"cluster"` // open
+	Cluster   string         `json:"cluster"` // ClusterOpen, or the id of a secure cluster
 	VTEP      netip.AddrPort `json:"vtep"`
 	Listen    []string       `json:"listen"`
 	Gossip    netip.AddrPort `json:"gossip"`
@@ -40,7 +53,14 @@ type NodeStatus struct {
 	Peers     int            `json:"peers"`      // alive, without this node
 	PeersLost int            `json:"peers_lost"` // failed
 	Conflicts []string       `json:"conflicts"`  // one sentence each; empty is well
+	Keeper    bool           `json:"keeper"`     // holds the cluster's CA; false in an open cluster
+	// CertificateExpires is when this node's certificate ends; absent in an open cluster.
+	CertificateExpires time.Time `json:"certificate_expires,omitzero"`
+	GossipEpoch        uint64    `json:"gossip_epoch"` // of the gossip key; 0 in an open cluster
 }
+
+// ClusterOpen is NodeStatus.Cluster of a node that is in no secure cluster.
+const ClusterOpen = "open"
 
 // OverlayStatus is one overlay on this node.
 type OverlayStatus struct {
@@ -103,7 +123,26 @@ type PeerStatus struct {
 	Status   discovery.Status `json:"status"` // alive, failed, left
 	VTEP     netip.AddrPort   `json:"vtep"`
 	Overlays []string         `json:"overlays"`
+	// Sessions are the sealed ones with this peer, one an overlay, sorted by it.
+	Sessions []SessionStatus `json:"sessions"`
 	TrafficStatus
+}
+
+// SessionStatus is one overlay between this node and a peer, sealed. The
+// counters go on when the session is renewed.
+type SessionStatus struct {
+	Overlay string `json:"overlay"`
+	// Cipher is chacha20-poly1305 or aes-256-gcm; empty while none is agreed.
+	Cipher string `json:"cipher"`
+	// AgeSeconds since the session that sends now was agreed; 0 without one.
+	AgeSeconds  float64 `json:"age_seconds"`
+	TxDatagrams uint64  `json:"tx_datagrams"` // sealed and sent
+	RxDatagrams uint64  `json:"rx_datagrams"` // opened
+	Replays     uint64  `json:"replays"`      // dropped: came before, or too late to tell
+	Forgeries   uint64  `json:"forgeries"`    // dropped: would not open
+	// PlaintextRefused counts plain datagrams from the peer that were dropped.
+	PlaintextRefused uint64 `json:"plaintext_refused"`
+	Queued           int    `json:"queued"` // frames that wait for a session now
 }
 
 // Overlays answers `tulle overlays`.
@@ -126,6 +165,83 @@ type FDBEntry struct {
 	// AgeSeconds since the MAC was last seen as a source; static entries have Static set.
 	AgeSeconds float64 `json:"age_seconds"`
 	Static     bool    `json:"static"`
+}
+
+// TokenRequest asks for a token. A zero field stands for its default.
+type TokenRequest struct {
+	TTLSeconds int64 `json:"ttl_seconds"` // 1 to 365 days; default 1 hour
+	Uses       int   `json:"uses"`        // how many nodes may join, 1 to 1000; default 1
+	// Overlays are patterns of those that the nodes may join; default *.
+	Overlays []string `json:"overlays"`
+	Name     string   `json:"name"` // pattern of the nodes' names; default *
+}
+
+// TokenCreated is a new token.
+type TokenCreated struct {
+	// Token is the secret itself, told this once: it goes into no log.
+	Token   string    `json:"token"`
+	ID      string    `json:"id"`
+	Expires time.Time `json:"expires"`
+}
+
+// Tokens answers `tulle token ls`: those that have neither expired nor been removed.
+type Tokens struct {
+	Tokens []TokenStatus `json:"tokens"`
+}
+
+// TokenStatus is a token without its secret.
+type TokenStatus struct {
+	ID       string    `json:"id"`
+	Created  time.Time `json:"created"`
+	Expires  time.Time `json:"expires"`
+	Uses     int       `json:"uses"` // for how many nodes it was made
+	Left     int       `json:"left"` // how many may still join
+	Overlays []string  `json:"overlays"`
+	Name     string    `json:"name"`
+}
+
+// Nodes answers `tulle node ls`: every node that the cluster has issued a
+// certificate to, this one included, until it is removed.
+type Nodes struct {
+	Nodes []ClusterNode `json:"nodes"`
+}
+
+// ClusterNode is a node as the keepers know it.
+type ClusterNode struct {
+	Name   string `json:"name"`
+	Status string `json:"status"` // alive, failed, left; unknown: gossip knows nothing of it
+	Keeper bool   `json:"keeper"`
+	// VTEP as the node gossips it; absent where that is not known.
+	VTEP     netip.AddrPort `json:"vtep,omitzero"`
+	Overlays []string       `json:"overlays"` // patterns of those that it may join
+	Joined   time.Time      `json:"joined"`
+	Expires  time.Time      `json:"expires"` // of its certificate
+	Revoked  bool           `json:"revoked"`
+}
+
+// Changed answers what changed the cluster.
+type Changed struct {
+	// Unreached are nodes that could not be told yet, and are told when they
+	// are back; empty is well.
+	Unreached []string `json:"unreached"`
+}
+
+// GossipKeyRotated answers `tulle gossip rotate-key`.
+type GossipKeyRotated struct {
+	Epoch uint64 `json:"epoch"` // of the new key
+	Changed
+}
+
+// OverlayKeyRotated answers `tulle overlay rotate-key`.
+type OverlayKeyRotated struct {
+	Overlay string `json:"overlay"`
+	Epoch   uint32 `json:"epoch"` // of the new key
+}
+
+// Doctor is the running node's part of `tulle doctor`, which prints it behind
+// what it finds itself.
+type Doctor struct {
+	Checks []doctor.Check `json:"checks"`
 }
 
 // Error is the body of every answer that is not 200.

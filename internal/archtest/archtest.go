@@ -9,8 +9,9 @@ const module = "github.com/tulle-net/tulle/"
 var imports = map[string][]string{
 	"cmd/tulle": {"config", "node", "internal/demo", "internal/version"},
 
-	"node":   {"config", "bridge", "discovery", "tap", "underlay", "vxlan", "ether", "internal/version"},
+	"node":   {"config", "doctor", "bridge", "discovery", "tap", "underlay", "vxlan", "ether", "internal/version"},
 	"config": {"tap", "vxlan", "ether"},
+	"doctor": {"crypto", "tap", "underlay"},
 
 	"peer":          {"crypto"},
 	"peer/peertest": {},
@@ -52,6 +53,6 @@ var thirdParty = map[string][]string{
 	"golang.org/x/time/rate":        {"discovery"},
 	"golang.org/x/crypto":           {"crypto"},
 	"golang.org/x/sys/cpu":          {"ether", "crypto"},
-	"golang.org/x/sys/unix":         {"tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "cmd/tulle"},
+	"golang.org/x/sys/unix":         {"tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
 	"golang.org/x/net":              {"internal/lab"},
 }

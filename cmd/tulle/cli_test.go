@@ -57,17 +57,26 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
-// fakeAPI answers as a node does: by path, with a value or a raw body.
+// fakeAPI answers as a node does: by path, where the method is not GET by
+// "METHOD PATH", with a value or a raw body.
 type fakeAPI map[string]any
 
 func (f fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, ok := f[r.URL.Path]
-	switch {
-	case !ok:
+	key := r.URL.Path
+	if r.Method != http.MethodGet {
+		key = r.Method + " " + key
+	}
+	body, ok := f[key]
+	if parts := strings.Split(r.URL.Path, "/"); !ok && len(parts) > 3 {
 		w.WriteHeader(http.StatusNotFound)
-		body = node.Error{Error: fmt.Sprintf("no overlay %q here: `tulle overlays` lists them", strings.Split(r.URL.Path, "/")[3])}
-	case r.Method != http.MethodGet:
-		w.WriteHeader(http.StatusMethodNotAllowed)
+		body = node.Error{Error: fmt.Sprintf("no overlay %q here: `tulle overlays` lists them", parts[3])}
+	} else if !ok {
+		w.WriteHeader(http.StatusNotFound)
+		body = node.Error{Error: "no such resource: " + key}
+	}
+	if refusal, ok := body.(node.Error); ok && refusal.Error == "" {
+		w.WriteHeader(http.StatusConflict)
+		body = node.Error{Error: "this is an open cluster: it has no keys"}
 	}
 	if raw, ok := body.(string); ok {
 		_, _ = io.WriteString(w, raw)
@@ -90,6 +99,9 @@ func serve(t *testing.T, h http.Handler) (socket string) {
 	t.Cleanup(func() { srv.Close(); served.Wait() })
 	return socket
 }
+
+// then is when the things of aNode were made.
+var then = time.Date(2026, time.December, 1, 12, 30, 15, 0, time.UTC)
 
 // aNode is a node with everything to show. It started 51 hours and a half ago,
 // so that no test sees its age change.
@@ -123,7 +135,9 @@ func aNode() fakeAPI {
 		"/v1/overlays": node.Overlays{Overlays: s.Overlays},
 		"/v1/peers": node.Peers{
 			Peers: []node.PeerStatus{
-				{Name: "n2", Status: "alive", VTEP: ap("192.0.2.2:4789"), Overlays: []string{"blue", "red"}, TrafficStatus: traffic},
+				{Name: "n2", Status: "alive", VTEP: ap("192.0.2.2:4789"), Overlays: []string{"blue", "red"}, TrafficStatus: traffic, Sessions: []node.SessionStatus{
+					{Overlay: "blue", Cipher: "aes-256-gcm", AgeSeconds: 65.5, TxDatagrams: 10}, {Overlay: "red", Queued: 3},
+				}},
 				{Name: "n3", Status: "failed", VTEP: ap("[2001:db8::3]:4789"), Overlays: []string{}},
 				{Name: "\x1b[31mred", Status: "left", VTEP: ap("192.0.2.4:4789")},
 			},
@@ -135,12 +149,21 @@ func aNode() fakeAPI {
 			{MAC: 0x1234_5610_2030, VTEP: "192.0.2.9:4789", AgeSeconds: 125},
 		}},
 		"/v1/overlays/a b%2f/fdb": node.FDB{},
+		"/v1/tokens": node.Tokens{Tokens: []node.TokenStatus{
+			{ID: "0123456789abcdef", Created: then, Expires: then.Add(time.Hour), Uses: 5, Left: 4, Overlays: []string{"blue", "team-*"}, Name: "pi-*"},
+			{ID: "fedcba9876543210", Created: then, Expires: then.Add(24 * time.Hour), Uses: 1, Left: 1, Overlays: []string{"*"}, Name: "*"},
+		}},
+		"/v1/nodes": node.Nodes{Nodes: []node.ClusterNode{
+			{Name: "n1", Status: "alive", Keeper: true, VTEP: ap("192.0.2.1:4789"), Overlays: []string{"*"}, Joined: then, Expires: then.Add(720 * time.Hour)},
+			{Name: "n2", Status: "left", VTEP: ap("[2001:db8::2]:4789"), Overlays: []string{"blue", "team-*"}, Joined: then, Expires: then.Add(720 * time.Hour)},
+			{Name: "n3", Status: "unknown", Overlays: []string{}, Joined: then, Expires: then.Add(720 * time.Hour), Revoked: true},
+		}},
 	}
 }
 
 func TestTables(t *testing.T) {
 	socket := serve(t, aNode())
-	for _, args := range []string{"status", "peers", "overlays", "fdb blue"} {
+	for _, args := range []string{"status", "peers", "overlays", "fdb blue", "token ls", "node ls"} {
 		out, errOut, status := tulle(t, append(strings.Fields(args), "--socket", socket)...)
 		if status != exitDone || errOut != "" {
 			t.Errorf("tulle %s = %d, stderr %q", args, status, errOut)
@@ -149,14 +172,29 @@ func TestTables(t *testing.T) {
 	}
 }
 
+// TestSecureStatus: in a secure cluster status shows which, and who this node is in it.
+func TestSecureStatus(t *testing.T) {
+	s := aNode()["/v1/status"].(node.Status)
+	s.Node.Cluster, s.Node.Keeper, s.Node.CertificateExpires, s.Node.GossipEpoch = "k3j9x2", true, then, 7
+	s.Overlays[0].Encryption = "required"
+	out, errOut, status := tulle(t, "status", "--socket", serve(t, fakeAPI{"/v1/status": s}))
+	if status != exitDone || errOut != "" {
+		t.Errorf("status = %d, stderr %q", status, errOut)
+	}
+	golden(t, "status.secure", out)
+}
+
 func TestEmptyTables(t *testing.T) {
 	socket := serve(t, fakeAPI{
 		"/v1/status": node.Status{Drops: map[string]uint64{"short": 0}}, "/v1/peers": node.Peers{}, "/v1/overlays": node.Overlays{}, "/v1/overlays/blue/fdb": node.FDB{Overlay: "blue"},
+		"/v1/tokens": node.Tokens{}, "/v1/nodes": node.Nodes{},
 	})
 	for _, tt := range []struct{ args, want string }{
 		{"status", "no drops\n"},
 		{"peers", "no other node is known yet\n"},
 		{"overlays", "OVERLAY  VNI  ADDRESS"},
+		{"token ls", "no token is open; `tulle token create` makes one\n"},
+		{"node ls", "NAME  STATUS  ROLE"},
 		{"fdb blue", "no MAC is known yet in overlay blue\n"},
 	} {
 		out, _, status := tulle(t, append(strings.Fields(tt.args), "--socket", socket)...)
@@ -227,6 +265,25 @@ func TestUsage(t *testing.T) {
 		{"stauts -o json", "tulle: unknown command \"stauts\"; did you mean \"status\"?\n"},
 		{"xyzzy", "tulle: unknown command \"xyzzy\"; see `tulle --help`\n"},
 		{"help xyzzy", "tulle: unknown command \"xyzzy\"; see `tulle --help`\n"},
+		{"token creat", "tulle: unknown command \"creat\" of `tulle token`; did you mean \"create\"?\n"},
+		{"token creat --ttl 1h", "tulle: unknown command \"creat\" of `tulle token`; did you mean \"create\"?\n"},
+		{"help token creat", "tulle: unknown command \"creat\" of `tulle token`; did you mean \"create\"?\n"},
+		{"node promote n1", "tulle: unknown command \"promote\" of `tulle node`; see `tulle node --help`\n"},
+		{"gossip rotate", "tulle: unknown command \"rotate\" of `tulle gossip`; did you mean \"rotate-key\"?\n"},
+		{"overlay --nope", "tulle: unknown flag: --nope; see `tulle overlay --help`\n"},
+		{"token create now", "tulle: unexpected \"now\"; see `tulle token create --help`\n"},
+		{"token create --ttl 1ms", "tulle: --ttl=1ms: want 1s or more\n"},
+		{"token create --ttl 5", "tulle: invalid argument \"5\" for \"--ttl\" flag: "},
+		{"token create --uses 0", "tulle: --uses=0: want 1 or more\n"},
+		{"token create --overlays=", "tulle: --overlays: want at least one name or pattern; * is all\n"},
+		{"token create --name=", "tulle: --name: want a name or pattern; * is any\n"},
+		{"token rm", "tulle: want the id of one token, as in `tulle token rm 1f0c93a2b75e4d68`; `tulle token ls` lists them\n"},
+		{"node revoke", "tulle: want the name of one node, as in `tulle node revoke pi4`; `tulle node ls` lists them\n"},
+		{"node rm a b", "tulle: want the name of one node, as in `tulle node rm pi4`"},
+		{"gossip rotate-key now", "tulle: unexpected \"now\"; see `tulle gossip rotate-key --help`\n"},
+		{"overlay rotate-key", "tulle: want the name of one overlay, as in `tulle overlay rotate-key blue`"},
+		{"doctor --listen nowhere", "tulle: config: listen \"nowhere\": want "},
+		{"doctor -o xml", "tulle: invalid argument \"xml\" for \"-o, --output\" flag: want table, json or yaml;"},
 		{"--nope", "tulle: unknown flag: --nope; see `tulle --help`\n"},
 		{"status --nope", "tulle: unknown flag: --nope; see `tulle status --help`\n"},
 		{"status now", "tulle: unexpected \"now\"; see `tulle status --help`\n"},
@@ -340,7 +397,11 @@ func TestWatch(t *testing.T) {
 func TestHelp(t *testing.T) {
 	root := newRoot()
 	all := append([]*cobra.Command{root, helpCommand()}, root.Commands()...)
-	for _, cmd := range all {
+	for i := 0; i < len(all); i++ { // all grows by what is below
+		cmd := all[i]
+		if cmd != root {
+			all = append(all, cmd.Commands()...)
+		}
 		if cmd.Short == "" || strings.HasSuffix(cmd.Short, ".") {
 			t.Errorf("%s: short help %q", cmd.Name(), cmd.Short)
 		}
@@ -350,10 +411,17 @@ func TestHelp(t *testing.T) {
 		if cmd == root {
 			continue
 		}
-		out, errOut, status := tulle(t, cmd.Name(), "--help")
-		again, _, _ := tulle(t, "help", cmd.Name())
-		if status != exitDone || errOut != "" || !strings.Contains(out, "Usage:\n  tulle "+cmd.Name()) || out != again && cmd.Name() != "help" {
-			t.Errorf("tulle %s --help = %d, %q, stderr %q; help %s: %q", cmd.Name(), status, out, errOut, cmd.Name(), again)
+		path := strings.Fields(strings.TrimPrefix(cmd.CommandPath(), "tulle "))
+		out, errOut, status := tulle(t, append(path, "--help")...)
+		again, _, _ := tulle(t, append([]string{"help"}, path...)...)
+		if status != exitDone || errOut != "" || !strings.Contains(out, "Usage:\n  tulle "+strings.Join(path, " ")) || out != again && cmd.Name() != "help" {
+			t.Errorf("tulle %s --help = %d, %q, stderr %q; help %s: %q", path, status, out, errOut, path, again)
+		}
+		if !cmd.HasSubCommands() {
+			continue
+		}
+		if bare, errOut, status := tulle(t, path...); status != exitDone || errOut != "" || bare != out {
+			t.Errorf("tulle %s = %d, %q, stderr %q, want its help", path, status, bare, errOut)
 		}
 	}
 	bare, _, status := tulle(t)
@@ -385,6 +453,13 @@ func TestCompletion(t *testing.T) {
 		{"fdb --socket " + socket + " ", "blue\nred\n:4\n"},
 		{"fdb --socket " + socket + " blue ", ":4\n"},
 		{"fdb --socket " + socket + "x ", ":4\n"},
+		{"overlay rotate-key --socket " + socket + " ", "blue\nred\n:4\n"},
+		{"token rm --socket " + socket + " ", "0123456789abcdef\nfedcba9876543210\n:4\n"},
+		{"node revoke --socket " + socket + " ", "n1\nn2\nn3\n:4\n"},
+		{"node rm --socket " + socket + " n1 ", ":4\n"},
+		{"node rm --socket " + socket + "x ", ":4\n"},
+		{"token create --socket " + socket + " --overlays ", "blue\nred\n:4\n"},
+		{"doctor -o ", "table\njson\nyaml\n:4\n"},
 		{"status -o ", "table\njson\nyaml\n:4\n"},
 		{"up --log-level ", "info\ndebug\nwarn\nerror\n:4\n"},
 	} {

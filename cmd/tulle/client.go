@@ -20,8 +20,16 @@ import (
 const (
 	// apiTimeout bounds one request, connection and body included.
 	apiTimeout = 5 * time.Second
+	// clusterTimeout is for what the node has to ask others about: a keeper,
+	// and each node that a new gossip key has to be brought to.
+	clusterTimeout = 30 * time.Second
 	// maxBody holds an FDB of a million entries.
 	maxBody = 256 << 20
+)
+
+var (
+	errNoNode       = errors.New("no node is running here")
+	errNoPermission = errors.New("no permission to ask the node")
 )
 
 // client asks a node's local API. It keeps no connection open.
@@ -53,6 +61,32 @@ func (c *client) put(ctx context.Context, path string, what any) ([]byte, error)
 		return nil, err
 	}
 	return c.do(ctx, http.MethodPut, path, bytes.NewReader(body))
+}
+
+// post sends what, if it is not nil, and returns the answer's body.
+func (c *client) post(ctx context.Context, path string, what any) ([]byte, error) {
+	if what == nil {
+		return c.do(ctx, http.MethodPost, path, nil)
+	}
+	body, err := json.Marshal(what)
+	if err != nil {
+		return nil, err
+	}
+	return c.do(ctx, http.MethodPost, path, bytes.NewReader(body))
+}
+
+// remove deletes what is at path and returns the answer's body.
+func (c *client) remove(ctx context.Context, path string) ([]byte, error) {
+	return c.do(ctx, http.MethodDelete, path, nil)
+}
+
+// decode reads an answer of the API.
+func decode[T any](body []byte) (*T, error) {
+	v := new(T)
+	if err := json.Unmarshal(body, v); err != nil {
+		return nil, fmt.Errorf("the node's answer is none of this version: %w; is it another version? -o json shows it", err)
+	}
+	return v, nil
 }
 
 func (c *client) do(ctx context.Context, method, path string, send io.Reader) ([]byte, error) {
@@ -89,11 +123,11 @@ func (c *client) explain(err error) error {
 	case errors.Is(err, context.Canceled):
 		return err
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ENOTDIR):
-		return fmt.Errorf("no node is running here: nothing answers at %s; start one with `tulle up`, or give --socket PATH", c.socket)
+		return fmt.Errorf("%w: nothing answers at %s; start one with `tulle up`, or give --socket PATH", errNoNode, c.socket)
 	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("no permission to ask the node at %s: run this with sudo", c.socket)
+		return fmt.Errorf("%w at %s: run this with sudo", errNoPermission, c.socket)
 	case errors.As(err, &timeout) && timeout.Timeout():
-		return fmt.Errorf("the node at %s did not answer within %s: see its log", c.socket, apiTimeout)
+		return fmt.Errorf("the node at %s did not answer within %s: see its log", c.socket, c.http.Timeout)
 	}
 	return fmt.Errorf("ask the node at %s: %w", c.socket, err)
 }

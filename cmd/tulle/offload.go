@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"net/url"
 
 	"github.com/spf13/cobra"
@@ -19,12 +18,7 @@ and gro; the settings of the same names are for good.`,
 		Example: `  tulle offload blue0 --off gro         # behind a software bridge
   tulle offload underlay --off gso,gro
   tulle offload blue0                   # all on`,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) != 1 {
-				return fmt.Errorf("want the name of one TAP, or underlay, as in `tulle offload blue0 --off gro`")
-			}
-			return nil
-		},
+		Args: oneArg("want the name of one TAP, or underlay, as in `tulle offload blue0 --off gro`"),
 	}
 	off := cmd.Flags().StringSlice("off", nil, "what to switch off")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {

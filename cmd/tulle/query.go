@@ -13,16 +13,12 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
-
-	"github.com/tulle-net/tulle/node"
 )
 
 const (
 	defaultWatch = 2 * time.Second
 	minWatch     = 100 * time.Millisecond
-	// completeTimeout: a shell waits for it.
-	completeTimeout = time.Second
-	clearScreen     = "\x1b[H\x1b[2J"
+	clearScreen  = "\x1b[H\x1b[2J"
 )
 
 func statusCommand() *cobra.Command {
@@ -33,7 +29,7 @@ func statusCommand() *cobra.Command {
   tulle status --watch
   tulle status -o json | jq .drops`,
 		Args: noArgs,
-	}, at("/v1/status"), statusTable)
+	}, apiClient, at("/v1/status"), statusTable)
 }
 
 func peersCommand() *cobra.Command {
@@ -43,7 +39,7 @@ func peersCommand() *cobra.Command {
 		Example: `  tulle peers
   tulle peers --watch=500ms`,
 		Args: noArgs,
-	}, at("/v1/peers"), peersTable)
+	}, apiClient, at("/v1/peers"), peersTable)
 }
 
 func overlaysCommand() *cobra.Command {
@@ -53,7 +49,7 @@ func overlaysCommand() *cobra.Command {
 		Example: `  tulle overlays
   tulle overlays -o yaml`,
 		Args: noArgs,
-	}, at("/v1/overlays"), overlaysTable)
+	}, apiClient, at("/v1/overlays"), overlaysTable)
 }
 
 func fdbCommand() *cobra.Command {
@@ -62,49 +58,32 @@ func fdbCommand() *cobra.Command {
 		Short: "List the MACs of an overlay and where they are",
 		Example: `  tulle fdb blue
   tulle fdb blue -o json`,
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) != 1 {
-				return fmt.Errorf("want the name of one overlay, as in `tulle fdb blue`; `tulle overlays` lists them")
-			}
-			return nil
-		},
-		ValidArgsFunction: completeOverlay,
-	}, func(args []string) string { return "/v1/overlays/" + url.PathEscape(args[0]) + "/fdb" }, fdbTable)
+		Args:              oneArg("want the name of one overlay, as in `tulle fdb blue`; `tulle overlays` lists them"),
+		ValidArgsFunction: completeArg(overlayNames),
+	}, apiClient, func(args []string) string { return "/v1/overlays/" + url.PathEscape(args[0]) + "/fdb" }, fdbTable)
 }
 
 func at(path string) func([]string) string { return func([]string) string { return path } }
-
-// completeOverlay offers the names of the node's overlays to the shell.
-func completeOverlay(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	if len(args) > 0 {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	c := apiClient(cmd)
-	c.http.Timeout = completeTimeout
-	body, err := c.get(cmd.Context(), "/v1/overlays")
-	var o node.Overlays
-	if err != nil || json.Unmarshal(body, &o) != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp // nothing to offer is no error in a shell
-	}
-	names := make([]string, len(o.Overlays))
-	for i := range o.Overlays {
-		names[i] = o.Overlays[i].Name
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
-}
 
 func apiClient(cmd *cobra.Command) *client {
 	return newClient(cmd.Flag("socket").Value.String())
 }
 
-// query completes cmd to one that asks the local API for path and prints the
-// answer, a T, with table, or as it came.
-func query[T any](cmd *cobra.Command, path func(args []string) string, table func(io.Writer, *T)) *cobra.Command {
+// clusterClient is for requests that the node asks others about.
+func clusterClient(cmd *cobra.Command) *client {
+	c := apiClient(cmd)
+	c.http.Timeout = clusterTimeout
+	return c
+}
+
+// query completes cmd to one that asks the local API for path, by the client
+// that connect makes, and prints the answer, a T, with table, or as it came.
+func query[T any](cmd *cobra.Command, connect func(*cobra.Command) *client, path func(args []string) string, table func(io.Writer, *T)) *cobra.Command {
 	output := addChoice(cmd, "output", "o", "how to print the answer", "table", "json", "yaml")
 	watch := cmd.Flags().Duration("watch", 0, "ask again and again, every 2s or --watch=INTERVAL, until Ctrl-C")
 	cmd.Flags().Lookup("watch").NoOptDefVal = defaultWatch.String()
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		c := apiClient(cmd)
+		c := connect(cmd)
 		once := func() ([]byte, error) {
 			body, err := c.get(cmd.Context(), path(args))
 			if err != nil {
@@ -187,9 +166,9 @@ func render[T any](body []byte, format string, table func(io.Writer, *T)) ([]byt
 	case "yaml":
 		return toYAML(body)
 	}
-	v := new(T)
-	if err := json.Unmarshal(body, v); err != nil {
-		return nil, fmt.Errorf("the node's answer is none of this version: %w; is it another version? -o json shows it", err)
+	v, err := decode[T](body)
+	if err != nil {
+		return nil, err
 	}
 	table(&out, v)
 	return out.Bytes(), nil

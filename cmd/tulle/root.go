@@ -63,8 +63,9 @@ func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "tulle",
 		Short: "An overlay network in one binary: Ethernet over VXLAN, nodes found by gossip",
-		Example: `  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.1/16
-  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.2/16 --join 192.0.2.1   # on another host
+		Example: `  tulle up --overlay name=blue,vni=100,address=10.32.0.1/16                   # the first node
+  tulle token create                                                          # prints what lets another one join
+  tulle up --overlay name=blue,vni=100,address=10.32.0.2/16 --token TOKEN     # on another host
   tulle status`,
 		Args: unknownCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
@@ -76,12 +77,30 @@ func newRoot() *cobra.Command {
 	root.PersistentFlags().String("socket", socket, "local API of the node (or set TULLE_SOCKET)")
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
+		tokenCommand(), nodeCommand(), gossipCommand(), overlayCommand(), doctorCommand(),
 		offloadCommand(), versionCommand(), completionCommand())
 	root.SetHelpCommand(helpCommand())
 	for _, cmd := range root.Commands() {
-		cmd.RunE = marked(cmd.RunE)
+		markAll(cmd)
 	}
 	return root
+}
+
+// parent makes cmd a command that only holds others: alone it prints its help.
+func parent(cmd *cobra.Command, children ...*cobra.Command) *cobra.Command {
+	cmd.Args = unknownCommand
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	cmd.SuggestionsMinimumDistance = 2
+	cmd.AddCommand(children...)
+	return cmd
+}
+
+// markAll marks what cmd runs, and what the commands below it do.
+func markAll(cmd *cobra.Command) {
+	cmd.RunE = marked(cmd.RunE)
+	for _, child := range cmd.Commands() {
+		markAll(child)
+	}
 }
 
 // marked tells errors of a command that ran from those of its call.
@@ -99,8 +118,8 @@ func marked(run func(*cobra.Command, []string) error) func(*cobra.Command, []str
 }
 
 func flagError(cmd *cobra.Command, err error) error {
-	// An unknown command with flags: cobra reads them as tulle's own.
-	if args := cmd.Flags().Args(); !cmd.HasParent() && len(args) > 0 {
+	// An unknown command with flags: cobra reads them as its parent's own.
+	if args := cmd.Flags().Args(); cmd.HasSubCommands() && len(args) > 0 {
 		return unknownCommand(cmd, args)
 	}
 	return fmt.Errorf("%w; see `%s --help`", err, cmd.CommandPath())
@@ -110,10 +129,24 @@ func unknownCommand(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
 	}
-	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
-		return fmt.Errorf("unknown command %q; did you mean %q?", args[0], strings.Join(near, `" or "`))
+	what := fmt.Sprintf("%q", args[0])
+	if cmd.HasParent() {
+		what += fmt.Sprintf(" of `%s`", cmd.CommandPath())
 	}
-	return fmt.Errorf("unknown command %q; see `%s --help`", args[0], cmd.CommandPath())
+	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+		return fmt.Errorf(`unknown command %s; did you mean "%s"?`, what, strings.Join(near, `" or "`))
+	}
+	return fmt.Errorf("unknown command %s; see `%s --help`", what, cmd.CommandPath())
+}
+
+// oneArg accepts one argument; want says what it is.
+func oneArg(want string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) != 1 || args[0] == "" {
+			return errors.New(want)
+		}
+		return nil
+	}
 }
 
 func noArgs(cmd *cobra.Command, args []string) error {
@@ -135,6 +168,9 @@ func helpCommand() *cobra.Command {
 			target, rest, err := cmd.Root().Find(args)
 			if err != nil {
 				return usageError{err}
+			}
+			if len(rest) > 0 && target.HasSubCommands() {
+				return usageError{unknownCommand(target, rest)}
 			}
 			if len(rest) > 0 {
 				return usageError{unknownCommand(cmd.Root(), rest)}

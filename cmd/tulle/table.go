@@ -42,7 +42,19 @@ func clean(s string) string {
 
 func statusTable(w io.Writer, s *node.Status) {
 	n, t := &s.Node, newTable(w)
-	t.row("node", fmt.Sprintf("%s, %s cluster, up %s, version %s", n.Name, n.Cluster, period(time.Since(n.Started)), n.Version))
+	secure := n.Cluster != "" && n.Cluster != node.ClusterOpen
+	kind := node.ClusterOpen
+	if secure {
+		kind = "secure"
+	}
+	t.row("node", fmt.Sprintf("%s, %s cluster, up %s, version %s", n.Name, kind, period(time.Since(n.Started)), n.Version))
+	if secure {
+		role := "no keeper"
+		if n.Keeper {
+			role = "a keeper"
+		}
+		t.row("cluster", fmt.Sprintf("%s, this node is %s, certificate until %s, gossip key %d", n.Cluster, role, stamp(n.CertificateExpires), n.GossipEpoch))
+	}
 	t.row("vtep", fmt.Sprintf("%s, listens on %s", n.VTEP, strings.Join(n.Listen, ", ")))
 	t.row("gossip", n.Gossip.String())
 	t.row("peers", fmt.Sprintf("%d alive, %d lost", n.Peers, n.PeersLost))
@@ -97,17 +109,78 @@ func peersTable(w io.Writer, p *node.Peers) {
 		return
 	}
 	t := newTable(w)
-	t.row("NAME", "STATUS", "VTEP", "OVERLAYS", "TX-FRAMES", "TX-BYTES", "RX-FRAMES", "RX-BYTES")
-	row := func(name, status, vtep string, overlays []string, c *node.TrafficStatus) {
-		t.row(name, status, vtep, strings.Join(overlays, ","), count(c.TxFrames), bytesOf(c.TxBytes), count(c.RxFrames), bytesOf(c.RxBytes))
+	t.row("NAME", "STATUS", "VTEP", "OVERLAYS", "TX-FRAMES", "TX-BYTES", "RX-FRAMES", "RX-BYTES", "SESSIONS")
+	row := func(name, status, vtep string, overlays []string, c *node.TrafficStatus, sessions []node.SessionStatus) {
+		t.row(name, status, vtep, strings.Join(overlays, ","), count(c.TxFrames), bytesOf(c.TxBytes), count(c.RxFrames), bytesOf(c.RxBytes), sessionsOf(sessions))
 	}
 	for i := range p.Peers {
 		s := &p.Peers[i]
-		row(s.Name, string(s.Status), s.VTEP.String(), s.Overlays, &s.TrafficStatus)
+		row(s.Name, string(s.Status), s.VTEP.String(), s.Overlays, &s.TrafficStatus, s.Sessions)
 	}
 	for i := range p.Foreign {
 		s := &p.Foreign[i]
-		row("", "foreign", s.VTEP.String(), s.Overlays, &s.TrafficStatus)
+		row("", "foreign", s.VTEP.String(), s.Overlays, &s.TrafficStatus, nil)
+	}
+	t.flush()
+}
+
+// sessionsOf lists them as OVERLAY:CIPHER:AGE, as in blue:aes-256-gcm:1m5s.
+func sessionsOf(sessions []node.SessionStatus) string {
+	list := make([]string, len(sessions))
+	for i := range sessions {
+		s := &sessions[i]
+		list[i] = s.Overlay + ":none yet"
+		if s.Cipher != "" {
+			list[i] = s.Overlay + ":" + s.Cipher + ":" + period(time.Duration(s.AgeSeconds*float64(time.Second)))
+		}
+	}
+	return strings.Join(list, ",")
+}
+
+func tokensTable(w io.Writer, all *node.Tokens) {
+	if len(all.Tokens) == 0 {
+		fmt.Fprintln(w, "no token is open; `tulle token create` makes one")
+		return
+	}
+	t := newTable(w)
+	t.row("ID", "EXPIRES", "LEFT", "OVERLAYS", "NAME", "CREATED")
+	for i := range all.Tokens {
+		s := &all.Tokens[i]
+		t.row(s.ID, stamp(s.Expires), fmt.Sprintf("%d of %d", s.Left, s.Uses), strings.Join(s.Overlays, ","), s.Name, stamp(s.Created))
+	}
+	t.flush()
+}
+
+func nodesTable(w io.Writer, all *node.Nodes) {
+	t := newTable(w)
+	t.row("NAME", "STATUS", "ROLE", "VTEP", "OVERLAYS", "JOINED", "CERTIFICATE-UNTIL")
+	for i := range all.Nodes {
+		s := &all.Nodes[i]
+		role, vtep, until := "node", "", stamp(s.Expires)
+		if s.Keeper {
+			role = "keeper"
+		}
+		if s.VTEP.IsValid() {
+			vtep = s.VTEP.String()
+		}
+		if s.Revoked {
+			until = "revoked"
+		}
+		t.row(s.Name, s.Status, role, vtep, strings.Join(s.Overlays, ","), stamp(s.Joined), until)
+	}
+	t.flush()
+}
+
+// doctorTable puts what to do below what was found.
+func doctorTable(w io.Writer, d *node.Doctor) {
+	t := newTable(w)
+	t.row("RESULT", "CHECK", "FOUND")
+	for i := range d.Checks {
+		c := &d.Checks[i]
+		t.row(string(c.Result), c.Name, c.Detail)
+		if c.Advice != "" {
+			fmt.Fprintln(t.w, "\t\tdo: "+clean(c.Advice))
+		}
 	}
 	t.flush()
 }
@@ -166,6 +239,14 @@ func scaled(n uint64) string {
 		unit *= 1000
 	}
 	return fmt.Sprintf("%d.%d%c", n/unit, n/(unit/10)%10, "kMGTPE"[i])
+}
+
+// stamp returns t to the minute, or nothing for no time.
+func stamp(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format("2006-01-02 15:04 UTC")
 }
 
 // period returns the two largest units of d: 2d3h, 5m0s, 12s.

@@ -27,25 +27,32 @@ func upCommand() *cobra.Command {
 		Long: `Runs a node until SIGTERM or Ctrl-C; then it tells its peers that it leaves. A second
 signal ends it at once.
 
+The first node makes a secure cluster and is its keeper: it holds the cluster's keys and
+lets others join. Each other node is started with a token, which ` + "`tulle token create`" + `
+prints on any node that is in; once it has joined, it needs neither token nor --join again:
+what it is, is in --state-dir.
+
+A node all of whose overlays say encryption=none, without a token and without an identity
+in its state, makes an open cluster instead, or joins one with --join: no keys, no tokens,
+whoever reaches it is in. Secure and open nodes refuse each other.
+
 Settings come from --config, a YAML file, and from the flags, which win; --overlay adds
 to the file's overlays. An overlay takes every key that it has in the file: name, vni,
-encryption, address, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age,
-max-macs, max-macs-per-port, driver, netns, queues, tso, uso, gro.`,
-		Example: `  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.1/16
-  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.2/16 --join 192.0.2.1
-  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.3/16,peer=192.0.2.9   # a foreign VTEP
+encryption, cipher, mss-clamp, address, tap, mac, mtu, peer, flood, group, group-ttl,
+learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues, tso, uso, gro.`,
+		Example: `  tulle up                                                             # the first node
+  tulle up --token TOKEN                                               # another one
+  tulle up --overlay name=blue,vni=100,address=10.32.0.2/16 --token TOKEN
+  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.1/16                      # open
+  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.2/16 --join 192.0.2.1     # open, another one
+  tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.3/16,peer=192.0.2.9       # a foreign VTEP
   tulle up --config /etc/tulle/tulle.yaml --log-level debug`,
 		Args: noArgs,
 	}
+	placeFlags(cmd)
 	f := cmd.Flags()
-	f.String("config", "", "settings in YAML")
 	f.String("name", "", "name of the node (default: the host's)")
-	f.String("listen", "", "where VXLAN arrives, UDP (default [::]:4789)")
-	f.String("advertise", "", "IP address that others reach this node at (default: the source address of the route to the first --join)")
-	f.String("gossip", "", "where Serf listens, TCP and UDP (default [::]:7946)")
-	f.StringSlice("join", nil, "a node to join, HOST[:PORT] of its gossip; again for more")
-	f.String("token", "", "token to join a secure cluster with")
-	f.String("state-dir", "", "what is kept over a restart (default "+config.DefaultStateDir+")")
+	f.String("token", "", "what tulle token create printed, to join a secure cluster with; once joined it may be left out")
 	f.StringArray("overlay", nil, "an overlay, name=…,vni=…,address=…,tap=…,encryption=…,peer=…; again for more")
 	level := addChoice(cmd, "log-level", "", "what to log", "info", "debug", "warn", "error")
 	format := addChoice(cmd, "log-format", "", "how to log", "text", "json")
@@ -63,7 +70,18 @@ max-macs, max-macs-per-port, driver, netns, queues, tso, uso, gro.`,
 	return cmd
 }
 
-// settings joins file and flags and validates them.
+// placeFlags are those that say where a node is and where it keeps what it has.
+func placeFlags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.String("config", "", "settings in YAML")
+	f.String("listen", "", "where VXLAN and the control between nodes arrive, UDP (default [::]:4789)")
+	f.String("advertise", "", "IP address that others reach this node at (default: the source address of the route to the first --join)")
+	f.String("gossip", "", "where Serf listens, TCP and UDP (default [::]:7946)")
+	f.StringSlice("join", nil, "a node to join, HOST[:PORT] of its --listen, in an open cluster of its --gossip; again for more")
+	f.String("state-dir", "", "what is kept over a restart (default "+config.DefaultStateDir+")")
+}
+
+// settings joins file and those flags that cmd has, and validates them.
 func settings(cmd *cobra.Command) (config.Config, error) {
 	f := cmd.Flags()
 	cfg := config.Default()

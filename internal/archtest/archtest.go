@@ -7,7 +7,7 @@ const module = "github.com/tulle-net/tulle/"
 // imports says, for each package, which of our packages it may import.
 // Tests may import more (a package's tests run it against fakes and the lab).
 var imports = map[string][]string{
-	"cmd/tulle": {"config", "node", "internal/demo", "internal/version"},
+	"cmd/tulle": {"config", "node", "doctor", "internal/demo", "internal/version"},
 
 	"node":   {"config", "doctor", "bridge", "discovery", "tap", "underlay", "vxlan", "ether", "internal/version"},
 	"config": {"tap", "vxlan", "ether"},

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"fmt"
+	"net/url"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/node"
+)
+
+func nodeCommand() *cobra.Command {
+	return parent(&cobra.Command{
+		Use:   "node",
+		Short: "List, revoke and remove the nodes of the secure cluster",
+		Long: `Shows and changes who is in the secure cluster. The node that runs here asks a keeper.
+` + "`tulle peers`" + ` shows who is there at the moment and what passes between them.`,
+		Example: `  tulle node ls
+  tulle node revoke pi4`,
+	}, query(&cobra.Command{
+		Use:   "ls",
+		Short: "List every node that the cluster knows",
+		Example: `  tulle node ls
+  tulle node ls -o json | jq -r '.nodes[] | select(.revoked) | .name'`,
+		Args: noArgs,
+	}, clusterClient, at("/v1/nodes"), nodesTable), nodeRevokeCommand(), nodeRemoveCommand())
+}
+
+func nodeRevokeCommand() *cobra.Command {
+	return change(&cobra.Command{
+		Use:   "revoke NAME",
+		Short: "Throw a node out of the cluster",
+		Long: `Takes the node's certificate back, closes its connections, and changes the gossip key, so
+that it takes part in nothing any more. Its name stays taken: ` + "`tulle node rm`" + ` frees it.
+
+It knows the keys of the overlays that it was in: ` + "`tulle overlay rotate-key`" + ` changes one.`,
+		Example: `  tulle node revoke pi4`,
+		Args:    oneArg("want the name of one node, as in `tulle node revoke pi4`; `tulle node ls` lists them"),
+
+		ValidArgsFunction: completeArg(nodeNames),
+	}, func(cmd *cobra.Command, c *client, arg string) ([]byte, error) {
+		return c.post(cmd.Context(), "/v1/nodes/"+url.PathEscape(arg)+"/revoke", nil)
+	}, "node %s is revoked")
+}
+
+func nodeRemoveCommand() *cobra.Command {
+	return change(&cobra.Command{
+		Use:   "rm NAME",
+		Short: "Forget a node, so that another one can have its name",
+		Long: `Throws the node out as ` + "`tulle node revoke`" + ` does, and frees its name: the next machine that
+joins under it gets it, with a key of its own.`,
+		Example: `  tulle node rm pi4`,
+		Args:    oneArg("want the name of one node, as in `tulle node rm pi4`; `tulle node ls` lists them"),
+
+		ValidArgsFunction: completeArg(nodeNames),
+	}, func(cmd *cobra.Command, c *client, arg string) ([]byte, error) {
+		return c.remove(cmd.Context(), "/v1/nodes/"+url.PathEscape(arg))
+	}, "node %s is removed, and its name is free")
+}
+
+func gossipCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "rotate-key",
+		Short: "Change the key that gossip is encrypted with",
+		Long: `Brings a new gossip key to every node, then uses it, then forgets the old one. No node is
+lost; one that is away gets the key when it is back. Revoking a node does the same.`,
+		Example: `  tulle gossip rotate-key`,
+		Args:    noArgs,
+	}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		body, err := clusterClient(cmd).post(cmd.Context(), "/v1/gossip/rotate-key", nil)
+		if err != nil {
+			return err
+		}
+		done, err := decode[node.GossipKeyRotated](body)
+		if err != nil {
+			return err
+		}
+		return tell(cmd, done.Unreached, "gossip uses key %d", done.Epoch)
+	}
+	return parent(&cobra.Command{
+		Use:     "gossip",
+		Short:   "Change what gossip is encrypted with",
+		Example: `  tulle gossip rotate-key`,
+	}, cmd)
+}
+
+func overlayCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "rotate-key NAME",
+		Short: "Change the key of an overlay",
+		Long: `Moves the overlay to its next key, while traffic flows. Nodes that may no longer join the
+overlay do not get it and stay behind.`,
+		Example: `  tulle overlay rotate-key blue`,
+		Args:    oneArg("want the name of one overlay, as in `tulle overlay rotate-key blue`; `tulle overlays` lists them"),
+
+		ValidArgsFunction: completeArg(overlayNames),
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		body, err := clusterClient(cmd).post(cmd.Context(), "/v1/overlays/"+url.PathEscape(args[0])+"/rotate-key", nil)
+		if err != nil {
+			return err
+		}
+		done, err := decode[node.OverlayKeyRotated](body)
+		if err != nil {
+			return err
+		}
+		return tell(cmd, nil, "overlay %s uses key %d", clean(done.Overlay), done.Epoch)
+	}
+	return parent(&cobra.Command{
+		Use:     "overlay",
+		Short:   "Change an overlay of the secure cluster",
+		Long:    "`tulle overlays` lists those of this node.",
+		Example: `  tulle overlay rotate-key blue`,
+	}, cmd)
+}
+
+// change completes cmd to one that makes a request about its one argument, and
+// prints done with it when the node answers.
+func change(cmd *cobra.Command, request func(cmd *cobra.Command, c *client, arg string) ([]byte, error), done string) *cobra.Command {
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		body, err := request(cmd, clusterClient(cmd), args[0])
+		if err != nil {
+			return err
+		}
+		answer, err := decode[node.Changed](body)
+		if err != nil {
+			return err
+		}
+		return tell(cmd, answer.Unreached, done, clean(args[0]))
+	}
+	return cmd
+}
+
+// tell prints what was done, and to stderr who does not know of it yet: that is
+// no failure, they are told when they are back.
+func tell(cmd *cobra.Command, unreached []string, format string, a ...any) error {
+	if len(unreached) > 0 {
+		fmt.Fprintf(cmd.ErrOrStderr(), "not reached, told when they are back: %s\n", clean(strings.Join(unreached, ", ")))
+	}
+	_, err := fmt.Fprintf(cmd.OutOrStdout(), format+"\n", a...)
+	return err
+}

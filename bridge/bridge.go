@@ -24,6 +24,7 @@ import (
 
 	"github.com/puzpuzpuz/xsync/v4"
 
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/vxlan"
@@ -44,6 +45,10 @@ type Config struct {
 	// LearnVTEPs accepts frames from any source address. A learnt VTEP is never
 	// on the flood list.
 	LearnVTEPs bool
+	// Sealed: the overlay requires encryption. Frames leave it and enter it under
+	// sessions only (SetPeers, Tunnel.Receive, Tunnel.Send); Peers, Group and
+	// LearnVTEPs are not for it.
+	Sealed bool
 	// FloodGossip, if set, is offered each BUM frame first; it returns false
 	// when the flood list must take it. The frame is borrowed.
 	FloodGossip func(vni vxlan.VNI, frame []byte) bool
@@ -67,7 +72,9 @@ type Bridge struct {
 	ports   atomic.Pointer[[]*Port]  // read by workers
 	flood   atomic.Pointer[[]*place] // read by workers
 	refused atomic.Pointer[map[netip.Addr]struct{}]
-	remotes *xsync.Map[netip.Addr, *place] // by source address
+	remotes *xsync.Map[netip.Addr, *place] // by source address; of a sealed overlay none
+	peers   *xsync.Map[string, *place]     // by name; of a sealed overlay only
+	gossip  atomic.Pointer[floodKeys]
 
 	mu      sync.Mutex // serialises changes of the above
 	members []netip.AddrPort
@@ -85,12 +92,12 @@ type Counters struct {
 	TxFrames, TxBytes, RxFrames, RxBytes atomic.Uint64
 }
 
-func (c *Counters) tx(frames, bytes int) {
+func (c *Counters) sent(frames, bytes int) {
 	c.TxFrames.Add(uint64(frames))
 	c.TxBytes.Add(uint64(bytes))
 }
 
-func (c *Counters) rx(frames, bytes int) {
+func (c *Counters) received(frames, bytes int) {
 	c.RxFrames.Add(uint64(frames))
 	c.RxBytes.Add(uint64(bytes))
 }
@@ -107,6 +114,23 @@ type place struct {
 	macs   atomic.Int64 // FDB entries
 	gone   atomic.Bool
 	Counters
+
+	// Of a sealed overlay: whose place it is, in which bridge, the session to
+	// send under, whether the peer has proven the overlay's key (changed under
+	// Bridge.mu), and plaintext that came from its address.
+	peer      *remote
+	bridge    *Bridge
+	tx        atomic.Pointer[crypto.Sealer]
+	proved    bool
+	plaintext atomic.Uint64
+}
+
+// address returns where to send to a remote place.
+func (p *place) address() netip.AddrPort {
+	if p.peer != nil {
+		return *p.peer.at.Load()
+	}
+	return p.vtep
 }
 
 // ErrClosed: the bridge was removed.
@@ -127,6 +151,7 @@ func newBridge(t *Tunnel, cfg Config) *Bridge {
 		tunnel:  t,
 		fdb:     newFDB(cfg.MaxMACs, cfg.MaxMACsPerPort),
 		remotes: xsync.NewMap[netip.Addr, *place](),
+		peers:   xsync.NewMap[string, *place](),
 	}
 	b.ports.Store(&[]*Port{})
 	b.refused.Store(&map[netip.Addr]struct{}{})
@@ -235,6 +260,13 @@ func (b *Bridge) Close() error {
 	ports := *b.ports.Load()
 	b.mu.Unlock()
 	var errs []error
+	b.mu.Lock()
+	b.peers.Range(func(name string, p *place) bool {
+		b.dropPeer(name, p)
+		return true
+	})
+	b.setFlood()
+	b.mu.Unlock()
 	for _, p := range ports {
 		errs = append(errs, b.RemovePort(p))
 	}
@@ -322,6 +354,12 @@ func (b *Bridge) setFlood() {
 	for _, a := range b.cfg.Peers {
 		add(a)
 	}
+	b.peers.Range(func(_ string, p *place) bool {
+		if p.proved {
+			list = append(list, p)
+		}
+		return true
+	})
 	if b.cfg.Group.IsValid() {
 		list = append(list, b.group())
 	} else {

@@ -45,9 +45,15 @@ type testNode struct {
 // start makes test node i on net. It is called, and ended, inside a synctest bubble.
 func start(t *testing.T, net *underlaytest.Net, i int, cfg Config) *testNode {
 	t.Helper()
+	return startWith(t, net, i, cfg, TunnelConfig{})
+}
+
+func startWith(t *testing.T, net *underlaytest.Net, i int, cfg Config, tc TunnelConfig) *testNode {
+	t.Helper()
 	cfg.Name, cfg.VNI = "blue", testVNI
 	n := &testNode{conn: net.Conn(vtepOf(i))}
-	n.tunnel = NewTunnel(TunnelConfig{Conn: n.conn, Self: []netip.Addr{vtepOf(i).Addr()}})
+	tc.Conn, tc.Self = n.conn, []netip.Addr{vtepOf(i).Addr()}
+	n.tunnel = NewTunnel(tc)
 	var err error
 	if n.bridge, err = n.tunnel.Add(cfg); err != nil {
 		t.Fatal(err)

@@ -22,6 +22,17 @@ const (
 	DropUnknownVTEP
 	// DropPlaintextRefused: plaintext for an overlay that requires encryption.
 	DropPlaintextRefused
+	// DropSealedMalformed: shorter than a sealed datagram is, or with a flag or
+	// reserved byte that this release does not know.
+	DropSealedMalformed
+	// DropReplay: a sealed datagram that came before, or is too late to tell.
+	DropReplay
+	// DropForged: a sealed datagram that its session's key does not open.
+	DropForged
+	// DropVNIMismatch: sealed under one overlay's session, with another's VNI inside.
+	DropVNIMismatch
+	// DropNoSession: a frame that waited for a session and had to make room.
+	DropNoSession
 	// DropOverlayConflict: the sender uses the VNI or the name for another overlay.
 	DropOverlayConflict
 	// DropOwnFrame: a frame of this node that came back.
@@ -64,6 +75,11 @@ var dropNames = [numDrops]string{
 	DropUnknownVNI:       "unknown_vni",
 	DropUnknownVTEP:      "unknown_vtep",
 	DropPlaintextRefused: "plaintext_refused",
+	DropSealedMalformed:  "sealed_malformed",
+	DropReplay:           "replay",
+	DropForged:           "forged",
+	DropVNIMismatch:      "vni_mismatch",
+	DropNoSession:        "no_session",
 	DropOverlayConflict:  "overlay_conflict",
 	DropOwnFrame:         "own_frame",
 	DropShortFrame:       "short_frame",

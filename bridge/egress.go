@@ -1,6 +1,7 @@
 package bridge
 
 import (
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
@@ -17,6 +18,8 @@ type lane struct {
 	cut   ether.Segmenter
 	parts [1][]byte
 	now   int64
+
+	scratch crypto.Scratch
 }
 
 // run is the worker of one queue: TAP → tunnel, until the device is gone.
@@ -88,7 +91,7 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 		l.parts[0] = f.B
 		to.port.WriteFrame(f.Meta, l.parts[:])
 	default:
-		b.encap(l, to, f, ether.FlowHash(f.B))
+		b.encap(l, to, f, ether.FlowHash(f.B), true)
 	}
 }
 
@@ -106,22 +109,27 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 		return
 	}
 	b.Flooded.Add(1)
-	byGossip := b.cfg.FloodGossip != nil && f.Meta == (ether.Meta{}) && b.cfg.FloodGossip(b.cfg.VNI, f.B)
+	byGossip := f.Meta == (ether.Meta{}) && b.floodGossip(f.B)
 	if byGossip {
-		b.tx(1, len(f.B))
+		b.sent(1, len(f.B))
 	}
 	flow := ether.FlowHash(f.B)
-	for _, to := range list {
+	for i, to := range list {
 		// A foreign VTEP hears no gossip.
 		if !byGossip || to.listed {
-			b.encap(l, to, f, flow)
+			b.encap(l, to, f, flow, i == len(list)-1)
 		}
 	}
 }
 
 // encap cuts a frame into what the wire takes and commits each piece, with its
-// VXLAN header, to the train for to.
-func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32) {
+// VXLAN header, to the train for to; last: f is not needed any more.
+func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool) {
+	if b.cfg.Sealed {
+		b.encapSealed(l, to, f, flow, last)
+		return
+	}
+	l.cut.Unfilled = false
 	if l.cut.Reset(f.B, f.Meta) != nil {
 		b.tunnel.drops.add(DropMalformed)
 		return
@@ -143,6 +151,6 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32) {
 		frames++
 		bytes += n
 	}
-	b.tx(frames, bytes)
-	to.tx(frames, bytes)
+	b.sent(frames, bytes)
+	to.sent(frames, bytes)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
@@ -35,6 +36,10 @@ type ingress struct {
 	lastSrc ether.MAC
 	lastDst ether.MAC
 	to      *Port // where lastDst lives; nil when unknown
+
+	// The session that b and from were found by; nil: by a plain VNI.
+	session *session
+	scratch crypto.Scratch
 
 	// Counted since the last flush for b and from.
 	frames, bytes int
@@ -101,10 +106,14 @@ func (in *ingress) datagram(d []byte) {
 	switch c := d[0]; {
 	case c == vxlan.FlagVNI:
 		in.plain(d)
-	case c == 0x04:
-		in.t.drops.add(DropUnknownSession)
+	case c == crypto.SealedByte:
+		in.sealed(d)
 	case c&0x40 != 0: // RFC 9443: QUIC has the fixed bit set
-		in.t.drops.add(DropControl)
+		if in.t.cfg.Control == nil {
+			in.t.drops.add(DropControl)
+			return
+		}
+		in.t.cfg.Control(in.src, d)
 	default:
 		in.t.drops.add(DropUnknownType)
 	}
@@ -117,7 +126,7 @@ func (in *ingress) plain(d []byte) {
 		in.t.drops.add(DropShort)
 		return
 	}
-	if in.b == nil || vni != in.vni {
+	if in.b == nil || vni != in.vni || in.session != nil {
 		if drop, ok := in.resolve(vni); !ok {
 			in.t.drops.add(drop)
 			return
@@ -131,6 +140,69 @@ func (in *ingress) plain(d []byte) {
 	in.deliver(frame, m)
 }
 
+// sealed takes a datagram that a peer sealed. What it carries is used only when
+// the session's AEAD has authenticated it.
+func (in *ingress) sealed(d []byte) {
+	index, ok := crypto.ParseSealed(d)
+	if !ok {
+		in.t.drops.add(DropSealedMalformed)
+		return
+	}
+	if in.session == nil || in.session.rx.Index() != index {
+		in.forget()
+		s, ok := in.t.sessions.Load(index)
+		if !ok {
+			in.t.unknown(in.src.Addr(), in.now)
+			return
+		}
+		in.session, in.b, in.from, in.vni = s, s.b, s.from, s.b.cfg.VNI
+	}
+	s := in.session
+	plaintext, flags, counter, err := s.rx.Open(&in.scratch, d)
+	if err != nil {
+		in.t.drops.add(dropOf(err))
+		return
+	}
+	if in.src.Addr() != in.from.peer.at.Load().Addr() && counter == s.rx.Highest() {
+		in.t.moved(in.from.peer, in.src.Addr())
+	}
+	vni, frame, err := vxlan.Parse(plaintext)
+	if err != nil || vni != in.vni {
+		in.t.drops.add(DropVNIMismatch)
+		return
+	}
+	m := ether.Meta{}
+	if flags&crypto.FlagUnfilled != 0 {
+		if m, ok = ether.PartialMeta(frame); !ok {
+			in.t.drops.add(DropMalformed)
+			return
+		}
+	}
+	in.deliver(frame, m)
+}
+
+// dropOf says why crypto.Opener.Open refused a datagram.
+func dropOf(err error) Drop {
+	switch err {
+	case crypto.ErrSealedReplay:
+		return DropReplay
+	case crypto.ErrSealedForged:
+		return DropForged
+	case crypto.ErrSealedDropped:
+		return DropUnknownSession
+	}
+	return DropSealedMalformed
+}
+
+// refusePlaintext notes which peer's address plaintext came from.
+func (b *Bridge) refusePlaintext(src netip.Addr) {
+	if r := (*b.tunnel.byAddr.Load())[src]; r != nil {
+		if p, ok := b.peers.Load(r.name); ok {
+			p.plaintext.Add(1)
+		}
+	}
+}
+
 // resolve finds bridge and place for a datagram from in.src.
 func (in *ingress) resolve(vni vxlan.VNI) (Drop, bool) {
 	in.forget()
@@ -138,7 +210,11 @@ func (in *ingress) resolve(vni vxlan.VNI) (Drop, bool) {
 	if b == nil {
 		return DropUnknownVNI, false
 	}
-	if _, own := in.t.self[in.src.Addr()]; own {
+	if b.cfg.Sealed {
+		b.refusePlaintext(in.src.Addr())
+		return DropPlaintextRefused, false
+	}
+	if _, own := (*in.t.self.Load())[in.src.Addr()]; own {
 		return DropOwnFrame, false
 	}
 	from, ok := b.remotes.Load(in.src.Addr())
@@ -155,7 +231,7 @@ func (in *ingress) resolve(vni vxlan.VNI) (Drop, bool) {
 // forget ends the run of datagrams that share bridge and source.
 func (in *ingress) forget() {
 	in.settle()
-	in.b, in.from, in.to = nil, nil, nil
+	in.b, in.from, in.to, in.session = nil, nil, nil, nil
 	in.lastSrc, in.lastDst = noMAC, noMAC
 }
 
@@ -164,8 +240,8 @@ func (in *ingress) settle() {
 	if in.frames == 0 {
 		return
 	}
-	in.b.rx(in.frames, in.bytes)
-	in.from.rx(in.frames, in.bytes)
+	in.b.received(in.frames, in.bytes)
+	in.from.received(in.frames, in.bytes)
 	in.frames, in.bytes = 0, 0
 }
 
@@ -232,11 +308,38 @@ func (in *ingress) learn(src ether.MAC) bool {
 func (t *Tunnel) DeliverFlood(from netip.AddrPort, vni vxlan.VNI, frame []byte) {
 	in := newIngress(t)
 	in.now, in.src = t.now(), from
+	if b := t.Bridge(vni); b != nil && b.cfg.Sealed {
+		in.flooded(b, frame)
+		return
+	}
 	if drop, ok := in.resolve(vni); !ok {
 		t.drops.add(drop)
 		return
 	}
 	in.deliver(frame, ether.Meta{})
+	in.settle()
+	in.merge.Flush()
+}
+
+// flooded takes a frame of a sealed overlay that gossip brought.
+func (in *ingress) flooded(b *Bridge, sealed []byte) {
+	keys := b.gossip.Load()
+	if keys == nil {
+		in.t.drops.add(DropUnknownSession)
+		return
+	}
+	f, err := keys.open.Open(sealed, b.floodContext())
+	if err != nil {
+		in.t.drops.add(dropOf(err))
+		return
+	}
+	from, ok := b.peers.Load(f.Sender)
+	if !ok {
+		in.t.drops.add(DropUnknownVTEP)
+		return
+	}
+	in.b, in.from, in.vni = b, from, b.cfg.VNI
+	in.deliver(f.Frame, ether.Meta{})
 	in.settle()
 	in.merge.Flush()
 }

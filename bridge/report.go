@@ -22,9 +22,11 @@ func (b *Bridge) FDB() []Entry {
 	now := b.tunnel.now()
 	var list []Entry
 	b.fdb.entries.Range(func(mac ether.MAC, e *entry) bool {
-		row := Entry{MAC: mac, VTEP: e.at.vtep, Static: e.static}
+		row := Entry{MAC: mac, Static: e.static}
 		if e.at.port != nil {
 			row.Port = e.at.port.dev.Name()
+		} else {
+			row.VTEP = e.at.address()
 		}
 		if !e.static {
 			row.Age = time.Duration(now-e.seen.Load()) * tick
@@ -48,7 +50,7 @@ func (b *Bridge) MACs() int { return int(b.fdb.size.Load()) }
 func (b *Bridge) FloodList() []netip.AddrPort {
 	list := []netip.AddrPort{}
 	for _, p := range *b.flood.Load() {
-		list = append(list, p.vtep)
+		list = append(list, p.address())
 	}
 	return list
 }
@@ -58,6 +60,10 @@ func (b *Bridge) FloodList() []netip.AddrPort {
 func (b *Bridge) VTEPCounters(f func(vtep netip.AddrPort, member bool, c *Counters)) {
 	b.remotes.Range(func(_ netip.Addr, p *place) bool {
 		f(p.vtep, p.member, &p.Counters)
+		return true
+	})
+	b.peers.Range(func(_ string, p *place) bool {
+		f(p.address(), true, &p.Counters)
 		return true
 	})
 }

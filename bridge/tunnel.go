@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/puzpuzpuz/xsync/v4"
+
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
@@ -31,6 +33,16 @@ type TunnelConfig struct {
 	// checksums and uncut super-frames, as the kernel's vxlan does on a virtual
 	// underlay. It weakens the check of their checksums by one in 65,536.
 	Unfinished bool
+	// Control, if set, takes QUIC datagrams: those whose first byte has 0x40 set
+	// (RFC 9443). They are borrowed until it returns, which must be soon.
+	Control func(from netip.AddrPort, datagram []byte)
+	// The following are about sealed overlays; they must not block, nor call the
+	// Tunnel or its bridges. Want: frames wait for a session with a peer. Lost: a
+	// datagram of an unknown session came from a peer's address (at most once a
+	// second for a peer). Moved: a peer has sealed a datagram at another address.
+	Want  func(peer, overlay string)
+	Lost  func(peer string)
+	Moved func(peer string, to netip.AddrPort)
 }
 
 // Tunnel is the node's side towards the underlay: bridges by VNI, and the
@@ -38,13 +50,18 @@ type TunnelConfig struct {
 type Tunnel struct {
 	cfg     TunnelConfig
 	start   time.Time
-	self    map[netip.Addr]struct{}
+	self    atomic.Pointer[map[netip.Addr]struct{}]
 	bridges atomic.Pointer[map[vxlan.VNI]*Bridge]
 	members atomic.Pointer[map[netip.Addr]netip.AddrPort]
 	drops   Drops
 	lanes   sync.Pool // *lane: the memory of egress workers that are awake
 
-	mu sync.Mutex // serialises changes of bridges and members
+	sessions *xsync.Map[uint32, *session] // by index: what sealed datagrams are received under
+	byAddr   atomic.Pointer[map[netip.Addr]*remote]
+
+	mu    sync.Mutex // serialises changes of bridges, members and peers
+	names map[string]*Bridge
+	peers map[string]*remote
 }
 
 // NewTunnel returns a Tunnel without bridges; Run makes it receive.
@@ -52,14 +69,25 @@ func NewTunnel(cfg TunnelConfig) *Tunnel {
 	if cfg.Port == 0 {
 		cfg.Port = vxlan.Port
 	}
-	t := &Tunnel{cfg: cfg, start: time.Now(), self: map[netip.Addr]struct{}{}}
-	for _, a := range cfg.Self {
-		t.self[a] = struct{}{}
+	t := &Tunnel{
+		cfg: cfg, start: time.Now(), sessions: xsync.NewMap[uint32, *session](),
+		names: map[string]*Bridge{}, peers: map[string]*remote{},
 	}
+	t.byAddr.Store(&map[netip.Addr]*remote{})
+	t.SetSelf(cfg.Self)
 	t.bridges.Store(&map[vxlan.VNI]*Bridge{})
 	t.members.Store(&map[netip.Addr]netip.AddrPort{})
 	t.lanes.New = func() any { return &lane{batch: tap.NewBatch(), tx: cfg.Conn.NewSender()} }
 	return t
+}
+
+// SetSelf changes TunnelConfig.Self: this node has moved.
+func (t *Tunnel) SetSelf(addrs []netip.Addr) {
+	self := make(map[netip.Addr]struct{}, len(addrs))
+	for _, a := range addrs {
+		self[a] = struct{}{}
+	}
+	t.self.Store(&self)
 }
 
 // now returns the FDB's clock.
@@ -76,16 +104,21 @@ func (t *Tunnel) Add(cfg Config) (*Bridge, error) {
 	if b, ok := old[cfg.VNI]; ok {
 		return nil, fmt.Errorf("bridge: overlay %s: VNI %d belongs to overlay %s: choose another", cfg.Name, cfg.VNI, b.Name())
 	}
-	for _, b := range old {
-		if b.Name() == cfg.Name {
-			return nil, fmt.Errorf("bridge: overlay %s is there already, with VNI %d", cfg.Name, b.VNI())
-		}
+	if b := t.names[cfg.Name]; b != nil {
+		return nil, fmt.Errorf("bridge: overlay %s is there already, with VNI %d", cfg.Name, b.VNI())
 	}
 	b := newBridge(t, cfg)
 	next := maps.Clone(old)
-	next[cfg.VNI] = b
+	next[cfg.VNI], t.names[cfg.Name] = b, b
 	t.bridges.Store(&next)
 	return b, nil
+}
+
+// named returns the bridge of an overlay's name, or nil.
+func (t *Tunnel) named(overlay string) *Bridge {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.names[overlay]
 }
 
 func (t *Tunnel) remove(b *Bridge) {
@@ -94,6 +127,7 @@ func (t *Tunnel) remove(b *Bridge) {
 	next := maps.Clone(*t.bridges.Load())
 	if next[b.VNI()] == b {
 		delete(next, b.VNI())
+		delete(t.names, b.Name())
 	}
 	t.bridges.Store(&next)
 }

@@ -88,6 +88,9 @@ var (
 	ErrNoIdentity = errors.New("peer: this node has no identity yet")
 	// ErrNoKeeper: no keeper is known, or none answered.
 	ErrNoKeeper = errors.New("peer: no keeper could be asked")
+	// ErrNotBelieved: the other node does not believe this node's certificate:
+	// another cluster, expired, revoked, or a clock is wrong.
+	ErrNotBelieved = errors.New("the node does not believe this node's certificate: revoked, expired, of another cluster, or a clock is wrong")
 )
 
 // maxErrorText is the most bytes of an error's text on the wire.
@@ -155,7 +158,7 @@ func lost(err error) bool {
 // explain adds what to do to errors of a handshake.
 func explain(err error) error {
 	if app, ok := errors.AsType[*quic.ApplicationError](err); ok && app.Remote && app.ErrorCode == closeRevoked {
-		return fmt.Errorf("the node does not believe this node's certificate any more: expired or revoked: %w", err)
+		return fmt.Errorf("%w: %w", ErrNotBelieved, err)
 	}
 	t, ok := errors.AsType[*quic.TransportError](err)
 	if !ok {
@@ -169,7 +172,7 @@ func explain(err error) error {
 		return fmt.Errorf("the node does not take this protocol: is it a keeper, of the same version?: %w", err)
 	case cryptoError + 42, cryptoError + 44, cryptoError + 45, cryptoError + 46, cryptoError + 48, cryptoError + 116:
 		if t.Remote {
-			return fmt.Errorf("the node does not believe this node's certificate: another cluster, expired, revoked, or its clock is wrong: %w", err)
+			return fmt.Errorf("%w: %w", ErrNotBelieved, err)
 		}
 	case cryptoError + 40, cryptoError + 70, cryptoError + 71:
 		return fmt.Errorf("the node offers no X25519MLKEM768 over TLS 1.3: %w", err)

@@ -175,10 +175,9 @@ func exchange(ctx context.Context, q *quic.Conn, k Kind, id uint64, payload []by
 // Ask asks a keeper, the first that answers. What a keeper tells is final, but
 // for ErrNotKeeper, ErrBusy and ErrUnavailable: then the next one is asked. ctx bounds all of it.
 func (e *Endpoint) Ask(ctx context.Context, sub uint16, body []byte) ([]byte, error) {
-	payload := append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(body)), sub), body...)
 	errs := []error{ErrNoKeeper}
 	for _, name := range e.cfg.Keepers() {
-		answer, err := e.Request(ctx, name, KindKeeper, payload)
+		answer, err := e.AskKeeper(ctx, name, sub, body)
 		if err == nil {
 			return answer, nil
 		}
@@ -192,6 +191,12 @@ func (e *Endpoint) Ask(ctx context.Context, sub uint16, body []byte) ([]byte, er
 		errs = append(errs, err)
 	}
 	return nil, errors.Join(errs...)
+}
+
+// AskKeeper is Ask of the keeper of this name.
+func (e *Endpoint) AskKeeper(ctx context.Context, name string, sub uint16, body []byte) ([]byte, error) {
+	payload := append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(body)), sub), body...)
+	return e.Request(ctx, name, KindKeeper, payload)
 }
 
 // serve takes the peer's requests until the connection ends.

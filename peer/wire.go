@@ -18,6 +18,12 @@ const (
 	KindOverlays Kind = 2
 	// KindKeeper asks a keeper; the payload begins with a sub-kind of 16 bits.
 	KindKeeper Kind = 3
+	// kindOffer, kindReady and kindWanted agree on sessions: see Sessions.
+	kindOffer  Kind = 5
+	kindReady  Kind = 6
+	kindWanted Kind = 7
+	// KindRefresh tells a node to pull the cluster's state from the keeper that asks.
+	KindRefresh Kind = 8
 	// kindJoin asks to be admitted; only over tulle-join/1, where nothing else goes.
 	kindJoin Kind = 4
 )

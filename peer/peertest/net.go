@@ -33,6 +33,13 @@ func NewNet(seed uint64) *Net {
 	return &Net{rand: rand.New(rand.NewPCG(seed, 4789)), hosts: map[netip.AddrPort]func(netip.AddrPort, []byte){}}
 }
 
+// SetFaults changes Loss, Twice and Late while datagrams are under way.
+func (n *Net) SetFaults(loss, twice, late float64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.Loss, n.Twice, n.Late = loss, twice, late
+}
+
 // Attach lets deliver receive what is sent to addr, in place of whoever did
 // before; nil detaches. It returns the function to send from addr with.
 func (n *Net) Attach(addr netip.AddrPort, deliver func(from netip.AddrPort, datagram []byte)) func(to netip.AddrPort, datagram []byte) error {

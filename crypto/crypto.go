@@ -1,4 +1,5 @@
-// Package crypto holds the secrets of a cluster, from who a node is to what seals a datagram.
+// Package crypto makes a cluster secure, from who a node is to how a frame is
+// sealed.
 //
 //	CA ──Issue──▶ Certificate (X.509, spiffe://CLUSTER/node/NAME, Rights)   shown in TLS, checked by Roots.Verify
 //	   └────────▶ card ─┐

@@ -70,7 +70,7 @@ var (
 	ErrSealedReplay = errors.New("crypto: sealed: replay")
 	// ErrSealedForged: somebody without the key made it, or it was changed on the way.
 	ErrSealedForged = errors.New("crypto: sealed: not authentic")
-	// ErrSealedDropped: the session is over, and its key dropped.
+	// ErrSealedDropped: the session is over, and its key was dropped.
 	ErrSealedDropped = errors.New("crypto: sealed: the session was dropped")
 	// ErrFloodSender: a flood in the name of a node that does not flood this overlay, or of one too many.
 	ErrFloodSender = errors.New("crypto: sealed: flood of an unknown sender")

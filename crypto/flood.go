@@ -130,6 +130,9 @@ func NewFloodOpener(k Key, admit func(sender string) bool) (*FloodOpener, error)
 	if err != nil {
 		return nil, err
 	}
+	if admit == nil {
+		panic("crypto: flood opener that admits nobody")
+	}
 	return &FloodOpener{aead: aead, admit: admit, senders: map[string]*floodSeen{}}, nil
 }
 
@@ -200,8 +203,6 @@ type floodSeen struct{ highest, bits uint64 }
 // accept reports whether sequence is new and within the window, and remembers it.
 func (s *floodSeen) accept(sequence uint64) bool {
 	switch {
-	case s.bits == 0:
-		s.highest, s.bits = sequence, 1
 	case sequence > s.highest:
 		s.bits = s.bits<<(sequence-s.highest) | 1 // a shift of 64 and more leaves 0
 		s.highest = sequence

@@ -24,6 +24,12 @@ func wellFormed(d []byte) bool {
 	return binary.BigEndian.Uint32(d)&^(knownSealedFlags<<16) == SealedByte<<24
 }
 
+// SessionForgeries is how many forged datagrams end a session: a guess that
+// succeeds stays out of reach. RFC 9001 section 6.6 has 2^36 for
+// ChaCha20Poly1305 and 2^52 for AES256GCM, with shorter packets than ours may be.
+// At a million a second it takes an hour, and a session in use is not that old.
+const SessionForgeries = 1 << 32
+
 // Opener opens the datagrams of one session, in one direction. It is safe for
 // concurrent use, each worker with a Scratch of its own, and takes no lock. For
 // its key the same holds as for a Sealer's.
@@ -61,7 +67,7 @@ func NewOpener(k Key, c Cipher, index uint32) (*Opener, error) {
 //   - ErrSealedReplay: the counter was accepted before, or is ReplayWindow or
 //     more behind the highest
 //   - ErrSealedForged: not of this key, or changed on the way; d is destroyed
-//   - ErrSealedDropped: the opener was dropped
+//   - ErrSealedDropped: the opener was dropped, or has seen SessionForgeries
 //
 // A datagram that is refused moves nothing but the counters of Replays and Forgeries.
 func (o *Opener) Open(w *Scratch, d []byte) (plaintext []byte, flags byte, counter uint64, err error) {
@@ -86,7 +92,9 @@ func (o *Opener) Open(w *Scratch, d []byte) (plaintext []byte, flags byte, count
 	flags = d[1]
 	plaintext, err = (*aead).Open(d[SealedHeaderLen:SealedHeaderLen], w.nonce[:], d[SealedHeaderLen:], d[:SealedHeaderLen])
 	if err != nil {
-		o.forgeries.Add(1)
+		if o.forgeries.Add(1) >= SessionForgeries {
+			o.Zero()
+		}
 		return nil, 0, 0, ErrSealedForged
 	}
 	if !o.window.accept(counter) {
@@ -114,9 +122,7 @@ func (o *Opener) Received() uint64 { return o.window.accepted.Load() }
 // Replays returns how many datagrams were refused with ErrSealedReplay.
 func (o *Opener) Replays() uint64 { return o.replays.Load() }
 
-// Forgeries returns how many datagrams were refused with ErrSealedForged. A
-// session ends long before they come near what its AEAD stands (RFC 9001 section
-// 6.6: 2^36 for ChaCha20Poly1305, 2^52 for AES256GCM).
+// Forgeries returns how many datagrams were refused with ErrSealedForged.
 func (o *Opener) Forgeries() uint64 { return o.forgeries.Load() }
 
 // Zero drops the key: Open refuses everything from now on. An Open that runs

@@ -55,11 +55,7 @@ func (w *replayWindow) accept(counter uint64) bool {
 		if !unseen(old, counter) {
 			return false
 		}
-		next := counter/blockBits<<blockBits | 1<<(counter%blockBits)
-		if old>>blockBits == counter/blockBits {
-			next |= old
-		}
-		if slot.CompareAndSwap(old, next) {
+		if mark(slot, old, counter) {
 			break
 		}
 	}
@@ -71,4 +67,13 @@ func (w *replayWindow) accept(counter uint64) bool {
 	}
 	w.accepted.Add(1)
 	return true
+}
+
+// mark puts counter, which is unseen in old, into slot; false if slot is no longer old.
+func mark(slot *atomic.Uint64, old, counter uint64) bool {
+	next := counter/blockBits<<blockBits | 1<<(counter%blockBits)
+	if old>>blockBits == counter/blockBits {
+		next |= old
+	}
+	return slot.CompareAndSwap(old, next)
 }

@@ -76,26 +76,60 @@ func TestReplayWindowEdges(t *testing.T) {
 	}
 }
 
-// TestReplayWindowConcurrent: eight workers are given every counter several
-// times, close together and in other orders. Each is accepted once: none twice,
-// and none is lost, as all are within the window of where the workers are.
+// TestReplayWindowBetween: a worker that has taken a word for a later block, and
+// not moved the end yet, has made the word's earlier block too old.
+func TestReplayWindowBetween(t *testing.T) {
+	var w replayWindow
+	const later = (windowBlocks+2)<<blockBits | 1
+	w.ring[2].Store(later)
+	if c := uint64(2*blockBits + 5); w.fresh(c) || w.accept(c) || w.ring[2].Load() != later {
+		t.Errorf("counter %d takes the word of a later block: %#x", c, w.ring[2].Load())
+	}
+}
+
+// TestReplayWindowMark: a worker that was overtaken between reading a word and
+// writing it has not marked anything.
+func TestReplayWindowMark(t *testing.T) {
+	const counter, earlier = 7*blockBits + 3, 6<<blockBits | 0xff
+	for name, now := range map[string]uint64{
+		"the same counter":    7<<blockBits | 1<<3,
+		"another of the word": 7<<blockBits | 1<<4,
+		"a later block":       (7+windowBlocks)<<blockBits | 1,
+	} {
+		var slot atomic.Uint64
+		slot.Store(now)
+		if mark(&slot, earlier, counter) || slot.Load() != now {
+			t.Errorf("overtaken by %s: marked, and the word is %#x", name, slot.Load())
+		}
+	}
+	var slot atomic.Uint64
+	slot.Store(earlier)
+	if !mark(&slot, earlier, counter) || slot.Load() != 7<<blockBits|1<<3 {
+		t.Errorf("not overtaken: the word is %#x", slot.Load())
+	}
+}
+
+// TestReplayWindowConcurrent: eight workers are given every counter. Each is
+// accepted once: none twice, and none is lost, as all are within the window of
+// where the workers are. Half of them go the same way, where who is behind is
+// faster and catches up, so that they meet at one bit; the others go other ways,
+// and meet them at other bits of a word.
 func TestReplayWindowConcurrent(t *testing.T) {
 	const (
 		workers = 8
 		step    = ReplayWindow / 2
-		rounds  = 24
+		rounds  = 48
 	)
 	var w replayWindow
 	accepted := make([]atomic.Uint32, step*rounds)
 	for round := range rounds {
 		var wg sync.WaitGroup
 		for worker := range workers {
+			// Odd, so that every counter of the step is visited.
+			stride := []int{1, 1, 1, 1, 3, 33, 1025, step - 1}[worker]
 			wg.Go(func() {
 				for i := range step {
-					// An odd factor visits every counter of the step; the next workers
-					// go through the same ones another way.
-					c := uint64(round*step + (i*(2*worker+1)+worker*7)%step)
-					if w.fresh(c) && w.accept(c) {
+					if c := uint64(round*step + i*stride%step); w.accept(c) {
 						accepted[c].Add(1)
 					}
 				}

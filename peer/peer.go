@@ -2,6 +2,7 @@
 //
 //	Deliver → lanes → quic.Transport → connection → stream: one request, one response
 //	Request, Ask, Join → dial on demand → stream → Send
+//	Sessions → offers, accepts, ready → crypto.Sealer and Opener for the data path
 //
 // There is at most one connection a pair of nodes, made when somebody asks for it and gone when it was idle for ten minutes.
 // Both ends show a certificate (ALPN tulle/1); a node that has none yet joins with a token (ALPN tulle-join/1).

@@ -16,7 +16,7 @@ var imports = map[string][]string{
 	"peer":          {"crypto"},
 	"peer/peertest": {},
 
-	"bridge":    {"tap", "underlay", "vxlan", "ether"},
+	"bridge":    {"tap", "underlay", "crypto", "vxlan", "ether"},
 	"discovery": {"vxlan"},
 
 	"tap":                   {"ether", "internal/ready"},

@@ -13,6 +13,9 @@ var imports = map[string][]string{
 	"config": {"tap", "vxlan", "ether"},
 	"doctor": {"crypto", "tap", "underlay"},
 
+	"keeper":            {"peer", "crypto"},
+	"keeper/keepertest": {"keeper"},
+
 	"peer":          {"crypto"},
 	"peer/peertest": {},
 

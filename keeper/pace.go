@@ -1,0 +1,54 @@
+package keeper
+
+import (
+	"sync"
+	"time"
+)
+
+const (
+	// paceBurst is how many changes a node that is no administrator may ask of
+	// this keeper at once; one more for every paceEvery after that.
+	paceBurst = 32
+	paceEvery = time.Second
+)
+
+// pace bounds how fast nodes make the keeper write.
+type pace struct {
+	mu sync.Mutex
+	// spent by node, at most MaxNodes.
+	spent map[string]spent
+}
+
+// spent is an amount that shrinks by one every paceEvery since at.
+type spent struct {
+	n  int
+	at time.Time
+}
+
+func (s spent) after(now time.Time) spent {
+	if back := int(max(now.Sub(s.at), 0) / paceEvery); back < s.n {
+		return spent{s.n - back, s.at.Add(time.Duration(back) * paceEvery)}
+	}
+	return spent{0, now}
+}
+
+// allow takes one change of the node, or says that there were too many.
+func (p *pace) allow(node string, now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s, ok := p.spent[node]
+	if !ok && len(p.spent) >= MaxNodes {
+		for other, o := range p.spent {
+			if o.after(now).n == 0 {
+				delete(p.spent, other)
+			}
+		}
+	}
+	s = s.after(now)
+	if s.n >= paceBurst || !ok && len(p.spent) >= MaxNodes {
+		return false
+	}
+	s.n++
+	p.spent[node] = s
+	return true
+}

@@ -7,8 +7,12 @@
 // shows that it is there: what only gossip says, one forged datagram can say.
 // Small frames can be flooded to all members as Serf user events.
 //
-// Nothing here is authenticated: who reaches the gossip port, and answers at
-// the address that he names, can take part.
+// In an open cluster nothing here is authenticated: who reaches the gossip
+// port, and answers at the address that he names, can take part. In a secure
+// one (Config.Secure, docs/design/0003-secure-gossip.md) gossip is sealed, the
+// tags hold a passport that the cluster's CA signed, and the list is pulled over
+// an authenticated connection that somebody else makes. Whoever has a gossip
+// key can still disturb who is seen alive; he can be nobody else.
 package discovery
 
 import (
@@ -26,6 +30,7 @@ import (
 	"github.com/hashicorp/serf/serf"
 	"golang.org/x/time/rate"
 
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/vxlan"
 )
 
@@ -50,6 +55,8 @@ type Config struct {
 	// OnFlood is called with each frame that another member flooded by gossip;
 	// frame is owned by the callee. It holds up gossip and must not block.
 	OnFlood func(from netip.AddrPort, vni vxlan.VNI, frame []byte)
+	// Secure makes the node one of a secure cluster; nil: of an open one.
+	Secure *Secure
 	// Log; default none.
 	Log *slog.Logger
 }
@@ -77,10 +84,10 @@ type Member struct {
 	Self   bool
 	Status Status
 	// Confirmed: the node itself said over TCP, at the address of Gossip, that
-	// it has this name and VTEP, and it is Alive. Nothing may be sent to a VTEP
-	// that is not confirmed, nor taken from it: gossip alone may be forged.
-	// It ends when the node fails, leaves, restarts or moves, until it has
-	// answered again.
+	// it has this name and VTEP, and it is Alive; in a secure cluster
+	// Secure.Pull from it succeeded. Nothing may be sent to a VTEP that is not
+	// confirmed, nor taken from it: gossip alone may be forged. It ends when the
+	// node fails, leaves, restarts or moves, until it has answered again.
 	Confirmed bool
 	VTEP      netip.AddrPort
 	Gossip    netip.AddrPort
@@ -88,6 +95,14 @@ type Member struct {
 	// confirmed, and the list before while a changed one is being pulled.
 	// Shared: not to be modified.
 	Overlays []Overlay
+	// Passport is the last one that verified; nil in an open cluster, and of
+	// this node before Run. Shared: not to be modified.
+	Passport *crypto.Passport
+	// Keeper: its passport says that it may be asked as one.
+	Keeper bool
+	// Extra is what its Secure.Extra returned for Passport. (Passport.Extra has
+	// the boot number before it.) Shared: not to be modified.
+	Extra []byte
 }
 
 // Stats counts since New.
@@ -98,6 +113,10 @@ type Stats struct {
 	Pulls          uint64 // overlay lists pulled from their owners
 	PullsFailed    uint64 // exchanges with members that failed
 	StreamsRefused uint64 // incoming streams closed because too many were open
+
+	PassportsRefused  uint64 // gossip records dropped because they are not the node's that they name, or not believed
+	PassportsStale    uint64 // gossip records dropped because a newer passport is known
+	PassportsVerified uint64 // calls of Secure.Verify but for Reverify's
 }
 
 type counters struct {
@@ -111,8 +130,15 @@ type Discovery struct {
 	log   *slog.Logger
 	self  netip.AddrPort // advertised gossip address
 	port  *port
-	names *nameGuard
+	names *nameGuard // of an open cluster
+	seen  *sightings
 	count counters
+
+	// passports and keys are nil in an open cluster. own is this node's
+	// passport; nil before Run.
+	passports *passports
+	keys      *keyring
+	own       atomic.Pointer[crypto.Passport]
 
 	floodRate *rate.Limiter
 
@@ -168,12 +194,21 @@ func New(cfg Config) (*Discovery, error) {
 		return nil, err
 	}
 	d.carried.Store(empty)
-	d.port, err = openPort(cfg.Listen, cfg.Advertise, d.serveList, d.log)
+	d.seen = newSightings(d.log)
+	if cfg.Secure != nil {
+		if d.keys, err = newKeyring(cfg.Secure.Keys); err != nil {
+			return nil, err
+		}
+	}
+	d.port, err = openPort(cfg.Listen, cfg.Advertise, cfg.Secure != nil, d.serveExchange, d.log)
 	if err != nil {
 		return nil, err
 	}
 	d.self = netip.AddrPortFrom(cfg.Advertise, d.port.number())
 	d.names = newNameGuard(cfg.Name, d.self, d.log)
+	if cfg.Secure != nil {
+		d.passports = newPassports(cfg.Name, d.self, cfg.Secure.Verify, d.own.Load, d.seen)
+	}
 	d.mu.Lock()
 	d.renew()
 	d.mu.Unlock()
@@ -221,6 +256,11 @@ func (c Config) validated() (Config, []seed, error) {
 		}
 		seeds = append(seeds, sd)
 	}
+	if c.Secure != nil {
+		if err := c.Secure.validate(); err != nil {
+			faults = append(faults, err)
+		}
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -245,12 +285,12 @@ func (d *Discovery) Members() []Member { return slices.Clone(*d.members.Load()) 
 func (d *Discovery) Changed() <-chan struct{} { return d.changed }
 
 // Conflicts says in a sentence each which other nodes lately claimed this
-// node's name; empty is well.
-func (d *Discovery) Conflicts() []string { return d.names.conflicts() }
+// node's name, or are in a cluster of the other kind; empty is well.
+func (d *Discovery) Conflicts() []string { return append(d.names.conflicts(), d.seen.all()...) }
 
 // Stats returns the counters.
 func (d *Discovery) Stats() Stats {
-	return Stats{
+	s := Stats{
 		FloodsSent:     d.count.floodsSent.Load(),
 		FloodsReceived: d.count.floodsReceived.Load(),
 		FloodsRefused:  d.count.floodsRefused.Load(),
@@ -258,12 +298,17 @@ func (d *Discovery) Stats() Stats {
 		PullsFailed:    d.count.pullsFailed.Load(),
 		StreamsRefused: d.port.refused.Load(),
 	}
+	if g := d.passports; g != nil {
+		s.PassportsRefused, s.PassportsStale, s.PassportsVerified = g.count.refused.Load(), g.count.stale.Load(), g.count.verified.Load()
+	}
+	return s
 }
 
 // SetOverlays says what this node carries from now on, at most MaxOverlays and
 // MaxListBytes when encoded, names and VNIs unique. It may be called before
 // Run; while running it waits until the news is on its way, at most
-// broadcastTimeout.
+// broadcastTimeout. In a secure cluster the error may also be that no passport
+// could be made: the overlays are set then, and not announced.
 func (d *Discovery) SetOverlays(overlays []Overlay) error {
 	l, err := newList(overlays)
 	if err != nil {
@@ -280,30 +325,38 @@ func (d *Discovery) SetOverlays(overlays []Overlay) error {
 	d.mu.Unlock()
 	ring(d.changed)
 	if s := d.serf.Load(); s != nil {
-		d.gossip(s)
+		return d.gossip(s)
 	}
 	return nil
 }
 
-// announce makes all members hear of this node anew.
-func (d *Discovery) announce(s *serf.Serf) {
-	d.publish.Lock()
-	defer d.publish.Unlock()
-	d.gossip(s)
-}
-
-// gossip spreads what this node says of itself. d.publish is held.
-func (d *Discovery) gossip(s *serf.Serf) {
+// gossip spreads what this node says of itself. d.publish is held. The error is
+// that no passport was made.
+func (d *Discovery) gossip(s *serf.Serf) error {
+	tags, err := d.tagsNow()
+	if err != nil {
+		return err
+	}
 	// It can fail in one way: nobody took the news in time. It is queued, and
 	// whoever joins gets it anyway.
-	if err := s.SetTags(d.tags(d.carried.Load())); err != nil {
+	if err := s.SetTags(tags); err != nil {
 		d.log.Debug("tags are still spreading", "err", err)
 	}
+	return nil
+}
+
+// tagsNow returns this node's tags, in a secure cluster with a new passport.
+// d.publish is held.
+func (d *Discovery) tagsNow() (map[string]string, error) {
+	if d.cfg.Secure == nil {
+		return d.tags(d.carried.Load()), nil
+	}
+	return d.passport(d.carried.Load())
 }
 
 // Run joins and stays joined until ctx ends. Then it leaves, which peers know
-// within a second, and closes the sockets. The error is nil after a clean
-// leave. A Discovery runs once.
+// within a second, and closes the sockets; with ErrMoved as the context's cause
+// it does not leave. The error is nil after a clean end. A Discovery runs once.
 func (d *Discovery) Run(ctx context.Context) error {
 	if !d.ran.CompareAndSwap(false, true) {
 		return errors.New("discovery: it has run already, or was closed")
@@ -324,6 +377,7 @@ func (d *Discovery) Run(ctx context.Context) error {
 	leave := true
 	select {
 	case <-ctx.Done():
+		leave = !errors.Is(context.Cause(ctx), ErrMoved)
 	case <-d.crash:
 		leave = false
 	}
@@ -351,10 +405,25 @@ func (d *Discovery) Run(ctx context.Context) error {
 func (d *Discovery) start() (*serf.Serf, error) {
 	d.publish.Lock()
 	defer d.publish.Unlock()
-	s, err := serf.Create(d.serfConfig(d.tags(d.carried.Load())))
+	tags, err := d.tagsNow()
+	if err != nil {
+		return nil, err
+	}
+	c := d.serfConfig(tags)
+	s, err := serf.Create(c)
 	if err != nil {
 		return nil, fmt.Errorf("discovery: start gossip: %w", err)
 	}
+	if d.keys != nil {
+		// Serf would let any member install a key of its own at all others, and
+		// list theirs, by a query. memberlist has its own pointer to what it was
+		// made from; Serf looks for the ring in what it finds here, and only when
+		// a query has arrived, which is after begin.
+		blind := *c.MemberlistConfig
+		blind.Keyring = nil
+		c.MemberlistConfig = &blind
+	}
+	d.port.begin()
 	d.serf.Store(s)
 	return s, nil
 }

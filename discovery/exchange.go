@@ -15,7 +15,7 @@ import (
 
 // The exchange, over TCP on the gossip port:
 //
-//	request  magic (1) | version (1) | want (1): 0 who it is, 1 its list too
+//	request  magic (1) | version (1) | want (1): 0 who it is, 1 its list too; see kind.go for more
 //	answer   magic (1) | version (1) | boot (4) | clock (6) | digest (8) |
 //	         length of IP (1): 4 or 16 | IP | UDP port (2) |
 //	         length of name (1) | name | length of list (4) | list
@@ -96,23 +96,12 @@ func readAnswer(r io.Reader) (answer, error) {
 	return a, nil
 }
 
-// serveList answers one request, whose magic was read.
-func (d *Discovery) serveList(c net.Conn) {
-	_ = c.SetDeadline(time.Now().Add(exchangeTimeout))
-	var req [2]byte
-	if _, err := io.ReadFull(c, req[:1]); err != nil {
-		return
-	}
-	// Who asks in another version, of whatever length, learns ours.
-	if req[0] == exchangeVersion {
-		if _, err := io.ReadFull(c, req[1:]); err != nil {
-			return
-		}
-	}
+// serveList answers a request for want, in an open cluster.
+func (d *Discovery) serveList(c net.Conn, want byte) {
 	l := d.carried.Load()
 	a := answer{name: d.cfg.Name, vtep: d.cfg.VTEP, boot: d.boot, clock: d.clock(), digest: l.digest}
 	var body []byte
-	if req[1] == wantList {
+	if want == wantList {
 		body = l.encoded
 		a.length = uint32(len(body))
 	}

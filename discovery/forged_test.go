@@ -239,12 +239,16 @@ func TestConfirmedUntil(t *testing.T) {
 	} {
 		d := &Discovery{cfg: testConfig("a"), log: quiet}
 		p := &peer{wake: make(chan struct{}, 1)}
-		d.update(p, base())
+		update := func(m serf.Member) {
+			now, _ := d.sight(m, time.Now())
+			d.become(m.Name, p, now)
+		}
+		update(base())
 		p.confirmed = true
 		m := base()
 		tt.change(&m)
-		d.update(p, m)
-		d.update(p, base())
+		update(m)
+		update(base())
 		if p.confirmed != tt.keeps {
 			t.Errorf("after a change of %s and back: confirmed %v, want %v", what, p.confirmed, tt.keeps)
 		}

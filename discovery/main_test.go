@@ -42,6 +42,7 @@ type testNode struct {
 	*Discovery
 	t      *testing.T
 	cancel context.CancelFunc
+	shift  context.CancelCauseFunc // its address changes
 	ended  chan error
 	once   sync.Once // closes crash
 	log    *logBuffer
@@ -79,8 +80,9 @@ func start(t *testing.T, c Config) *testNode {
 }
 
 func (n *testNode) run() {
-	ctx, cancel := context.WithCancel(context.Background())
-	n.cancel = cancel
+	ctx, shift := context.WithCancelCause(context.Background())
+	cancel := func() { shift(nil) }
+	n.cancel, n.shift = cancel, shift
 	go func() { n.ended <- n.Run(ctx) }()
 	n.t.Cleanup(func() {
 		n.once.Do(func() { close(n.crash) }) // no test need wait for the others' leave

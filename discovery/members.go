@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/serf/serf"
+
+	"github.com/tulle-net/tulle/crypto"
 )
 
 const (
@@ -24,6 +26,7 @@ type peer struct {
 	gossip  netip.AddrPort
 	card    card
 	list    *list  // the newest that was pulled; nil: none yet
+	have    digest // of card when list was pulled
 	refused string // why it is not listed; it is logged once
 	pulling bool
 	wake    chan struct{} // what is wanted changed
@@ -35,12 +38,15 @@ type peer struct {
 	zero      time.Time // when its clock was zero, see reply
 	asked     time.Time // when it last answered
 	recheck   time.Time // when it is asked again
+
+	passport *crypto.Passport // nil in an open cluster
+	extra    string           // that OnExtra was told
 }
 
 // lacking reports whether p should be asked who it is and what it carries.
 func (p *peer) lacking(now time.Time) bool {
 	return p.refused == "" && p.status == Alive &&
-		(!p.confirmed || p.list.digest != p.card.digest || p.due(now))
+		(!p.confirmed || p.have != p.card.digest || p.due(now))
 }
 
 // due reports whether p, confirmed as it is, should be asked again.
@@ -94,14 +100,49 @@ func (d *Discovery) take(e serf.Event) {
 // refresh brings peers up to what Serf knows. Events are only a bell for it:
 // one that was lost does no harm.
 func (d *Discovery) refresh(ctx context.Context, s *serf.Serf) {
+	news := d.update(ctx, d.others(s))
+	for name, extra := range news {
+		d.cfg.Secure.OnExtra(name, []byte(extra))
+	}
+}
+
+// others returns the other members as Serf knows them, whatever version they
+// speak; of a secure cluster those whose passport verifies, under their own
+// names.
+func (d *Discovery) others(s *serf.Serf) []serf.Member {
 	members := s.Members()
+	if d.passports == nil {
+		return slices.DeleteFunc(members, func(m serf.Member) bool { return m.Name == d.cfg.Name })
+	}
+	now := time.Now()
+	listed := make(map[string]struct{}, len(members))
+	out := members[:0]
+	for _, m := range members {
+		name, at, ok := parseRecord(m.Name)
+		if !ok || name == d.cfg.Name {
+			continue
+		}
+		listed[name] = struct{}{}
+		if _, _, ok := d.passports.current(name, at, now); ok {
+			m.Name = name
+			out = append(out, m)
+		}
+	}
+	d.passports.forget(listed)
+	return out
+}
+
+// update brings peers up to members, and returns what OnExtra has to be told.
+func (d *Discovery) update(ctx context.Context, members []serf.Member) map[string]string {
 	now := time.Now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	changed := false
+	news := map[string]string{}
 	seen := make(map[string]struct{}, len(members))
 	for _, m := range members {
-		if m.Name == d.cfg.Name {
+		sight, ok := d.sight(m, now)
+		if !ok {
 			continue
 		}
 		p := d.peers[m.Name]
@@ -113,8 +154,13 @@ func (d *Discovery) refresh(ctx context.Context, s *serf.Serf) {
 			d.peers[m.Name] = p
 		}
 		seen[m.Name] = struct{}{}
-		if d.update(p, m) {
+		if d.become(m.Name, p, sight) {
 			changed = true
+		}
+		if p.passport != nil && p.refused == "" && d.cfg.Secure.OnExtra != nil {
+			if extra := string(p.passport.Extra[bootBytes:]); extra != p.extra {
+				p.extra, news[m.Name] = extra, extra
+			}
 		}
 		if p.lacking(now) && !p.pulling && ctx.Err() == nil {
 			p.pulling = true
@@ -131,11 +177,12 @@ func (d *Discovery) refresh(ctx context.Context, s *serf.Serf) {
 		d.renew()
 		d.tell()
 	}
+	return news
 }
 
-// update makes p what Serf says of it, and reports whether that is news. d.mu
-// is held.
-func (d *Discovery) update(p *peer, m serf.Member) bool {
+// sight returns what Serf and m's tags say of m; false if its passport is no
+// longer good.
+func (d *Discovery) sight(m serf.Member, at time.Time) (peer, bool) {
 	now := peer{gossip: gossipAddr(m.Addr, m.Port)}
 	switch m.Status {
 	case serf.StatusFailed:
@@ -145,7 +192,19 @@ func (d *Discovery) update(p *peer, m serf.Member) bool {
 	default: // also one that said it will leave: it is there until it is not
 		now.status = Alive
 	}
-	c, err := parseTags(m.Tags)
+	var c card
+	var err error
+	if d.passports == nil {
+		c, err = parseTags(m.Tags)
+	} else {
+		var ok bool
+		if now.passport, c, ok = d.passports.current(m.Name, now.gossip, at); !ok {
+			return peer{}, false
+		}
+		if now.passport.Wire != secureWire {
+			err = fmt.Errorf("it speaks wire version %d and this node %d: run one release of tulle on both", now.passport.Wire, secureWire)
+		}
+	}
 	now.card = c
 	switch {
 	case err != nil:
@@ -156,17 +215,24 @@ func (d *Discovery) update(p *peer, m serf.Member) bool {
 	case c.vtep == d.cfg.VTEP && now.status == Alive:
 		now.refused = "it claims this node's own VTEP " + c.vtep.String()
 	}
+	return now, true
+}
+
+// become makes p, of that name, what is known of it now, and reports whether
+// that is news. d.mu is held.
+func (d *Discovery) become(name string, p *peer, now peer) bool {
 	if now.refused != "" && now.refused != p.refused {
-		d.log.Warn("a member is left out", "peer", m.Name, "err", now.refused)
+		d.log.Warn("a member is left out", "peer", name, "err", now.refused)
 	}
-	if p.status == now.status && p.gossip == now.gossip && p.card == now.card && p.refused == now.refused {
+	if p.status == now.status && p.gossip == now.gossip && p.card == now.card && p.refused == now.refused && p.passport == now.passport {
 		return false
 	}
 	if now.status != Alive || now.refused != "" || p.gossip != now.gossip ||
-		p.card.vtep != now.card.vtep || p.card.boot != now.card.boot {
+		p.card.vtep != now.card.vtep || p.card.boot != now.card.boot ||
+		p.passport != nil && p.passport.Key != now.passport.Key {
 		p.confirmed = false
 	}
-	p.status, p.gossip, p.card, p.refused = now.status, now.gossip, now.card, now.refused
+	p.status, p.gossip, p.card, p.refused, p.passport = now.status, now.gossip, now.card, now.refused, now.passport
 	ring(p.wake)
 	return true
 }
@@ -174,15 +240,18 @@ func (d *Discovery) update(p *peer, m serf.Member) bool {
 // renew makes anew what Members shows. d.mu is held.
 func (d *Discovery) renew() {
 	members := make([]Member, 0, len(d.peers)+1)
-	members = append(members, Member{
+	self := Member{
 		Name: d.cfg.Name, Self: true, Status: Alive, Confirmed: true, VTEP: d.cfg.VTEP, Gossip: d.self,
 		Overlays: d.carried.Load().overlays,
-	})
+	}
+	self.show(d.own.Load())
+	members = append(members, self)
 	for name, p := range d.peers {
 		if p.refused != "" {
 			continue
 		}
 		m := Member{Name: name, Status: p.status, Confirmed: p.confirmed, VTEP: p.card.vtep, Gossip: p.gossip}
+		m.show(p.passport)
 		if p.list != nil && (p.confirmed || p.status != Alive) {
 			m.Overlays = p.list.overlays
 		}
@@ -190,6 +259,13 @@ func (d *Discovery) renew() {
 	}
 	slices.SortFunc(members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
 	d.members.Store(&members)
+}
+
+// show fills in what p says, which may be nil.
+func (m *Member) show(p *crypto.Passport) {
+	if p != nil {
+		m.Passport, m.Keeper, m.Extra = p, p.Keeper, p.Extra[bootBytes:]
+	}
 }
 
 // tell rings for the listener, and for keepJoined.

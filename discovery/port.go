@@ -37,6 +37,10 @@ type port struct {
 	wg      sync.WaitGroup
 	refused atomic.Uint64
 
+	// packets are those for memberlist, if the gossip is sealed; nil: all are.
+	packets chan *memberlist.Packet
+	ready   chan struct{} // closed by begin
+
 	mu      sync.Mutex
 	open    map[*stream]struct{} // incoming
 	perPeer map[netip.Addr]int
@@ -44,8 +48,9 @@ type port struct {
 
 var _ memberlist.NodeAwareTransport = (*port)(nil)
 
-// openPort listens at listen, TCP and UDP.
-func openPort(listen netip.AddrPort, advertise netip.Addr, serve func(net.Conn), l *slog.Logger) (*port, error) {
+// openPort listens at listen, TCP and UDP; sealed: memberlist gets sealed
+// gossip only, see sealed.go. It gets nothing before begin.
+func openPort(listen netip.AddrPort, advertise netip.Addr, sealed bool, serve func(net.Conn), l *slog.Logger) (*port, error) {
 	// Go makes of 0.0.0.0 a socket for both families, and one for IPv4 where
 	// IPv6 is off; of :: it makes an error there.
 	bind := listen.Addr().String()
@@ -77,13 +82,21 @@ func openPort(listen netip.AddrPort, advertise netip.Addr, serve func(net.Conn),
 		serve:        serve,
 		streams:      make(chan net.Conn),
 		done:         make(chan struct{}),
+		ready:        make(chan struct{}),
 		open:         make(map[*stream]struct{}),
 		perPeer:      make(map[netip.Addr]int),
 	}
 	p.dials, p.hangUp = context.WithCancel(context.Background())
 	p.wg.Go(p.accept)
+	if sealed {
+		p.packets = make(chan *memberlist.Packet)
+		p.wg.Go(p.sift)
+	}
 	return p, nil
 }
+
+// begin lets memberlist have what arrives.
+func (p *port) begin() { close(p.ready) }
 
 // number returns the UDP and TCP port number.
 func (p *port) number() uint16 { return uint16(p.GetAutoBindPort()) }
@@ -137,8 +150,16 @@ func (p *port) sort(s *stream) {
 	}
 	s.peeked, s.first = true, first[0]
 	_ = s.SetDeadline(time.Time{}) // memberlist sets its own
+	var c net.Conn = s
+	if p.packets != nil {
+		c = &sealedConn{Conn: s}
+	}
 	select {
-	case p.streams <- s:
+	case <-p.ready:
+	case <-p.done:
+	}
+	select {
+	case p.streams <- c:
 	case <-p.done:
 		_ = s.Close()
 	}
@@ -159,7 +180,11 @@ func (p *port) DialAddressTimeout(a memberlist.Address, timeout time.Duration) (
 	if err != nil {
 		return nil, err // as it is: memberlist looks at its type
 	}
-	return &outgoing{Conn: c, stop: context.AfterFunc(p.dials, func() { _ = c.Close() })}, nil
+	out := &outgoing{Conn: c, stop: context.AfterFunc(p.dials, func() { _ = c.Close() })}
+	if p.packets != nil {
+		return &sealedConn{Conn: out}, nil
+	}
+	return out, nil
 }
 
 // Shutdown closes the sockets and every stream, and waits for all of them.
@@ -170,7 +195,7 @@ func (p *port) Shutdown() error {
 		go func() {
 			for {
 				select {
-				case <-p.PacketCh():
+				case <-p.NetTransport.PacketCh():
 				case <-drained:
 					return
 				}

@@ -38,7 +38,7 @@ func (d *Discovery) pull(ctx context.Context, name string, p *peer) {
 			<-d.pullSlot
 			return
 		}
-		r, err := ask(ctx, q)
+		r, err := d.ask(ctx, q)
 		<-d.pullSlot
 		if err == nil {
 			if q.known == nil {
@@ -66,6 +66,14 @@ func (d *Discovery) pull(ctx context.Context, name string, p *peer) {
 	}
 }
 
+// ask asks a member who it is, and for its list.
+func (d *Discovery) ask(ctx context.Context, q question) (reply, error) {
+	if d.cfg.Secure != nil {
+		return d.askSecure(ctx, q)
+	}
+	return ask(ctx, q)
+}
+
 // wanted returns what to ask p, or false, and then p is no longer being pulled.
 func (d *Discovery) wanted(name string, p *peer) (question, bool) {
 	d.mu.Lock()
@@ -77,7 +85,7 @@ func (d *Discovery) wanted(name string, p *peer) (question, bool) {
 			return q, true
 		}
 		// It is there, and carries now what another one does.
-		p.list = q.known
+		p.list, p.have = q.known, q.card.digest
 		d.renew()
 		d.tell()
 	}
@@ -86,8 +94,12 @@ func (d *Discovery) wanted(name string, p *peer) (question, bool) {
 }
 
 // known returns the list that c names if this node or another carries it: in
-// many clusters all carry the same. d.mu is held.
+// many clusters all carry the same. In a secure cluster only the owner knows
+// which part of it this node may see. d.mu is held.
 func (d *Discovery) known(c card) *list {
+	if d.cfg.Secure != nil {
+		return nil
+	}
 	is := func(l *list) bool { return l != nil && l.digest == c.digest && len(l.overlays) == c.count }
 	if l := d.carried.Load(); is(l) {
 		return l
@@ -107,8 +119,11 @@ func (d *Discovery) confirm(p *peer, q question, r reply) {
 	if p.status != Alive || p.refused != "" || p.gossip != q.at || p.card != q.card {
 		return
 	}
-	changed := !p.confirmed || p.list != r.list
-	p.confirmed, p.list, p.zero = true, r.list, r.zero
+	changed := !p.confirmed || p.list.digest != r.list.digest
+	if changed {
+		p.list = r.list
+	}
+	p.confirmed, p.have, p.zero = true, q.card.digest, r.zero
 	p.asked = time.Now()
 	p.recheck = p.asked.Add(recheckEvery - rand.N(recheckEvery/4))
 	if changed {

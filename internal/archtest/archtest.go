@@ -20,7 +20,7 @@ var imports = map[string][]string{
 	"peer/peertest": {},
 
 	"bridge":    {"tap", "underlay", "crypto", "vxlan", "ether"},
-	"discovery": {"vxlan"},
+	"discovery": {"crypto", "vxlan"},
 
 	"tap":                   {"ether", "internal/ready"},
 	"tap/taptest":           {"tap", "ether"},

@@ -144,6 +144,18 @@ func (w *waiting) flush(t *Tunnel, to *place, tx *crypto.Sealer) {
 	to.tx.Store(tx)
 }
 
+// count returns how many frames wait for to.
+func (w *waiting) count(to *place) (n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i := range w.frames {
+		if w.frames[i].to == to {
+			n++
+		}
+	}
+	return n
+}
+
 // drop forgets what waits for to: it is no peer any more.
 func (w *waiting) drop(to *place) {
 	w.mu.Lock()

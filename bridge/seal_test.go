@@ -218,7 +218,7 @@ func TestSealedFailsClosed(t *testing.T) {
 		send(stranger, vtepOf(2), plain)
 		victim.dropped(t, DropPlaintextRefused, 2)
 		var refused []string
-		victim.bridge.PlaintextRefused(func(peer string, count uint64) { refused = append(refused, fmt.Sprint(peer, " ", count)) })
+		victim.bridge.EachPeer(func(peer string, count uint64, _ int) { refused = append(refused, fmt.Sprint(peer, " ", count)) })
 		if len(refused) != 1 || refused[0] != "n1 1" {
 			t.Errorf("plaintext refused of %v, want n1 1", refused)
 		}

@@ -231,13 +231,11 @@ func (t *Tunnel) Send(peer, overlay string, tx *crypto.Sealer) {
 // Sessions returns how many sessions are received under.
 func (t *Tunnel) Sessions() int { return t.sessions.Size() }
 
-// PlaintextRefused calls f with each peer of the sealed overlay from whose
-// address plaintext came, and how many datagrams.
-func (b *Bridge) PlaintextRefused(f func(peer string, datagrams uint64)) {
+// EachPeer calls f with each peer of the sealed overlay, how many datagrams of
+// plaintext came from its address, and how many frames wait for a session.
+func (b *Bridge) EachPeer(f func(peer string, plaintextRefused uint64, waiting int)) {
 	b.peers.Range(func(name string, p *place) bool {
-		if n := p.plaintext.Load(); n > 0 {
-			f(name, n)
-		}
+		f(name, p.plaintext.Load(), p.peer.waiting.count(p))
 		return true
 	})
 }

@@ -140,7 +140,7 @@ func newMesh(t *testing.T) (*mesh, *node, *site) {
 	}
 	s.Keeper = must[*keeper.Keeper](t)(keeper.New(cfg))
 	self = m.node("k1", m.first, s.Keeper)
-	s.Handle(self.Endpoint)
+	keeper.Handle(self.Endpoint, func() *keeper.Keeper { return s.Keeper })
 	return m, self, s
 }
 

@@ -13,9 +13,14 @@ import (
 	"github.com/tulle-net/tulle/peer"
 )
 
-// Handle makes e answer what nodes ask a keeper.
-func (k *Keeper) Handle(e *peer.Endpoint) {
+// Handle makes e answer what nodes ask a keeper: with the Keeper that of returns,
+// or, where that is nil, that this node is none.
+func Handle(e *peer.Endpoint, of func() *Keeper) {
 	e.HandleKeeper(maxBody, func(ctx context.Context, p peer.Peer, sub uint16, body []byte) ([]byte, error) {
+		k := of()
+		if k == nil {
+			return nil, peer.ErrNotKeeper
+		}
 		return k.serve(ctx, p.Certificate, sub, body)
 	})
 }

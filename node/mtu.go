@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/config"
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
 )
@@ -18,56 +19,66 @@ const (
 	overheadInner = 14 + vxlan.HeaderLen + 8 // Ethernet, VXLAN, UDP
 	overheadIPv4  = overheadInner + 20
 	overheadIPv6  = overheadInner + 40
+	overheadSeal  = crypto.SealedOverhead
 	minMTU        = 68 // RFC 791
-	maxMTU        = 65535 - overheadIPv6
+	maxMTU        = 65535 - overheadIPv6 - overheadSeal
 )
 
-func overhead(underlayAddr netip.Addr) int {
+func overhead(underlayAddr netip.Addr, sealed bool) int {
+	n := overheadIPv6
 	if underlayAddr.Is4() {
-		return overheadIPv4
+		n = overheadIPv4
 	}
-	return overheadIPv6
+	if sealed {
+		n += overheadSeal
+	}
+	return n
 }
 
 // fitMTU returns the MTU that overlay o starts with: the one that it asks for,
 // if it fits the underlay, else the largest that does.
 func (n *Node) fitMTU(o config.Overlay) (int, error) {
-	fits := n.largestMTU(o.Peers, map[netip.Addr]int{})
+	sealed := o.Encryption == "required"
+	fits := n.largestMTU(n.dev, o.Peers, sealed, map[netip.Addr]int{})
 	if o.MTU == 0 {
 		return fits, nil
 	}
 	if o.MTU > fits {
-		ip := "20 IPv4"
-		if !n.cfg.Advertise.Is4() {
-			ip = "40 IPv6"
+		parts := "20 IPv4 + 8 UDP + 8 VXLAN + 14 Ethernet"
+		if !n.addr().Is4() {
+			parts = "40 IPv6 + 8 UDP + 8 VXLAN + 14 Ethernet"
 		}
-		return 0, fmt.Errorf("node: overlay %s: mtu %d does not fit the underlay: %d of %s less %d (%s + 8 UDP + 8 VXLAN + 14 Ethernet) leaves %d: give mtu %d or less, or none",
-			o.Name, o.MTU, fits+overhead(n.cfg.Advertise), n.dev.Name, overhead(n.cfg.Advertise), ip, fits, fits)
+		if sealed {
+			parts += " + 32 sealing"
+		}
+		less := overhead(n.addr(), sealed)
+		return 0, fmt.Errorf("node: overlay %s: mtu %d does not fit the underlay: %d of %s less %d (%s) leaves %d: give mtu %d or less, or none",
+			o.Name, o.MTU, fits+less, n.dev.Name, less, parts, fits, fits)
 	}
 	return o.MTU, nil
 }
 
 // largestMTU returns the largest overlay MTU that fits the underlay's device
 // and the route to each VTEP. paths remembers the routes' MTUs.
-func (n *Node) largestMTU(vteps []netip.AddrPort, paths map[netip.Addr]int) int {
-	mtu := n.dev.MTU - overhead(n.cfg.Advertise)
+func (n *Node) largestMTU(dev underlay.Device, vteps []netip.AddrPort, sealed bool, paths map[netip.Addr]int) int {
+	mtu := dev.MTU - overhead(n.addr(), sealed)
 	for _, a := range vteps {
 		path, known := paths[a.Addr()]
 		if !known {
 			var err error
 			if path, err = n.conn.PathMTU(a.Addr()); err != nil {
-				path = maxMTU + overheadIPv6 // no route: nothing is sent either
+				path = maxMTU + overheadIPv6 + overheadSeal // no route: nothing is sent either
 			}
 			paths[a.Addr()] = path
 		}
-		mtu = min(mtu, path-overhead(a.Addr()))
+		mtu = min(mtu, path-overhead(a.Addr(), sealed))
 	}
 	return min(max(mtu, minMTU), maxMTU)
 }
 
 // followDevice looks which device holds our address now, and with which MTU.
 func (n *Node) followDevice() {
-	dev, err := underlay.DeviceOf(n.cfg.Advertise)
+	dev, err := underlay.DeviceOf(n.addr())
 	if err != nil {
 		return // the address is gone; it may come back
 	}
@@ -91,7 +102,7 @@ func (n *Node) followMTU() {
 		if a == nil {
 			continue
 		}
-		mtu := n.largestMTU(append(slices.Clone(n.flood[o.cfg.VNI]), o.cfg.Peers...), paths)
+		mtu := n.largestMTU(n.dev, append(slices.Clone(n.flood[o.cfg.VNI]), o.cfg.Peers...), o.sealed(), paths)
 		if o.cfg.MTU != 0 && o.cfg.MTU < mtu {
 			mtu = o.cfg.MTU
 		}
@@ -111,14 +122,15 @@ func (n *Node) followMTU() {
 const resolveTimeout = 3 * time.Second
 
 // advertise returns the address that others reach this node at.
-func advertise(ctx context.Context, cfg config.Config) (netip.Addr, error) {
+func (n *Node) advertise(ctx context.Context) (netip.Addr, error) {
+	cfg := n.cfg
 	if cfg.Advertise.IsValid() {
 		return cfg.Advertise, nil
 	}
 	if a := cfg.Listen.Addr(); a.IsValid() && !a.IsUnspecified() {
 		return a, nil
 	}
-	for _, seed := range cfg.Join {
+	for _, seed := range append(slices.Clone(cfg.Join), n.secure.hosts()...) {
 		if a, ok := sourceFor(ctx, seed); ok {
 			return a, nil
 		}

@@ -1,8 +1,9 @@
 // Package node assembles a node: it starts the parts in order, keeps them in step, and stops them in reverse.
 //
-//	underlay sockets → tunnel → discovery → overlays (bridge + TAP) → local API
+//	place in the cluster → underlay sockets → tunnel → QUIC → gossip → overlays (bridge + TAP) → sessions → local API
 //
-// It holds no protocol logic and no per-frame code.
+// It holds no protocol logic and no per-frame code. In an open cluster there is
+// neither place nor QUIC nor session.
 package node
 
 import (
@@ -32,19 +33,25 @@ type Node struct {
 	log     *slog.Logger
 	started time.Time
 	ready   chan struct{}
-	// Bells: a path's MTU may have shrunk; a port's device has gone.
-	tooBig, portLost chan struct{}
+	// Bells: a path's MTU may have shrunk; a port's device has gone; a peer or
+	// this node is elsewhere.
+	tooBig, portLost, moved chan struct{}
 
 	state  *stateDir
 	conn   underlay.Conn
 	tunnel *bridge.Tunnel
-	disc   *discovery.Discovery
+	disc   atomic.Pointer[discovery.Discovery] // another one after a move
+	leave  atomic.Pointer[context.CancelCauseFunc] // ends the one that runs
+	secure *secure                             // nil in an open cluster
 	api    *apiServer
 
 	overlays []*overlay // fixed after New
 
+	// at is where this node is: the address that it advertises.
+	at atomic.Pointer[netip.Addr]
+
 	// Run's own.
-	dev   underlay.Device                // that holds Advertise
+	dev   underlay.Device                // that holds the address
 	flood map[vxlan.VNI][]netip.AddrPort // as of the last sync
 
 	mu        sync.Mutex
@@ -59,67 +66,48 @@ type overlay struct {
 	tap atomic.Pointer[attachment]
 }
 
+func (o *overlay) sealed() bool { return o.cfg.Encryption == "required" }
+
 // attachment is a device and the bridge's port that holds it.
 type attachment struct {
 	dev  tap.Device
 	port *bridge.Port
 }
 
-// New opens sockets and devices; nothing is left behind when it fails. cfg
-// must be valid (config.Config.Validate). ctx bounds New alone: it ends the
-// resolving of names.
+// New opens sockets and devices; nothing is left behind when it fails but, in a
+// secure cluster, the state of a node that has one. cfg must be valid
+// (config.Config.Validate). ctx bounds New alone: it ends the resolving of names.
 func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err error) {
 	n := &Node{
 		cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
-		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1),
+		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), moved: make(chan struct{}, 1),
 	}
 	defer func() {
 		if err != nil {
 			_ = n.close() // the first error is the one to tell
 		}
 	}()
-	if n.cfg.Advertise, err = advertise(ctx, cfg); err != nil {
-		return nil, err
-	}
-	if n.dev, err = underlay.DeviceOf(n.cfg.Advertise); err != nil {
-		return nil, fmt.Errorf("node: %w", err)
-	}
 	if n.state, err = openStateDir(cfg.StateDir); err != nil {
 		return nil, err
+	}
+	if n.secure, err = n.openPlace(); err != nil {
+		return nil, err
+	}
+	at, err := n.advertise(ctx)
+	if err != nil {
+		return nil, err
+	}
+	n.at.Store(&at)
+	if n.dev, err = underlay.DeviceOf(at); err != nil {
+		return nil, fmt.Errorf("node: %w", err)
 	}
 	if n.api, err = claimSocket(cfg.Socket); err != nil {
 		return nil, err
 	}
-	n.conn, err = underlay.Open(underlay.Config{
-		Listen:      cfg.Listen,
-		Source:      n.cfg.Advertise,
-		SourcePorts: cfg.SourcePorts,
-		GroupTTL:    groupTTLs(cfg.Overlays),
-		TooBig:      n.tooBig,
-		NoGSO:       cfg.NoGSO,
-		NoGRO:       cfg.NoGRO,
-		Log:         log,
-	})
-	if err != nil {
+	if err = n.openUnderlay(); err != nil {
 		return nil, err
 	}
-	n.tunnel = bridge.NewTunnel(bridge.TunnelConfig{
-		Conn:       n.conn,
-		Self:       []netip.Addr{n.cfg.Advertise},
-		Port:       cfg.Listen.Port(),
-		Unfinished: unfinishedChecksums(cfg.UnfinishedChecksums, n.cfg.Advertise),
-	})
-	n.disc, err = discovery.New(discovery.Config{
-		Name:      cfg.Name,
-		Listen:    cfg.Gossip,
-		Advertise: n.cfg.Advertise,
-		VTEP:      n.vtep(),
-		Seeds:     cfg.Join,
-		StateDir:  cfg.StateDir,
-		OnFlood:   n.tunnel.DeliverFlood,
-		Log:       log,
-	})
-	if err != nil {
+	if err = n.openGossip(); err != nil {
 		return nil, err
 	}
 	for _, o := range cfg.Overlays {
@@ -127,11 +115,45 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 			return nil, err
 		}
 	}
-	return n, n.disc.SetOverlays(n.carried())
+	return n, n.disc.Load().SetOverlays(n.carried())
 }
 
+// openUnderlay makes sockets and tunnel, and in a secure cluster QUIC on them.
+func (n *Node) openUnderlay() (err error) {
+	n.conn, err = underlay.Open(underlay.Config{
+		Listen:      n.cfg.Listen,
+		Source:      n.addr(),
+		SourcePorts: n.cfg.SourcePorts,
+		GroupTTL:    groupTTLs(n.cfg.Overlays),
+		TooBig:      n.tooBig,
+		NoGSO:       n.cfg.NoGSO,
+		NoGRO:       n.cfg.NoGRO,
+		Log:         n.log,
+	})
+	if err != nil {
+		return err
+	}
+	tc := bridge.TunnelConfig{
+		Conn:       n.conn,
+		Self:       []netip.Addr{n.addr()},
+		Port:       n.cfg.Listen.Port(),
+		Unfinished: unfinishedChecksums(n.cfg.UnfinishedChecksums, n.addr()),
+	}
+	if n.secure != nil {
+		if err := n.secure.listen(n); err != nil {
+			return err
+		}
+		n.secure.hook(n, &tc)
+	}
+	n.tunnel = bridge.NewTunnel(tc)
+	return nil
+}
+
+// addr is the address that this node advertises.
+func (n *Node) addr() netip.Addr { return *n.at.Load() }
+
 func (n *Node) vtep() netip.AddrPort {
-	return netip.AddrPortFrom(n.cfg.Advertise, n.cfg.Listen.Port())
+	return netip.AddrPortFrom(n.addr(), n.cfg.Listen.Port())
 }
 
 // groupTTLs returns the TTL of each multicast group that an overlay floods to.
@@ -166,6 +188,7 @@ func (n *Node) addOverlay(o config.Overlay) error {
 		LearnVTEPs: o.LearnVTEPs, AgeAfter: o.AgeAfter,
 		MaxMACs: o.MaxMACs, MaxMACsPerPort: o.MaxMACsPerPort,
 		PortLost: func() { ring(n.portLost) },
+		Sealed:   o.Encryption == "required",
 	}
 	switch o.Flood {
 	case "multicast":
@@ -174,7 +197,7 @@ func (n *Node) addOverlay(o config.Overlay) error {
 			return fmt.Errorf("node: overlay %s: %w", o.Name, err)
 		}
 	case "gossip":
-		bc.FloodGossip = n.disc.Flood
+		bc.FloodGossip = func(vni vxlan.VNI, frame []byte) bool { return n.disc.Load().Flood(vni, frame) }
 	}
 	ov := &overlay{cfg: o}
 	if ov.br, err = n.tunnel.Add(bc); err != nil {
@@ -234,7 +257,7 @@ func (n *Node) mendPorts() {
 		changed = true
 	}
 	if changed {
-		if err := n.disc.SetOverlays(n.carried()); err != nil {
+		if err := n.disc.Load().SetOverlays(n.carried()); err != nil {
 			n.log.Error("cannot tell the others which overlays this node carries", "err", err)
 		}
 	}
@@ -261,15 +284,24 @@ func (n *Node) Run(ctx context.Context) error {
 		return err
 	}
 	// The parts stop in reverse: the leave is told while frames still flow.
-	tunnelCtx, stopTunnel := context.WithCancel(context.WithoutCancel(ctx))
-	var tunnel sync.WaitGroup
-	tunnel.Go(func() { n.tunnel.Run(tunnelCtx) })
-	defer tunnel.Wait()
-	defer stopTunnel()
+	lowerCtx, stopLower := context.WithCancel(context.WithoutCancel(ctx))
+	var lower sync.WaitGroup
+	lower.Go(func() { n.tunnel.Run(lowerCtx) })
+	defer lower.Wait()
+	defer stopLower()
 	defer n.conn.Close()
-
+	if n.secure != nil {
+		if err := n.secure.join(ctx, n); err != nil {
+			if ctx.Err() != nil {
+				return nil // stopped before it was a member
+			}
+			return err
+		}
+		n.secure.want(n.overlays)
+		lower.Go(func() { n.secure.run(lowerCtx) })
+	}
 	gossip := make(chan error, 1)
-	go func() { gossip <- n.disc.Run(ctx) }()
+	go func() { gossip <- n.runGossip(ctx) }()
 	if err := n.api.serve(n); err != nil {
 		cancel()
 		return errors.Join(err, <-gossip)
@@ -292,12 +324,15 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 		select {
 		case err := <-gossip:
 			return err
-		case <-n.disc.Changed():
+		case <-n.disc.Load().Changed():
+			n.sync()
+		case <-n.moved:
 			n.sync()
 		case <-resync.C:
 			n.mendPorts()
 			n.sync()
 		case <-changes:
+			n.followAddress(ctx)
 			n.followDevice()
 			n.followMTU()
 		case <-n.tooBig:
@@ -318,8 +353,11 @@ func (n *Node) close() error {
 		errs = append(errs, o.br.Close())
 	}
 	n.overlays = nil
-	if n.disc != nil {
-		n.disc.Close()
+	if d := n.disc.Load(); d != nil {
+		d.Close()
+	}
+	if n.secure != nil {
+		errs = append(errs, n.secure.close())
 	}
 	if n.conn != nil {
 		errs = append(errs, n.conn.Close())

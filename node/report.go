@@ -3,6 +3,7 @@ package node
 import (
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/discovery"
@@ -15,19 +16,24 @@ import (
 func (n *Node) status() Status {
 	s := Status{
 		Node: NodeStatus{
-			Name: n.cfg.Name, Version: version.String(), Cluster: "open",
+			Name: n.cfg.Name, Version: version.String(), Cluster: ClusterOpen,
 			VTEP:    n.vtep(),
-			Gossip:  n.disc.Gossip(),
+			Gossip:  n.disc.Load().Gossip(),
 			Started: n.started,
 		},
 		Overlays: n.overlayStatus(),
 		Offloads: n.offloads(),
 		Drops:    n.drops(),
 	}
+	if n.secure != nil {
+		p := n.secure.place
+		c := p.Identity().Certificate()
+		s.Node.Cluster, s.Node.Keeper, s.Node.CertificateExpires, s.Node.GossipEpoch = c.Cluster, p.IsKeeper(), c.NotAfter, p.Ring().Epoch
+	}
 	for _, a := range n.conn.LocalAddrs() {
 		s.Node.Listen = append(s.Node.Listen, a.String())
 	}
-	for _, m := range n.disc.Members() {
+	for _, m := range n.disc.Load().Members() {
 		switch {
 		case m.Self:
 		case m.Status == discovery.Alive && !m.Confirmed: // it may be nobody
@@ -71,7 +77,8 @@ func (n *Node) drops() map[string]uint64 {
 			d["tap_overflow"] += a.dev.Dropped()
 		}
 	}
-	g := n.disc.Stats()
+	g := n.disc.Load().Stats()
+	d["passports_refused"] = g.PassportsRefused
 	d["floods_refused"] = g.FloodsRefused
 	d["streams_refused"] = g.StreamsRefused
 	return d
@@ -124,11 +131,15 @@ func (n *Node) peers() Peers {
 			byVTEP[vtep].add(c)
 		})
 	}
-	for _, m := range n.disc.Members() {
+	sessions := n.sessionStatus()
+	for _, m := range n.disc.Load().Members() {
 		if m.Self || m.Status == discovery.Alive && !m.Confirmed {
 			continue
 		}
-		s := PeerStatus{Name: m.Name, Status: m.Status, VTEP: m.VTEP, Overlays: []string{}}
+		s := PeerStatus{Name: m.Name, Status: m.Status, VTEP: m.VTEP, Overlays: []string{}, Sessions: []SessionStatus{}}
+		if l := sessions[m.Name]; l != nil {
+			s.Sessions = l
+		}
 		for _, o := range m.Overlays {
 			s.Overlays = append(s.Overlays, o.Name)
 		}
@@ -145,6 +156,32 @@ func (n *Node) peers() Peers {
 	return p
 }
 
+// sessionStatus returns the sessions by peer, each list by overlay.
+func (n *Node) sessionStatus() map[string][]SessionStatus {
+	if n.secure == nil {
+		return nil
+	}
+	type key struct{ peer, overlay string }
+	refused, queued := map[key]uint64{}, map[key]int{}
+	for _, o := range n.overlays {
+		o.br.EachPeer(func(peer string, plaintextRefused uint64, waiting int) {
+			refused[key{peer, o.cfg.Name}], queued[key{peer, o.cfg.Name}] = plaintextRefused, waiting
+		})
+	}
+	out := map[string][]SessionStatus{}
+	for _, i := range n.secure.sessions.List() {
+		s := SessionStatus{
+			Overlay: i.Overlay, TxDatagrams: i.TxDatagrams, RxDatagrams: i.RxDatagrams, Replays: i.Replays, Forgeries: i.Forgeries,
+			PlaintextRefused: refused[key{i.Peer, i.Overlay}], Queued: queued[key{i.Peer, i.Overlay}],
+		}
+		if i.Cipher != 0 {
+			s.Cipher, s.AgeSeconds = i.Cipher.String(), time.Since(i.Since).Seconds()
+		}
+		out[i.Peer] = append(out[i.Peer], s)
+	}
+	return out
+}
+
 func (t *TrafficStatus) add(c *bridge.Counters) {
 	t.TxFrames += c.TxFrames.Load()
 	t.TxBytes += c.TxBytes.Load()
@@ -158,7 +195,7 @@ func (n *Node) fdb(name string) (FDB, bool) {
 			continue
 		}
 		names := map[netip.AddrPort]string{}
-		for _, m := range n.disc.Members() {
+		for _, m := range n.disc.Load().Members() {
 			names[m.VTEP] = m.Name
 		}
 		table := FDB{Overlay: name, Entries: []FDBEntry{}}

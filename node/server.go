@@ -69,10 +69,19 @@ func (s *apiServer) serve(n *Node) error {
 		reply(w, http.StatusOK, table)
 	})
 	mux.HandleFunc("PUT /v1/offloads/{name}", n.putOffloads)
+	mux.HandleFunc("GET /v1/doctor", n.examine)
+	mux.HandleFunc("POST /v1/tokens", n.createToken)
+	mux.HandleFunc("GET /v1/tokens", n.listTokens)
+	mux.HandleFunc("DELETE /v1/tokens/{id}", n.removeToken)
+	mux.HandleFunc("GET /v1/nodes", n.listNodes)
+	mux.HandleFunc("POST /v1/nodes/{name}/revoke", n.revokeNode)
+	mux.HandleFunc("DELETE /v1/nodes/{name}", n.removeNode)
+	mux.HandleFunc("POST /v1/gossip/rotate-key", n.rotateGossip)
+	mux.HandleFunc("POST /v1/overlays/{name}/rotate-key", n.rotateOverlay)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusNotFound, Error{"no such resource: " + r.Method + " " + r.URL.Path})
 	})
-	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second}
+	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: adminTimeout + 5*time.Second}
 	go s.http.Serve(s.ln) // ends with close
 	if err := os.Rename(s.path+".new", s.path); err != nil {
 		return fmt.Errorf("node: socket: %w", err)

@@ -5,19 +5,36 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/vxlan"
 )
 
 // sync brings bridges and devices in step with who is there.
 func (n *Node) sync() {
-	members := n.disc.Members()
+	disc := n.disc.Load()
+	members := disc.Members()
 	v := viewOf(n.cfg.Name, n.vtep(), n.carried(), members)
-	v.conflicts = append(v.conflicts, n.disc.Conflicts()...)
+	v.conflicts = append(v.conflicts, disc.Conflicts()...)
+	if n.secure != nil {
+		v.conflicts = append(v.conflicts, n.secure.conflicts()...)
+		n.secure.setMembers(members)
+	}
 	n.tell(v.conflicts)
 	n.tunnel.SetMembers(v.vteps)
+	shared := map[string][]string{}
 	for _, o := range n.overlays {
-		o.br.SetMembers(v.flood[o.cfg.VNI], v.refused[o.cfg.VNI])
+		if !o.sealed() {
+			o.br.SetMembers(v.flood[o.cfg.VNI], v.refused[o.cfg.VNI])
+			continue
+		}
+		o.br.SetPeers(v.peers[o.cfg.VNI])
+		for _, p := range v.peers[o.cfg.VNI] {
+			shared[p.Name] = append(shared[p.Name], o.cfg.Name)
+		}
+	}
+	if n.secure != nil {
+		n.secure.sessions.SetPeers(shared)
 	}
 	n.flood = v.flood
 	n.followMTU()
@@ -39,13 +56,14 @@ func (n *Node) tell(conflicts []string) {
 type view struct {
 	vteps     []netip.AddrPort               // of all members that are alive
 	flood     map[vxlan.VNI][]netip.AddrPort // who carries our overlays
+	peers     map[vxlan.VNI][]bridge.Peer    // the same, by name
 	refused   map[vxlan.VNI][]netip.Addr     // who calls them something else
 	conflicts []string
 }
 
 // viewOf derives the view of the node self at the VTEP own, which carries mine.
 func viewOf(self string, own netip.AddrPort, mine []discovery.Overlay, members []discovery.Member) view {
-	v := view{flood: map[vxlan.VNI][]netip.AddrPort{}, refused: map[vxlan.VNI][]netip.Addr{}}
+	v := view{flood: map[vxlan.VNI][]netip.AddrPort{}, peers: map[vxlan.VNI][]bridge.Peer{}, refused: map[vxlan.VNI][]netip.Addr{}}
 	byVNI := make(map[vxlan.VNI]discovery.Overlay, len(mine))
 	byName := make(map[string]discovery.Overlay, len(mine))
 	for _, o := range mine {
@@ -95,5 +113,6 @@ func (v *view) compare(self string, m discovery.Member, theirs discovery.Overlay
 		v.refused[ours.VNI] = append(v.refused[ours.VNI], m.VTEP.Addr())
 	default:
 		v.flood[ours.VNI] = append(v.flood[ours.VNI], m.VTEP)
+		v.peers[ours.VNI] = append(v.peers[ours.VNI], bridge.Peer{Name: m.Name, VTEP: m.VTEP})
 	}
 }

@@ -9,9 +9,10 @@ const module = "github.com/tulle-net/tulle/"
 var imports = map[string][]string{
 	"cmd/tulle": {"config", "node", "doctor", "internal/demo", "internal/version"},
 
-	"node":   {"config", "doctor", "bridge", "discovery", "tap", "underlay", "vxlan", "ether", "internal/version"},
-	"config": {"tap", "vxlan", "ether"},
-	"doctor": {"crypto", "tap", "underlay"},
+	"node":    {"config", "cluster", "keeper", "doctor", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
+	"cluster": {"keeper", "peer", "crypto"},
+	"config":  {"tap", "vxlan", "ether"},
+	"doctor":  {"crypto", "tap", "underlay"},
 
 	"keeper":            {"peer", "crypto"},
 	"keeper/keepertest": {"keeper"},

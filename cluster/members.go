@@ -1,0 +1,189 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"net/netip"
+	"slices"
+
+	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/peer"
+)
+
+// maxRemembered members are kept over a restart, the keepers first.
+const maxRemembered = 256
+
+// SetMembers says who is there, without this node. What is worth it is kept for
+// the next start: see Save.
+func (p *Place) SetMembers(list []Member) {
+	next := make(map[string]Member, len(list))
+	addrs := make(map[netip.Addr]struct{}, len(list))
+	for _, m := range list {
+		next[m.Name] = m
+		if m.Alive {
+			addrs[m.VTEP.Addr()] = struct{}{}
+		}
+	}
+	p.addrs.Store(&addrs)
+	p.membersMu.Lock()
+	defer p.membersMu.Unlock()
+	p.members = next
+}
+
+// loadMembers takes what an earlier run remembered; damage costs no more than that.
+func (p *Place) loadMembers() {
+	var list []peer.Member
+	if json.Unmarshal(p.state.Files[fileMembers], &list) == nil {
+		p.learn(list)
+	}
+}
+
+// learn adds members that a keeper told of.
+func (p *Place) learn(list []peer.Member) {
+	p.membersMu.Lock()
+	defer p.membersMu.Unlock()
+	for _, m := range list {
+		if m.Name == p.cfg.Name || !m.VTEP.IsValid() {
+			continue
+		}
+		p.remembered = slices.DeleteFunc(p.remembered, func(o peer.Member) bool { return o.Name == m.Name })
+		p.remembered = append(p.remembered, m)
+	}
+	if extra := len(p.remembered) - 2*maxRemembered; extra > 0 {
+		p.remembered = slices.Delete(p.remembered, 0, extra)
+	}
+}
+
+// known returns whom this node knows, who is there first, then the keepers.
+func (p *Place) known() []peer.Member {
+	p.membersMu.Lock()
+	defer p.membersMu.Unlock()
+	var list []peer.Member
+	for _, m := range p.members {
+		if m.Alive {
+			list = append(list, m.Member)
+		}
+	}
+	rank := func(m peer.Member) int {
+		n := 0
+		if !p.members[m.Name].Alive {
+			n += 2
+		}
+		if !m.Keeper {
+			n++
+		}
+		return n
+	}
+	for _, m := range p.members {
+		if !m.Alive {
+			list = append(list, m.Member)
+		}
+	}
+	for _, m := range p.remembered {
+		if _, listed := p.members[m.Name]; !listed {
+			list = append(list, m)
+		}
+	}
+	slices.SortFunc(list, func(a, b peer.Member) int {
+		if d := rank(a) - rank(b); d != 0 {
+			return d
+		}
+		if a.Name < b.Name {
+			return -1
+		}
+		return 1
+	})
+	return list
+}
+
+// save keeps members in the state, if they are others than before.
+func (p *Place) save() error {
+	list := p.known()
+	// The keepers first: they can tell the rest.
+	slices.SortStableFunc(list, func(a, b peer.Member) int {
+		switch {
+		case a.Keeper == b.Keeper:
+			return 0
+		case a.Keeper:
+			return -1
+		}
+		return 1
+	})
+	list = list[:min(len(list), maxRemembered)]
+	if len(list) == 0 {
+		return nil // a node that knows nobody keeps what it remembers
+	}
+	b, err := json.Marshal(list)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state == nil || slices.Equal(b, p.state.Files[fileMembers]) {
+		return nil
+	}
+	return p.updateLocked(func(s *crypto.State) error { s.Files[fileMembers] = b; return nil })
+}
+
+// Resolve returns where a node may be, best first.
+func (p *Place) Resolve(name string) []netip.AddrPort {
+	p.membersMu.Lock()
+	defer p.membersMu.Unlock()
+	var out []netip.AddrPort
+	if m, ok := p.members[name]; ok {
+		out = append(out, m.VTEP)
+	}
+	for _, m := range p.remembered {
+		if m.Name == name && !slices.Contains(out, m.VTEP) {
+			out = append(out, m.VTEP)
+		}
+	}
+	return out
+}
+
+// Addrs returns where members may be, best first: for the way to them.
+func (p *Place) Addrs() []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, m := range p.known() {
+		if m.VTEP.IsValid() {
+			out = append(out, m.VTEP)
+		}
+	}
+	return out
+}
+
+// Keepers returns the names of the other keepers, those that are there first.
+func (p *Place) Keepers() []string {
+	var names []string
+	for _, m := range p.known() {
+		if m.Keeper {
+			names = append(names, m.Name)
+		}
+	}
+	return names
+}
+
+// Known reports whether an address is one of a member that is there.
+func (p *Place) Known(a netip.Addr) bool {
+	addrs := p.addrs.Load()
+	if addrs == nil {
+		return false
+	}
+	_, ok := (*addrs)[a]
+	return ok
+}
+
+// Find returns gossip addresses of members: those that a keeper tells, and those
+// that this node remembers.
+func (p *Place) Find(ctx context.Context) []netip.AddrPort {
+	if err := p.Refresh(ctx); err != nil {
+		p.cfg.Log.Debug("no keeper tells who is there", "err", err)
+	}
+	var out []netip.AddrPort
+	for _, m := range p.known() {
+		if m.Gossip.IsValid() && !slices.Contains(out, m.Gossip) {
+			out = append(out, m.Gossip)
+		}
+	}
+	return out[:min(len(out), maxRemembered)]
+}

@@ -1,0 +1,371 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/tulle-net/tulle/bridge"
+	"github.com/tulle-net/tulle/cluster"
+	"github.com/tulle-net/tulle/config"
+	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/internal/version"
+	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/vxlan"
+)
+
+const (
+	// A join that found no keeper is tried again after joinRetryMin, doubled up to joinRetryMax.
+	joinRetryMin = 100 * time.Millisecond
+	joinRetryMax = 5 * time.Second
+	// joinRemind is how often a join that still fails is logged again.
+	joinRemind = time.Minute
+	probeTime  = 2 * time.Second
+)
+
+var errNoKeeper = errors.New("no keeper is known yet")
+
+// secure is what a node of a secure cluster has beside the rest.
+type secure struct {
+	place    *cluster.Place
+	token    *crypto.Token
+	expired  error // why the identity that is in the state cannot be used
+	endpoint *peer.Endpoint
+	sessions *peer.Sessions
+	keyLog   *os.File
+	ciphers  map[string]crypto.Ciphers // by overlay
+}
+
+// openPlace finds out which kind of cluster this node is in: nil means open.
+func (n *Node) openPlace() (*secure, error) {
+	dir, err := crypto.OpenDir(n.cfg.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	last, err := dir.LastTime()
+	if err != nil {
+		return nil, err
+	}
+	s := &secure{ciphers: map[string]crypto.Ciphers{}}
+	if n.cfg.Token != "" {
+		if s.token, err = crypto.ParseToken(string(n.cfg.Token)); err != nil {
+			return nil, err
+		}
+	}
+	s.place, err = cluster.New(cluster.Config{
+		Dir: dir, Name: n.cfg.Name, Clock: crypto.NewClock(crypto.BuildTime(), last), Log: n.log,
+		OnRing:     func(g *crypto.GossipRing) { n.newRing(g) },
+		OnRevoked:  func() { n.disc.Load().Reverify(); n.announce() },
+		OnIdentity: func(*crypto.Identity) { n.announce() },
+		OnKey:      func(overlay string) { n.newKey(overlay) },
+	})
+	switch {
+	case errors.Is(err, crypto.ErrExpired) && s.token != nil:
+		s.expired = err // and the token makes a new one
+	case err != nil:
+		return nil, err
+	}
+	if s.token != nil {
+		if err := s.place.CheckToken(s.token); err != nil {
+			return nil, err
+		}
+	}
+	joined := s.place.Joined() || s.expired != nil
+	switch {
+	case !joined && n.cfg.Open():
+		return nil, nil
+	case !joined && s.token == nil && len(n.cfg.Join) > 0:
+		return nil, fmt.Errorf("node: this machine is no member of a secure cluster yet, and --join alone does not make it one: " +
+			"give it --token, made with `tulle token create` on a node that is (or say encryption=none on every overlay, for an open cluster)")
+	}
+	for _, o := range n.cfg.Overlays {
+		if o.Encryption == "required" {
+			if s.ciphers[o.Name], err = crypto.OfferCiphers(o.Cipher); err != nil {
+				return nil, fmt.Errorf("node: overlay %s: %w", o.Name, err)
+			}
+		}
+	}
+	return s, s.addSeeds(n.cfg.Join)
+}
+
+// addSeeds adds the data ports that --join names to the token's keepers.
+func (s *secure) addSeeds(join []string) error {
+	if s.token == nil {
+		return nil
+	}
+	for _, text := range join {
+		host, port, err := config.ParseHostPort(text, vxlan.Port)
+		if err != nil {
+			return err
+		}
+		ip, err := netip.ParseAddr(host)
+		if a := netip.AddrPortFrom(ip.Unmap(), port); err == nil && len(s.token.Keepers) < crypto.MaxTokenKeepers {
+			s.token.Keepers = append(s.token.Keepers, a)
+		}
+	}
+	return nil
+}
+
+// hosts are where others may be, to find the way to them.
+func (s *secure) hosts() []string {
+	if s == nil {
+		return nil
+	}
+	var out []string
+	if s.token != nil {
+		for _, a := range s.token.Keepers {
+			out = append(out, a.Addr().String())
+		}
+	}
+	for _, a := range s.place.Addrs() {
+		out = append(out, a.Addr().String())
+	}
+	return out
+}
+
+// listen makes this node's end of QUIC, and whatever speaks over it. The first
+// node of a cluster makes the cluster now: its sockets are open.
+func (s *secure) listen(n *Node) (err error) {
+	if !s.place.Joined() && s.token == nil {
+		if err := s.place.Create(); err != nil {
+			return err
+		}
+	}
+	s.tellSelf(n)
+	s.endpoint, err = peer.New(peer.Config{
+		Identity: s.place.Identity(), Revoked: s.place.Revoked, Send: n.conn.SendControl,
+		Resolve: s.place.Resolve, Keepers: s.place.Keepers, Known: s.place.Known,
+		ResetKey: s.place.ResetKey(), TokenKey: s.place.TokenKey(), Joiner: s.place.Joiner(),
+		Version: version.String(), Now: s.place.Now, Log: n.log,
+	})
+	if err != nil {
+		return err
+	}
+	s.place.Serve(s.endpoint)
+	s.endpoint.Handle(peer.KindOverlays, 0, func(_ context.Context, from peer.Peer, _ []byte) ([]byte, error) {
+		return n.listFor(from)
+	})
+	var keyLog func([]byte)
+	if n.cfg.KeyLog != "" {
+		s.keyLog, err = os.OpenFile(n.cfg.KeyLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			return fmt.Errorf("node: keylog: %w", err)
+		}
+		n.log.Warn("session keys are written down: whoever reads the file can read the traffic", "file", n.cfg.KeyLog)
+		keyLog = func(lines []byte) { _, _ = s.keyLog.Write(lines) } // a full disk costs the log only
+	}
+	s.sessions = peer.NewSessions(peer.SessionsConfig{
+		Endpoint: s.endpoint, Table: table{n}, Stale: s.place.Stale, KeyLog: keyLog, Log: n.log,
+		Key: func(overlay string) (peer.OverlayKey, bool) {
+			k, ok := s.place.Key(overlay)
+			return peer.OverlayKey{Key: k.Key, Epoch: k.Epoch, Ciphers: s.ciphers[overlay]}, ok
+		},
+	})
+	return nil
+}
+
+// table is the tunnel as the sessions' table: it is made after them.
+type table struct{ n *Node }
+
+func (t table) Index() uint32 { return t.n.tunnel.Index() }
+
+func (t table) Receive(peer, overlay string, rx *crypto.Opener) error {
+	return t.n.tunnel.Receive(peer, overlay, rx)
+}
+
+func (t table) Forget(rx *crypto.Opener) { t.n.tunnel.Forget(rx) }
+
+func (t table) Send(peer, overlay string, tx *crypto.Sealer) { t.n.tunnel.Send(peer, overlay, tx) }
+
+// hook connects the tunnel with QUIC and sessions.
+func (s *secure) hook(n *Node, tc *bridge.TunnelConfig) {
+	tc.Control = s.endpoint.Deliver
+	tc.Want = s.sessions.Want
+	tc.Lost = s.sessions.Lost
+	tc.Moved = func(string, netip.AddrPort) { ring(n.moved) }
+}
+
+// tellSelf says where this node is.
+func (s *secure) tellSelf(n *Node) {
+	s.place.SetSelf(peer.Member{VTEP: n.vtep(), Gossip: netip.AddrPortFrom(n.addr(), n.cfg.Gossip.Port())})
+}
+
+// gossip is what discovery needs in a secure cluster. Until this node has
+// joined there is no key: nobody reads what is sent with a random one.
+func (s *secure) gossip(n *Node) *discovery.Secure {
+	keys := [][]byte{crypto.NewKey().Bytes()}
+	if g := s.place.Ring(); g != nil {
+		keys = g.Keys()
+	}
+	return &discovery.Secure{
+		Keys: keys, Sign: s.place.Sign, Verify: s.place.Verify,
+		Pull: func(ctx context.Context, name string) ([]byte, error) {
+			return s.endpoint.Request(ctx, name, peer.KindOverlays, nil)
+		},
+		Extra: s.place.Extra, OnExtra: s.place.Notice, Find: s.place.Find,
+	}
+}
+
+// join makes this node a member, if it is none: it asks the token's keepers
+// until one answers, for ever. What a keeper refuses is final.
+func (s *secure) join(ctx context.Context, n *Node) error {
+	fresh := false
+	switch {
+	case s.token == nil:
+		return nil
+	case s.place.Joined():
+		// A token for a node that is a member already changes nothing, unless the
+		// others believe it no longer: then it becomes another one.
+		if fresh = s.place.Believed(ctx) != nil; !fresh {
+			return nil
+		}
+	}
+	wait, told := joinRetryMin, time.Time{}
+	for {
+		err := s.place.Join(ctx, s.token, fresh)
+		if err == nil {
+			return n.disc.Load().SetKeys(s.place.Ring().Keys())
+		}
+		if final(err) {
+			return err
+		}
+		if ctx.Err() == nil && time.Since(told) > joinRemind {
+			told = time.Now()
+			n.log.Warn("cannot join yet; trying on", "err", oneLine(s.explain(ctx, err)))
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		}
+		wait = min(2*wait, joinRetryMax)
+	}
+}
+
+// final reports whether a keeper has refused this machine for good.
+func final(err error) bool {
+	e, told := errors.AsType[*peer.Error](err)
+	return told && e.Code != peer.CodeUnavailable && e.Code != peer.CodeBusy && e.Code != peer.CodeTimeout && e.Code != peer.CodeJoinLimited ||
+		errors.Is(err, crypto.ErrOtherCluster) || errors.Is(err, cluster.ErrKeeperRejoins)
+}
+
+// explain looks whether an open cluster is where the keepers should be.
+func (s *secure) explain(ctx context.Context, err error) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
+	for _, a := range s.token.Keepers {
+		at := netip.AddrPortFrom(a.Addr(), discovery.DefaultPort)
+		if isSecure, e := discovery.Probe(ctx, at); e == nil && !isSecure {
+			return fmt.Errorf("%s is in an open cluster, this node is of a secure one, and the two do not mix: %w", a.Addr(), err)
+		}
+	}
+	return err
+}
+
+// run keeps the place up to date and agrees on sessions until ctx ends.
+func (s *secure) run(ctx context.Context) {
+	var wg sync.WaitGroup
+	wg.Go(func() { s.place.Run(ctx) })
+	wg.Go(func() { s.sessions.Run(ctx) })
+	wg.Wait()
+}
+
+func (s *secure) close() error {
+	var errs []error
+	if s.endpoint != nil {
+		errs = append(errs, s.endpoint.Close())
+		s.endpoint = nil
+	}
+	if s.keyLog != nil {
+		errs = append(errs, s.keyLog.Close())
+		s.keyLog = nil
+	}
+	return errors.Join(errs...)
+}
+
+// newRing has gossip use other keys.
+func (n *Node) newRing(g *crypto.GossipRing) {
+	if err := n.disc.Load().SetKeys(g.Keys()); err != nil {
+		n.log.Error("cannot use the new gossip keys", "err", err)
+	}
+	n.announce()
+}
+
+// announce spreads a new passport.
+func (n *Node) announce() {
+	if err := n.disc.Load().Announce(); err != nil {
+		n.log.Warn("cannot tell the others of what is new here", "err", err)
+	}
+}
+
+// newKey takes the key of an overlay into use.
+func (n *Node) newKey(overlay string) {
+	for _, o := range n.overlays {
+		if o.cfg.Name != overlay || !o.sealed() || o.cfg.Flood != "gossip" {
+			continue
+		}
+		if k, ok := n.secure.place.Key(overlay); ok {
+			after := uint64(time.Now().UnixMilli()) << 20
+			if err := o.br.SetFloodKey(crypto.FloodKey(k.Key, overlay, k.Epoch), n.cfg.Name, after); err != nil {
+				n.log.Error("frames are not flooded by gossip", "overlay", overlay, "err", err)
+			}
+		}
+	}
+	n.secure.sessions.Rekeyed(overlay)
+	ring(n.moved) // what was denied may have changed
+}
+
+// setMembers tells the place who is there.
+func (s *secure) setMembers(members []discovery.Member) {
+	list := make([]cluster.Member, 0, len(members))
+	for _, m := range members {
+		if !m.Self {
+			list = append(list, cluster.Member{
+				Member: peer.Member{Name: m.Name, VTEP: m.VTEP, Gossip: m.Gossip, Keeper: m.Keeper}, Alive: m.Status == discovery.Alive,
+			})
+		}
+	}
+	s.place.SetMembers(list)
+}
+
+// conflicts says which overlays this node may not join.
+func (s *secure) conflicts() []string {
+	var out []string
+	for _, overlay := range s.place.Denied() {
+		out = append(out, fmt.Sprintf("overlay %s: this node's certificate does not grant it: join with a token that does (`tulle token create --overlays %s`)", overlay, overlay))
+	}
+	return out
+}
+
+// want says which overlays' keys this node needs.
+func (s *secure) want(overlays []*overlay) {
+	var names []string
+	for _, o := range overlays {
+		if o.sealed() {
+			names = append(names, o.cfg.Name)
+		}
+	}
+	s.place.Want(names...)
+}
+
+// listFor is what another node may know of what this one carries.
+func (n *Node) listFor(from peer.Peer) ([]byte, error) {
+	var list []discovery.Overlay
+	for _, o := range n.carried() {
+		if from.Overlays.Allow(o.Name) {
+			list = append(list, o)
+		}
+	}
+	return n.disc.Load().EncodeList(list)
+}
+
+// oneLine makes of joined errors, which have a line each, one.
+func oneLine(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }

@@ -132,6 +132,9 @@ func (p *Place) Resolve(name string) []netip.AddrPort {
 	var out []netip.AddrPort
 	if m, ok := p.members[name]; ok {
 		out = append(out, m.VTEP)
+		if m.Alive {
+			return out // where it was before, it is not
+		}
 	}
 	for _, m := range p.remembered {
 		if m.Name == name && !slices.Contains(out, m.VTEP) {

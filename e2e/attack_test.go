@@ -17,6 +17,7 @@ import (
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
 
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
 	"github.com/tulle-net/tulle/internal/lab"
@@ -218,7 +219,17 @@ func malformed(member bool) []shape {
 	}
 	shapes := []shape{
 		{"unknown_type", opening(0x00)}, {"unknown_type", opening(0x88)}, {"unknown_type", opening(0x0c)}, {"unknown_type", opening(0x80)},
-		{"unknown_session", opening(0x04)}, {"control_refused", opening(0x40)}, {"control_refused", opening(0xff)},
+		{"unknown_session", func(r *rand.Rand) []byte {
+			d := junk(r, crypto.SealedOverhead)
+			copy(d, []byte{crypto.SealedByte, 0, 0, 0})
+			return d
+		}},
+		{"sealed_malformed", func(r *rand.Rand) []byte {
+			d := junk(r, 2)
+			d[0], d[1] = crypto.SealedByte, 0x80|byte(r.Uint32())
+			return d
+		}},
+		{"control_refused", opening(0x40)}, {"control_refused", opening(0xff)},
 		{"short", func(r *rand.Rand) []byte { return datagram(100, nil)[:r.IntN(8)] }},
 		{"unknown_vni", func(r *rand.Rand) []byte { return datagram(vxlan.VNI(101+r.IntN(1<<23)), junk(r, 0)) }},
 	}

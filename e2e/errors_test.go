@@ -263,10 +263,10 @@ func TestSettingsRefused(t *testing.T) {
 		{"wrong flag", "", []string{"--overlays", blue}, 2, []string{"--overlays", "tulle up --help"}},
 		{"wrong command", "", []string{"extra"}, 2, []string{"extra"}},
 		{"no file", "", []string{"--config", "/nonexistent/tulle.yaml"}, 1, []string{"/nonexistent/tulle.yaml"}},
-		{"encryption required", "", []string{"--overlay", "name=blue,vni=100,encryption=required,tap=blue0"}, 1, []string{"overlay blue", "encryption", "not there yet", "encryption=none"}},
-		{"encryption by default", "", []string{"--overlay", "name=blue,vni=100,tap=blue0"}, 1, []string{"overlay blue", "not there yet"}},
-		{"no overlay", "", nil, 1, []string{"overlay"}},
-		{"token", "", []string{"--token", "secret-word", "--overlay", blue}, 1, []string{"token", "not there yet"}},
+		{"sealed, and a foreign VTEP", "", []string{"--overlay", "name=blue,vni=100,tap=blue0,peer=192.0.2.9"}, 1, []string{"overlay blue", "peers", "encryption=none"}},
+		{"sealed, and a multicast group", "", []string{"--overlay", "name=blue,vni=100,tap=blue0,flood=multicast,group=239.1.1.1"}, 1, []string{"overlay blue", "multicast", "encryption=none"}},
+		{"no token", "", []string{"--join", "192.0.2.1"}, 1, []string{"--join", "--token", "tulle token create"}},
+		{"no token that is one", "", []string{"--token", "secret-word"}, 1, []string{"token", "tulle1."}},
 		{"address of another host", "", []string{"--advertise", "192.0.2.77", "--overlay", blue}, 1, []string{"192.0.2.77", "--advertise"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -19,7 +19,7 @@ type ledger struct {
 
 // arriving are the reasons that a datagram from the underlay ends under. (A
 // frame with another drop is also counted as received.)
-var arriving = []string{"unknown_type", "control_refused", "unknown_session", "short", "unknown_vni", "unknown_vtep", "plaintext_refused",
+var arriving = []string{"unknown_type", "control_refused", "unknown_session", "sealed_malformed", "short", "unknown_vni", "unknown_vtep", "plaintext_refused",
 	"overlay_conflict", "own_frame", "short_frame", "bad_source", "vtep_limit", "rx_truncated", "rx_overflow"}
 
 func account(a, b *tulle) ledger {

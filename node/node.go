@@ -53,6 +53,11 @@ type Node struct {
 	// Run's own.
 	dev   underlay.Device                // that holds the address
 	flood map[vxlan.VNI][]netip.AddrPort // as of the last sync
+	// missing is since when this host lacks the address; zero: it has it.
+	missing time.Time
+	// before are the members as of the last move, at movedAt.
+	before  []discovery.Member
+	movedAt time.Time
 
 	mu        sync.Mutex
 	conflicts []string
@@ -327,6 +332,7 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 		case <-n.disc.Load().Changed():
 			n.sync()
 		case <-n.moved:
+			n.followAddress(ctx)
 			n.sync()
 		case <-resync.C:
 			n.mendPorts()

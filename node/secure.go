@@ -334,6 +334,7 @@ func (s *secure) setMembers(members []discovery.Member) {
 		}
 	}
 	s.place.SetMembers(list)
+	s.endpoint.Reconnect(false)
 }
 
 // conflicts says which overlays this node may not join.

@@ -13,7 +13,7 @@ import (
 // sync brings bridges and devices in step with who is there.
 func (n *Node) sync() {
 	disc := n.disc.Load()
-	members := disc.Members()
+	members := n.members()
 	v := viewOf(n.cfg.Name, n.vtep(), n.carried(), members)
 	v.conflicts = append(v.conflicts, disc.Conflicts()...)
 	if n.secure != nil {

@@ -429,6 +429,22 @@ func (e *Endpoint) Disconnect(name string) {
 	}
 }
 
+// Reconnect closes connections that lead to where a peer is no longer, as
+// Config.Resolve tells it, or all: this node's own address has changed. What was
+// under way is asked again over a new one.
+func (e *Endpoint) Reconnect(all bool) {
+	e.mu.Lock()
+	open := e.open()
+	e.mu.Unlock()
+	for _, c := range open {
+		addrs := e.cfg.Resolve(c.node.Name)
+		if all || len(addrs) > 0 && !slices.ContainsFunc(addrs, func(a netip.AddrPort) bool { return a.Addr() == c.addr().Addr() }) {
+			e.stats.ClosedMoved.Add(1)
+			closeConn(c.q, closeReplaced)
+		}
+	}
+}
+
 // Recheck closes all connections with peers that Identity no longer believes,
 // and returns how many. Call it after a list of revocations has changed.
 func (e *Endpoint) Recheck() int {

@@ -29,8 +29,9 @@ type Stats struct {
 	// Connections between nodes that were made, by either end.
 	Conns atomic.Uint64
 	// Why connections were closed here: both ends had dialled, the client had
-	// made a newer one, its peer is no longer believed, room was needed, no answer.
-	ClosedDuplicate, ClosedReplaced, ClosedRevoked, ClosedEvicted, ClosedDead atomic.Uint64
+	// made a newer one, its peer is no longer believed, room was needed, no answer,
+	// one of the two is elsewhere.
+	ClosedDuplicate, ClosedReplaced, ClosedRevoked, ClosedEvicted, ClosedDead, ClosedMoved atomic.Uint64
 
 	// Requests made, and those among them that failed for any reason.
 	RequestsOut, RequestsOutFailed atomic.Uint64

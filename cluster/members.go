@@ -26,8 +26,14 @@ func (p *Place) SetMembers(list []Member) {
 	}
 	p.addrs.Store(&addrs)
 	p.membersMu.Lock()
-	defer p.membersMu.Unlock()
+	before := p.members
 	p.members = next
+	p.membersMu.Unlock()
+	for name, m := range next {
+		if old, ok := before[name]; ok && m.Alive && old.VTEP.Addr() != m.VTEP.Addr() && p.e != nil {
+			p.e.Moved(name, m.VTEP.Addr())
+		}
+	}
 }
 
 // loadMembers takes what an earlier run remembered; damage costs no more than that.

@@ -156,7 +156,7 @@ func (n *Node) move(to netip.Addr) {
 	n.tunnel.SetSelf([]netip.Addr{to})
 	if n.secure != nil {
 		n.secure.tellSelf(n)
-		n.secure.endpoint.Reconnect(true) // the others still send to where this node was
+		n.secure.endpoint.MovedSelf()
 	}
 	if end := n.leave.Load(); end != nil {
 		(*end)(discovery.ErrMoved)

@@ -40,9 +40,9 @@ type Node struct {
 	state  *stateDir
 	conn   underlay.Conn
 	tunnel *bridge.Tunnel
-	disc   atomic.Pointer[discovery.Discovery] // another one after a move
+	disc   atomic.Pointer[discovery.Discovery]     // another one after a move
 	leave  atomic.Pointer[context.CancelCauseFunc] // ends the one that runs
-	secure *secure                             // nil in an open cluster
+	secure *secure                                 // nil in an open cluster
 	api    *apiServer
 
 	overlays []*overlay // fixed after New

@@ -334,7 +334,6 @@ func (s *secure) setMembers(members []discovery.Member) {
 		}
 	}
 	s.place.SetMembers(list)
-	s.endpoint.Reconnect(false)
 }
 
 // conflicts says which overlays this node may not join.

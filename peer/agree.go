@@ -259,7 +259,9 @@ func (s *Sessions) answerOffer(from Peer, p *partner, o *offer, exporter []byte)
 	if before != nil { // its ready may still be on its way, and what was sent under it
 		q.old = append(q.old, half{before.rx, before.tx, time.Now().Add(overlap)})
 	}
+	over := q.expired(time.Now())
 	s.mu.Unlock()
+	s.end(over)
 	return a
 }
 

@@ -429,16 +429,22 @@ func (e *Endpoint) Disconnect(name string) {
 	}
 }
 
-// Reconnect closes connections that lead to where a peer is no longer, as
-// Config.Resolve tells it, or all: this node's own address has changed. What was
-// under way is asked again over a new one.
-func (e *Endpoint) Reconnect(all bool) {
+// Moved tells that a peer is at another address now: connections that lead
+// elsewhere are closed, and what was under way is asked again over a new one.
+func (e *Endpoint) Moved(name string, to netip.Addr) {
+	e.reconnect(func(c *conn) bool { return c.node.Name == name && c.addr().Addr() != to })
+}
+
+// MovedSelf tells that this node is at another address: all connections are
+// closed, because the other ends send to where it was.
+func (e *Endpoint) MovedSelf() { e.reconnect(func(*conn) bool { return true }) }
+
+func (e *Endpoint) reconnect(which func(*conn) bool) {
 	e.mu.Lock()
 	open := e.open()
 	e.mu.Unlock()
 	for _, c := range open {
-		addrs := e.cfg.Resolve(c.node.Name)
-		if all || len(addrs) > 0 && !slices.ContainsFunc(addrs, func(a netip.AddrPort) bool { return a.Addr() == c.addr().Addr() }) {
+		if which(c) {
 			e.stats.ClosedMoved.Add(1)
 			closeConn(c.q, closeReplaced)
 		}

@@ -29,6 +29,11 @@ const (
 	epochGrace = 30 * time.Second
 	// sessionTick is how often sessions are looked at.
 	sessionTick = time.Second
+	// lostAfter is how long nothing may have been opened under a session before
+	// datagrams of an unknown one have it made anew.
+	lostAfter = 5 * time.Second
+	// maxOld bounds what is kept of one peer's one overlay: a peer may offer as often as it likes.
+	maxOld = 16
 	// wantedEvery is how often one peer may make this node offer anew.
 	wantedEvery = time.Second
 
@@ -334,8 +339,9 @@ func (s *Sessions) told() {
 			continue
 		}
 		for _, q := range p.pairs {
-			// One that has just been made says that the datagram is of the one before.
-			if q.rx == nil || time.Since(q.since) > wantedEvery {
+			// Where the peer's datagrams are opened, the one that is not is of
+			// another session, or anybody's.
+			if q.rx == nil || time.Since(q.receivedAt) > lostAfter {
 				q.wanted = true
 			}
 		}
@@ -429,8 +435,10 @@ func (q *pair) sure(now time.Time) {
 // expired takes what is over out of q. Called with mu held.
 func (q *pair) expired(now time.Time) []half {
 	var over []half
+	extra := len(q.old) - maxOld // the oldest are first
 	q.old = slices.DeleteFunc(q.old, func(h half) bool {
-		if h.until.IsZero() || now.Before(h.until) {
+		extra--
+		if extra < 0 && (h.until.IsZero() || now.Before(h.until)) {
 			return false
 		}
 		q.past.add(h.tx, h.rx)

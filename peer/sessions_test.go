@@ -380,6 +380,31 @@ func TestSessionsLostChangesNothing(t *testing.T) {
 	}
 }
 
+// A peer that offers again and again fills no memory.
+func TestSessionsOffersBounded(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(1))
+	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
+	meet(a, b)
+	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	a.s.mu.Lock()
+	p := a.s.partners["n2"]
+	a.s.mu.Unlock()
+	for range 4 * maxOld {
+		if err := a.s.offer(within(t, 5*time.Second), p, []string{"blue"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.mu.Lock()
+	n := len(b.receives)
+	b.mu.Unlock()
+	if n > maxOld+2 {
+		t.Errorf("%d sessions are received under, want %d at most", n, maxOld+2)
+	}
+	if !a.reaches(b) || !b.reaches(a) {
+		t.Error("nothing passes any more")
+	}
+}
+
 func TestOfferCodecs(t *testing.T) {
 	offers := []offer{{overlay: "blue", epoch: 7, ciphers: 3, index: 0xdeadbeef, nonce: [16]byte{1}, proof: crypto.OverlayProof{2}}, {overlay: "r"}}
 	b := appendOffers(nil, offers)

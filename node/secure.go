@@ -161,7 +161,7 @@ func (s *secure) listen(n *Node) (err error) {
 		keyLog = func(lines []byte) { _, _ = s.keyLog.Write(lines) } // a full disk costs the log only
 	}
 	s.sessions = peer.NewSessions(peer.SessionsConfig{
-		Endpoint: s.endpoint, Table: table{n}, Stale: s.place.Stale, KeyLog: keyLog, Log: n.log,
+		Endpoint: s.endpoint, Table: table{n}, Stale: s.place.Stale, Arrived: n.conn.NoteLoss, KeyLog: keyLog, Log: n.log,
 		Key: func(overlay string) (peer.OverlayKey, bool) {
 			k, ok := s.place.Key(overlay)
 			return peer.OverlayKey{Key: k.Key, Epoch: k.Epoch, Ciphers: s.ciphers[overlay]}, ok

@@ -75,6 +75,9 @@ type SessionsConfig struct {
 	// Stale is called when a peer has a newer key of an overlay than this node.
 	// It must not block.
 	Stale func(overlay string)
+	// Arrived, if not nil, is told what peers say of the datagrams that were sent
+	// to them lately, while there is traffic. It must not block, nor call Sessions.
+	Arrived func(sent, lost uint64)
 	// KeyLog, if not nil, gets a line of crypto.AppendKeyLog for each session: whoever has it can read everything.
 	KeyLog func(line []byte)
 	// Log takes what an operator should know, rate-limited; default none.
@@ -137,6 +140,9 @@ type partner struct {
 	working bool
 	wake    chan struct{}
 	offered time.Time // when it last made this node offer anew
+
+	asking bool // what arrived
+	asked  time.Time
 }
 
 // pair is one partner's one overlay.
@@ -153,6 +159,7 @@ type pair struct {
 	behind  time.Time // when a newer epoch was first seen; zero: it is of the newest
 	err     string    // why the last offer came to nothing
 
+	account account
 	// What was counted at the last look, and when that last changed.
 	sent, received     uint64
 	sentAt, receivedAt time.Time
@@ -187,6 +194,7 @@ func NewSessions(cfg SessionsConfig) *Sessions {
 	}
 	cfg.Endpoint.Handle(kindOffer, maxOffersBytes, s.answerOffers)
 	cfg.Endpoint.Handle(kindReady, 2+4*maxOffers, s.answerReady)
+	cfg.Endpoint.Handle(kindArrived, 2+maxOffers*(1+maxOverlayName), s.answerArrived)
 	cfg.Endpoint.Handle(kindWanted, 2+maxOffers*(1+maxOverlayName), s.answerWanted)
 	return s
 }
@@ -374,6 +382,7 @@ func (s *Sessions) look(now time.Time) {
 			over = append(over, q.expired(now)...)
 		}
 		s.start(p)
+		s.inquire(p, now)
 	}
 	s.mu.Unlock()
 	for _, n := range silent {

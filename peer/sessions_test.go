@@ -28,6 +28,8 @@ type sealedNode struct {
 	sends    map[pairName]*crypto.Sealer
 	unknown  bool // the data path knows no peer
 	stale    atomic.Int32
+	sent     atomic.Uint64 // as the peer told
+	lost     atomic.Uint64
 	log      bytes.Buffer
 }
 
@@ -120,7 +122,8 @@ func (c *cluster) sealedAs(t *testing.T, name string, id *crypto.Identity) *seal
 			k, ok := n.keys[overlay]
 			return k, ok
 		},
-		Stale: func(string) { n.stale.Add(1) },
+		Stale:   func(string) { n.stale.Add(1) },
+		Arrived: func(sent, lost uint64) { n.sent.Add(sent); n.lost.Add(lost) },
 		KeyLog: func(line []byte) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
@@ -405,6 +408,44 @@ func TestSessionsOffersBounded(t *testing.T) {
 	}
 }
 
+// A peer tells what arrived, and so what was lost.
+func TestSessionsArrived(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(1))
+	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
+	meet(a, b)
+	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	ask := func() {
+		a.s.mu.Lock()
+		p := a.s.partners["n2"]
+		p.asked = time.Time{}
+		a.s.inquire(p, time.Now())
+		a.s.mu.Unlock()
+		eventually(t, "the answer", func() bool { a.s.mu.Lock(); defer a.s.mu.Unlock(); return !p.asking })
+	}
+	for range 2 {
+		for range 100 {
+			if !a.reaches(b) {
+				t.Fatal("a datagram is not opened")
+			}
+		}
+		ask() // the first time tells where to count from
+	}
+	if s, l := a.sent.Load(), a.lost.Load(); s != 100 || l != 0 {
+		t.Errorf("%d sent, %d lost; want 100, 0", s, l)
+	}
+	for i := range 100 {
+		if d := a.seal("n2"); i%4 != 0 {
+			if err := b.open(d); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	ask()
+	if s, l := a.sent.Load(), a.lost.Load(); s != 200 || l != 25 {
+		t.Errorf("%d sent, %d lost; want 200, 25", s, l)
+	}
+}
+
 func TestOfferCodecs(t *testing.T) {
 	offers := []offer{{overlay: "blue", epoch: 7, ciphers: 3, index: 0xdeadbeef, nonce: [16]byte{1}, proof: crypto.OverlayProof{2}}, {overlay: "r"}}
 	b := appendOffers(nil, offers)
@@ -426,6 +467,7 @@ func TestOfferCodecs(t *testing.T) {
 		"offers":  {b, func(b []byte) error { _, err := parseOffers(b); return err }},
 		"accepts": {c, func(b []byte) error { _, err := parseAccepts(b); return err }},
 		"indexes": {i, func(b []byte) error { _, err := parseIndexes(b); return err }},
+		"arrived": {appendArrived(nil, []arrived{{1, 2}, {3, 1 << 40}}), func(b []byte) error { _, err := parseArrived(b); return err }},
 		"names":   {n, func(b []byte) error { _, err := parseNames(b); return err }},
 	} {
 		if err := x.parse(x.b); err != nil {
@@ -457,6 +499,9 @@ func FuzzOffers(f *testing.F) {
 		}
 		if i, err := parseIndexes(b); err == nil && !bytes.Equal(appendIndexes(nil, i), b) {
 			t.Errorf("indexes %x do not come back", b)
+		}
+		if a, err := parseArrived(b); err == nil && !bytes.Equal(appendArrived(nil, a), b) {
+			t.Errorf("arrived %x does not come back", b)
 		}
 		if n, err := parseNames(b); err == nil && !bytes.Equal(appendNames(nil, n), b) {
 			t.Errorf("names %x do not come back", b)

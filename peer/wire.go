@@ -22,6 +22,8 @@ const (
 	kindOffer  Kind = 5
 	kindReady  Kind = 6
 	kindWanted Kind = 7
+	// kindArrived asks how much of what was sent arrived.
+	kindArrived Kind = 9
 	// KindRefresh tells a node to pull the cluster's state from the keeper that asks.
 	KindRefresh Kind = 8
 	// kindJoin asks to be admitted; only over tulle-join/1, where nothing else goes.

@@ -37,6 +37,7 @@ type conn struct {
 
 	control sync.Pool // of *controlMessage
 
+	loss        lossWatch
 	gso         atomic.Bool
 	gsoState    atomic.Pointer[string]
 	groState    atomic.Pointer[string]

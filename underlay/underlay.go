@@ -58,6 +58,11 @@ type Conn interface {
 	// SetOffload switches trains off, on the way out and on the way in, or on
 	// again where they are available; it takes effect at once.
 	SetOffload(noGSO, noGRO bool) error
+	// NoteLoss takes a peer's word on how many of the datagrams that were sent to
+	// it lately did not arrive. Where many do not, and fewer are lost without
+	// trains, trains are switched off: some devices say that they send them, and
+	// send garbage.
+	NoteLoss(sent, lost uint64)
 	// Close ends all Receivers: their Wait returns ErrClosed.
 	Close() error
 }

@@ -33,6 +33,9 @@ func (n *Node) admin(w http.ResponseWriter, r *http.Request, do func(context.Con
 	ctx, cancel := context.WithTimeout(r.Context(), adminTimeout)
 	defer cancel()
 	answer, err := do(ctx, n.secure.place.Client())
+	if errors.Is(err, peer.ErrNoKeeper) {
+		err = fmt.Errorf("no keeper answers, and only one can do this: start a keeper (`tulle node ls` on it says that it is one); traffic goes on without: %w", err)
+	}
 	if err != nil {
 		reply(w, statusOf(err), Error{oneLine(err)})
 		return

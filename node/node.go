@@ -296,13 +296,14 @@ func (n *Node) Run(ctx context.Context) error {
 	defer stopLower()
 	defer n.conn.Close()
 	if n.secure != nil {
+		defer n.secure.close()
 		if err := n.secure.join(ctx, n); err != nil {
 			if ctx.Err() != nil {
 				return nil // stopped before it was a member
 			}
 			return err
 		}
-		n.secure.want(n.overlays)
+		n.wantKeys()
 		lower.Go(func() { n.secure.run(lowerCtx) })
 	}
 	gossip := make(chan error, 1)

@@ -278,15 +278,16 @@ func (s *secure) run(ctx context.Context) {
 	wg.Wait()
 }
 
+// close tells the peers; it may be called twice.
 func (s *secure) close() error {
 	var errs []error
 	if s.endpoint != nil {
 		errs = append(errs, s.endpoint.Close())
-		s.endpoint = nil
 	}
 	if s.keyLog != nil {
-		errs = append(errs, s.keyLog.Close())
-		s.keyLog = nil
+		if err := s.keyLog.Close(); !errors.Is(err, os.ErrClosed) {
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -345,15 +346,18 @@ func (s *secure) conflicts() []string {
 	return out
 }
 
-// want says which overlays' keys this node needs.
-func (s *secure) want(overlays []*overlay) {
+// wantKeys says which overlays' keys this node needs, and uses those that it has.
+func (n *Node) wantKeys() {
 	var names []string
-	for _, o := range overlays {
+	for _, o := range n.overlays {
 		if o.sealed() {
 			names = append(names, o.cfg.Name)
 		}
 	}
-	s.place.Want(names...)
+	n.secure.place.Want(names...)
+	for _, overlay := range names {
+		n.newKey(overlay)
+	}
 }
 
 // listFor is what another node may know of what this one carries.

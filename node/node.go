@@ -313,6 +313,9 @@ func (n *Node) Run(ctx context.Context) error {
 		return errors.Join(err, <-gossip)
 	}
 	n.log.Info("node is up", "name", n.cfg.Name, "vtep", n.vtep())
+	if n.secure != nil && n.secure.created {
+		n.log.Info("another machine joins with: " + invitation(n.addr(), n.cfg.Socket))
+	}
 	close(n.ready)
 	err = n.follow(ctx, changes, gossip)
 	if err == nil {

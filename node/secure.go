@@ -40,6 +40,7 @@ type secure struct {
 	sessions *peer.Sessions
 	keyLog   *os.File
 	ciphers  map[string]crypto.Ciphers // by overlay
+	created  bool                      // this run made the cluster
 }
 
 // openPlace finds out which kind of cluster this node is in: nil means open.
@@ -136,6 +137,7 @@ func (s *secure) listen(n *Node) (err error) {
 		if err := s.place.Create(); err != nil {
 			return err
 		}
+		s.created = true
 	}
 	s.tellSelf(n)
 	s.endpoint, err = peer.New(peer.Config{
@@ -189,6 +191,16 @@ func (s *secure) hook(n *Node, tc *bridge.TunnelConfig) {
 	tc.Want = s.sessions.Want
 	tc.Lost = s.sessions.Lost
 	tc.Moved = func(string, netip.AddrPort) { ring(n.moved) }
+}
+
+// invitation is the one command that another machine needs. A token is a secret
+// and this goes to the log, so the command makes one. Its characters need no quotes.
+func invitation(at netip.Addr, socket string) string {
+	create := "tulle token create"
+	if socket != config.Default().Socket {
+		create += " --socket " + socket
+	}
+	return fmt.Sprintf("tulle up --token $(ssh root@%s %s)", at, create)
 }
 
 // tellSelf says where this node is.

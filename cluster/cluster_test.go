@@ -253,6 +253,28 @@ func must[T any](v T, err error) T {
 	return v
 }
 
+// A node that is killed as soon as it has joined finds a keeper when it is back.
+func TestKilledAfterJoin(t *testing.T) {
+	s := newSite(t)
+	a := s.start("n1")
+	tok := s.token(a, 1, "*")
+	b, err := s.open("n2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.connect("n2", b, false)
+	if err := b.Join(within(t), tok, false); err != nil {
+		t.Fatal(err)
+	}
+	back, err := s.open("n2") // what b, which did not run, left in the folder
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !back.Joined() || !slices.Equal(back.Keepers(), []string{"n1"}) || !slices.Equal(back.Resolve("n1"), []netip.AddrPort{addrOf("n1")}) {
+		t.Errorf("joined %v, keepers %v, n1 at %v", back.Joined(), back.Keepers(), back.Resolve("n1"))
+	}
+}
+
 // A node with a narrow certificate gets no key beyond it, says so, and can make no wider token.
 func TestGrants(t *testing.T) {
 	s := newSite(t)

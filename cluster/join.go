@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"time"
 
@@ -79,11 +80,14 @@ func (p *Place) joined(key *crypto.PrivateKey, r *peer.JoinResult) error {
 		}
 		s.SetRevocations(r.Revocations)
 	}
-	if err := p.begin(s); err != nil {
+	// At once: a node that is killed before it saves must find a keeper, for the
+	// gossip keys may be others when it is back.
+	members, err := json.Marshal(r.Members[:min(len(r.Members), maxRemembered)])
+	if err != nil {
 		return err
 	}
-	p.learn(r.Members)
-	return nil
+	s.Files[fileMembers] = members
+	return p.begin(s)
 }
 
 // Believed asks a keeper whether this node is still a member: nil if it is, or

@@ -349,7 +349,7 @@ func (r *TokenRecord) Check(name string, key PublicKey, now time.Time) error {
 	case !now.Before(r.Expires):
 		return fmt.Errorf("crypto: token %s: %w at %s: make another with tulle token create", r.ID, ErrTokenExpired, stamp(r.Expires))
 	case !Match(r.NamePattern, name):
-		return fmt.Errorf("crypto: token %s: %w, %s: not for %q", r.ID, ErrTokenName, r.NamePattern, name)
+		return fmt.Errorf("crypto: token %s: %w, %s: not for %q: start this node with a --name like that, or make another with tulle token create --name", r.ID, ErrTokenName, r.NamePattern, name)
 	case slices.Contains(r.Spent, Spend{name, key}):
 		return nil
 	case r.Left() <= 0:

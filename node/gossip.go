@@ -86,7 +86,7 @@ func (n *Node) settle(ctx context.Context) error {
 
 // followAddress looks whether this node has still the address that it
 // advertises. One that was set stays: it may come back. Else it moves to the
-// one that the host would use now.
+// one that the host would use now, as soon as there is one.
 func (n *Node) followAddress(ctx context.Context) {
 	if n.cfg.Advertise.IsValid() || has(n.addr()) {
 		n.missing = time.Time{}
@@ -99,15 +99,52 @@ func (n *Node) followAddress(ctx context.Context) {
 	if time.Since(n.missing) < moveAfter {
 		return
 	}
-	to, err := n.advertise(ctx)
-	dev, none := underlay.DeviceOf(to)
-	if err != nil || none != nil || n.isTap(dev.Name) || to.Is4() != n.addr().Is4() {
-		n.log.Debug("no other address yet", "ip", to, "err", errors.Join(err, none))
-		return // the next change rings again
+	for _, to := range n.elsewhere(ctx) {
+		dev, err := underlay.DeviceOf(to)
+		if err != nil || !n.fit(to, dev.Name) {
+			continue
+		}
+		n.missing = time.Time{}
+		n.log.Info("this node's address is another one now", "ip", to, "was", n.addr())
+		n.move(to)
+		return
 	}
-	n.missing = time.Time{}
-	n.log.Info("this node's address is another one now", "ip", to, "was", n.addr())
-	n.move(to)
+	// Perhaps soon: the next change rings again.
+}
+
+// elsewhere returns where this host may be reached now, best first: from where
+// it sends to other nodes and through its default route, and what else the device
+// has that held the address. Any other device would do for the moment only, and
+// there the node would stay.
+func (n *Node) elsewhere(ctx context.Context) []netip.Addr {
+	var out []netip.Addr
+	for _, host := range append(n.secure.hosts(), n.cfg.Join...) {
+		if a, ok := sourceFor(ctx, host); ok {
+			out = append(out, a)
+			break
+		}
+	}
+	out = append(out, underlay.DefaultRoutes()...)
+	own, err := n.dev.Addrs()
+	if err != nil {
+		n.log.Warn("cannot look for this node's new address", "err", err)
+	}
+	return append(out, own...)
+}
+
+// fit reports whether this node may move to an address, which a device holds: it
+// is of the same family, and not inside an overlay, through which nothing that
+// carries the overlay can go.
+func (n *Node) fit(to netip.Addr, dev string) bool {
+	if to.Is4() != n.addr().Is4() {
+		return false
+	}
+	for _, o := range n.overlays {
+		if a := o.tap.Load(); a != nil && a.dev.Name() == dev || o.cfg.Tap == dev {
+			return false
+		}
+	}
+	return true
 }
 
 // members returns who is there. For a while after this node moved those that it
@@ -133,11 +170,6 @@ func (n *Node) members() []discovery.Member {
 	}
 	slices.SortFunc(list, func(a, b discovery.Member) int { return strings.Compare(a.Name, b.Name) })
 	return list
-}
-
-// isTap reports whether a device is one of this node's overlays.
-func (n *Node) isTap(name string) bool {
-	return slices.ContainsFunc(n.overlays, func(o *overlay) bool { return o.cfg.Tap == name })
 }
 
 // has reports whether this host has the address.

@@ -44,6 +44,21 @@ func DeviceOf(addr netip.Addr) (Device, error) {
 	return Device{}, fmt.Errorf("underlay: no network device has the address %s: give --advertise one of this host's addresses", addr)
 }
 
+// Addrs returns the device's addresses, without link-local ones.
+func (d Device) Addrs() ([]netip.Addr, error) {
+	all, err := addresses(unix.AF_UNSPEC)
+	if err != nil {
+		return nil, fmt.Errorf("underlay: list addresses: %w", err)
+	}
+	var out []netip.Addr
+	for _, h := range all {
+		if h.index == d.Index && !h.addr.IsLinkLocalUnicast() {
+			out = append(out, h.addr)
+		}
+	}
+	return out, nil
+}
+
 // held is an address of this host.
 type held struct {
 	addr  netip.Addr // without a zone

@@ -88,14 +88,23 @@ var farAway = []netip.Addr{
 	netip.MustParseAddr("2001:503:ba3e::2:30"),
 }
 
-// DefaultSource returns the source address of the default route, IPv4 before
-// IPv6; without a default route, the first address of an interface that is up
-// and not the loopback.
-func DefaultSource() (netip.Addr, error) {
+// DefaultRoutes returns the source addresses of the default routes, IPv4 before
+// IPv6; none where there is no such route.
+func DefaultRoutes() []netip.Addr {
+	var sources []netip.Addr
 	for _, dst := range farAway {
 		if source, err := SourceFor(dst); err == nil && !source.IsLoopback() && !source.IsUnspecified() {
-			return source, nil
+			sources = append(sources, source)
 		}
+	}
+	return sources
+}
+
+// DefaultSource returns the first of DefaultRoutes; without a default route, the
+// first address of an interface that is up and not the loopback.
+func DefaultSource() (netip.Addr, error) {
+	if sources := DefaultRoutes(); len(sources) > 0 {
+		return sources[0], nil
 	}
 	all, err := net.Interfaces()
 	if err != nil {

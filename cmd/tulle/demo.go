@@ -17,8 +17,9 @@ func demoCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Show on this machine, in three namespaces, what Tulle does",
-		Long: `Starts three hosts in network namespaces on this machine, joins them by an overlay,
-sends traffic across it, kills one host and brings it back. It says what happens and
+		Long: `Starts three hosts in network namespaces on this machine, which form a secure cluster
+with one encrypted overlay; sends traffic across it, shows that nothing of it can be read
+on the underlay, kills a host, brings it back, and revokes it. It says what happens and
 why, checks each claim, and ends with status 1 if one does not hold.
 
 It needs root and /dev/net/tun, takes about 10 seconds, changes nothing outside its

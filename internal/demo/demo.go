@@ -1,7 +1,7 @@
 // Package demo shows on one machine what Tulle does, and checks each claim.
 //
 // Three namespaces play hosts, joined by a switch; in each runs a real
-// `tulle up`. Whatever it prints was measured in that run. It needs root and
+// `tulle up`, and they form a secure cluster. Whatever it prints was measured in that run. It needs root and
 // /dev/net/tun, touches nothing outside its namespaces and a folder of its own,
 // and removes both.
 package demo
@@ -41,6 +41,8 @@ const (
 	overlayName = "blue"
 	dev         = "blue0"
 	udpPort     = 4789
+	gossipPort  = 7946
+	mtu         = 1418 // of the overlay: the underlay's 1500 less the overhead of 82
 )
 
 var (
@@ -55,6 +57,7 @@ type demo struct {
 	lab   *lab.Lab
 	sw    *lab.Switch
 	nodes []*node
+	cable *sniffer // on host1's underlay, once host1 is there
 	// shown are the claims that held, in order; failed what did not.
 	shown  []string
 	failed []string
@@ -88,6 +91,11 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("demo: %w", err)
 	}
 	defer d.lab.Close() // after a panic; else it is closed already
+	defer func() {
+		if d.cable != nil {
+			d.cable.stop()
+		}
+	}()
 	d.picture()
 	d.play(ctx)
 	interrupted := ctx.Err() != nil
@@ -133,15 +141,17 @@ func (d *demo) play(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	steps := []step{
-		{"Three hosts start", true, d.startAll},
+		{"host1 makes a secure cluster", true, d.found},
+		{"A token lets host2 and host3 in", true, d.admit},
 		{"They find each other", true, d.discover},
 		{"ARP and ping cross the overlay", false, d.ping},
 		{"What is on the cable", false, d.wire},
-		{"Who is where", false, d.fdb},
+		{"Who is where, and sealed how", false, d.fdb},
 		{"A TCP transfer", false, d.transfer},
 		{"host3 is killed", false, d.kill},
 		{"host3 comes back", false, d.restart},
-		{"host3 leaves", false, d.leave},
+		{"host2 leaves", false, d.leave},
+		{"host3 is revoked", false, d.revoke},
 	}
 	for i, s := range steps {
 		d.chapter(i+1, len(steps), s.title)
@@ -201,7 +211,7 @@ func (d *demo) howToEnter() {
 	for _, n := range d.nodes {
 		d.line("  sudo nsenter --net=%s", n.host.Path())
 	}
-	d.line("There, `ping 10.32.0.2` crosses the overlay. Ask a node:")
+	d.line("There, `ping 10.32.0.2` crosses the overlay (not to or from host3: it is revoked). Ask a node:")
 	for _, n := range d.nodes {
 		d.line("  sudo %s --socket %s status", exe, n.socket)
 	}

@@ -11,47 +11,110 @@ import (
 	"time"
 )
 
-// ping is an ICMP echo request from 10.32.0.1 to 10.32.0.2 in VXLAN, with an
+// pingHex is an ICMP echo request from 10.32.0.1 to 10.32.0.2 in VXLAN, with an
 // empty payload: Ethernet, IPv4, UDP, VXLAN, Ethernet, IPv4, ICMP.
-const pingHex = "0200000000020200000000010800" +
-	"4500004e00004000401100000c0002010c000202" + "c35012b5003a0000" +
+const pingHex = "020000000002020000000001" + "0800" +
+	"4500004e0000400040110000" + "c0000201" + "c0000202" + "c35012b5003a0000" +
 	"0800000000006400" +
-	"02540a20000202540a2000010800" +
-	"4500001c000040004001000000000000" + "00000000" + "0800f7ff00000000"
+	"02540a20000202540a200001" + "0800" +
+	"4500001c0000400040010000" + "0a200001" + "0a200002" + "0800f7ff00000000"
 
-func frame(t *testing.T) []byte {
+func unhex(t *testing.T, s string) []byte {
 	t.Helper()
-	b, err := hex.DecodeString(pingHex)
+	b, err := hex.DecodeString(s)
 	if err != nil {
 		t.Fatal(err)
 	}
-	copy(b[26:], "\xc0\x00\x02\x01\xc0\x00\x02\x02")
-	copy(b[50+26:], "\x0a\x20\x00\x01\x0a\x20\x00\x02")
 	return b
 }
 
-func TestParseDatagram(t *testing.T) {
-	b := frame(t)
-	got, ok := parseDatagram(b)
-	want := vxlanDatagram{
-		src: netip.MustParseAddr("192.0.2.1"), dst: netip.MustParseAddr("192.0.2.2"),
-		srcPort: 50000, dstPort: 4789, header: [8]byte{8, 0, 0, 0, 0, 0, 100, 0}, vni: 100,
-		innerSrc: netip.MustParseAddr("10.32.0.1"), innerDst: netip.MustParseAddr("10.32.0.2"),
-		innerLen: 42,
+// with returns b with some bytes changed.
+func with(b []byte, at int, bytes ...byte) []byte {
+	b = slices.Clone(b)
+	copy(b[at:], bytes)
+	return b
+}
+
+func TestParseFrame(t *testing.T) {
+	const proto, srcPort, dstPort, payload, offset = 23, 34, 36, 42, 46
+	b := unhex(t, pingHex)
+	got := parseFrame(b)
+	if got.kind != plain || got.src != netip.MustParseAddrPort("192.0.2.1:50000") || got.dst != netip.MustParseAddrPort("192.0.2.2:4789") || !bytes.Equal(got.payload, b[payload:]) {
+		t.Errorf("parseFrame(%x) = %+v, want plain VXLAN from 192.0.2.1:50000 to 192.0.2.2:4789", b, got)
 	}
-	if !ok || got != want {
-		t.Errorf("parseDatagram(%x) = %+v, %v, want %+v", b, got, ok, want)
-	}
-	for n := range b[:14+20+8+8+14+20] {
-		if _, ok := parseDatagram(b[:n]); ok {
-			t.Errorf("parseDatagram of the first %d bytes: want false", n)
+	// The same as TCP, whose header is 20 bytes long.
+	tcp := with(with(b, proto, 6), offset, 5<<4)
+	for _, tt := range []struct {
+		what string
+		b    []byte
+		want string
+	}{
+		{"sealed VXLAN", with(b, payload, 0x04), sealed},
+		{"a long header of QUIC", with(b, payload, 0xc3), quic},
+		{"a short header of QUIC", with(b, payload, 0x40), quic},
+		{"VXLAN with a policy", with(b, payload, 0x88), other},
+		{"gossip", with(b, dstPort, 0x1f, 0x0a), gossip},
+		{"an answer of gossip", with(with(b, dstPort, 0xff, 0xff), srcPort, 0x1f, 0x0a), gossip},
+		{"gossip by TCP", with(tcp, dstPort, 0x1f, 0x0a), gossip},
+		{"other UDP", with(b, dstPort, 0, 53), other},
+		{"ARP", with(b, 13, 6), other},
+		{"IP options", with(b, 14, 0x46), other},
+		{"ICMP", with(b, proto, 1), other},
+		{"TCP with a header beyond the frame", with(tcp[:60], offset, 15<<4), other},
+		{"nothing", nil, other},
+	} {
+		if got := parseFrame(tt.b); got.kind != tt.want {
+			t.Errorf("parseFrame of %s = %s, want %s", tt.what, got.kind, tt.want)
 		}
 	}
-	for what, at := range map[string]int{"EtherType": 12, "IP options": 14, "protocol": 23, "UDP port": 36, "inner EtherType": 50 + 12} {
-		b := frame(t)
-		b[at] ^= 1
-		if _, ok := parseDatagram(b); ok {
-			t.Errorf("parseDatagram with another %s: want false", what)
+	for n := range b {
+		_ = parseFrame(b[:n]) // no panic
+		_ = parseFrame(tcp[:n])
+	}
+}
+
+// TestSnifferFinds: what is in a frame is found and counted, and what the cable
+// shows makes reveal fail.
+func TestSnifferFinds(t *testing.T) {
+	b := unhex(t, pingHex)
+	fresh := func() *sniffer {
+		return &sniffer{secrets: secrets(), frames: map[string]int{}, sample: map[string]frame{}, found: map[string]int{}}
+	}
+	ciphertext := with(b, 42, append([]byte{4}, bytes.Repeat([]byte{0xee}, len(b)-43)...)...)
+	good := [][]byte{ciphertext, with(ciphertext, 42, 0xc3), with(ciphertext, 36, 0x1f, 0x0a)}
+	for _, tt := range []struct {
+		name string
+		bad  []byte
+		want string // nothing: it passes
+	}{
+		{"all is well", nil, ""},
+		{"plain VXLAN", with(ciphertext, 42, 8), "1 frames of plain VXLAN"},
+		{"an inner address", with(ciphertext, 60, 10, 32, 0, 2), "the inner address 10.32.0.2"},
+		{"the overlay's name", with(ciphertext, 60, []byte("blue")...), "the overlay's name"},
+		{"a node's name", with(ciphertext, 60, []byte("host2@")...), "the name host2"},
+		{"the text", append(slices.Clone(ciphertext), text...), "the text"},
+	} {
+		var out bytes.Buffer
+		c := fresh()
+		for _, f := range good {
+			c.see(f)
+		}
+		if tt.bad != nil {
+			c.see(tt.bad)
+		}
+		d := &demo{narrator: newNarrator(&out, false), cable: c}
+		err := d.reveal()
+		if tt.want == "" && (err != nil || len(d.shown) != 1) || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want) || len(d.shown) != 0) {
+			t.Errorf("%s: reveal = %v, shown %q, want an error with %q\n%s", tt.name, err, d.shown, tt.want, &out)
+		}
+	}
+	for i := range good {
+		c := fresh()
+		for _, f := range slices.Delete(slices.Clone(good), i, i+1) {
+			c.see(f)
+		}
+		if err := (&demo{narrator: newNarrator(&bytes.Buffer{}, false), cable: c}).reveal(); err == nil {
+			t.Errorf("a cable without frame %d of the good ones passes", i)
 		}
 	}
 }

@@ -45,16 +45,16 @@ func (n *narrator) bad(text string) { n.line("  %s %s", n.paint("1;31", "FAILED"
 
 func indent(text string) string { return "  " + strings.ReplaceAll(text, "\n", "\n  ") }
 
-// picture is the topology, as startAll builds it.
+// picture is the topology, as found builds it.
 func (n *narrator) picture() {
-	n.line("%s", n.bold("Tulle demo: three hosts on this machine, one overlay network over them."))
+	n.line("%s", n.bold("Tulle demo: three hosts on this machine, one encrypted overlay network over them."))
 	n.line(`
       host1                host2                host3            (namespaces)
   +-------------+      +-------------+      +-------------+
   |    blue0    |      |    blue0    |      |    blue0    |   overlay "blue":
   |  10.32.0.1  |      |  10.32.0.2  |      |  10.32.0.3  |   VNI 100, 10.32.0.0/16
   |      |      |      |      |      |      |      |      |
-  |    tulle    |      |    tulle    |      |    tulle    |   frames into VXLAN
+  |    tulle    |      |    tulle    |      |    tulle    |   frames into VXLAN, sealed
   |      |      |      |      |      |      |      |      |
   |  192.0.2.1  |      |  192.0.2.2  |      |  192.0.2.3  |   underlay: plain IP
   +------+------+      +------+------+      +------+------+

@@ -1,6 +1,7 @@
 package demo
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -32,6 +34,18 @@ type peer struct {
 	Status   string   `json:"status"`
 	VTEP     string   `json:"vtep"`
 	Overlays []string `json:"overlays"`
+	Sessions []struct {
+		Overlay string `json:"overlay"`
+		Cipher  string `json:"cipher"`
+	} `json:"sessions"`
+}
+
+// status is the same of /v1/status.
+type status struct {
+	Node struct {
+		Cluster string `json:"cluster"`
+		Keeper  bool   `json:"keeper"`
+	} `json:"node"`
 }
 
 // fdbEntry is the same of /v1/overlays/NAME/fdb.
@@ -42,16 +56,13 @@ type fdbEntry struct {
 	Peer string `json:"peer"`
 }
 
-// newNode prepares host number i, from 1; seed is the address to join, if any.
-func newNode(l *lab.Lab, sw *lab.Switch, h *lab.Host, i int, seed string) *node {
+// newNode prepares host number i, from 1.
+func newNode(l *lab.Lab, sw *lab.Switch, h *lab.Host, i int) *node {
 	n := &node{host: h, underlay: sw.Addr(h), overlay: overlayAddr(i)}
 	n.socket = fmt.Sprintf("%s/%s.sock", l.Dir(), h.Name())
 	n.args = []string{"up", "--name", h.Name(), "--advertise", n.underlay.String(),
 		"--state-dir", l.Dir() + "/" + h.Name(), "--socket", n.socket,
-		"--overlay", fmt.Sprintf("name=%s,vni=%d,encryption=none,address=%s/%d,tap=%s", overlayName, vni, n.overlay, overlayNet.Bits(), dev)}
-	if seed != "" {
-		n.args = append(n.args, "--join", seed)
-	}
+		"--overlay", fmt.Sprintf("name=%s,vni=%d,address=%s/%d,tap=%s", overlayName, vni, n.overlay, overlayNet.Bits(), dev)}
 	n.client.Timeout = 2 * time.Second
 	n.client.Transport = &http.Transport{
 		DisableKeepAlives: true, // the node behind the socket may be another one next time
@@ -69,18 +80,39 @@ func overlayAddr(i int) netip.Addr {
 	return netip.AddrFrom4(a)
 }
 
-// start runs `tulle up` in the host.
-func (n *node) start(exe string) error {
-	cmd := exec.Command(exe, n.args...)
+// start runs `tulle up` in the host, with more arguments.
+func (n *node) start(exe string, more ...string) error {
+	var err error
+	n.proc, err = n.host.Start(command(exe, slices.Concat(n.args, more)...))
+	return err
+}
+
+// tulle runs another command of tulle in the host and returns its output.
+func (n *node) tulle(ctx context.Context, exe string, args ...string) (string, error) {
+	var out, errOut bytes.Buffer
+	cmd := command(exe, append(args, "--socket", n.socket)...)
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	p, err := n.host.Start(cmd)
+	if err != nil {
+		return "", err
+	}
+	defer context.AfterFunc(ctx, p.Kill)()
+	if err := p.Wait(); err != nil {
+		return "", fmt.Errorf("tulle %s on %s: %w: %s", strings.Join(args, " "), n.host.Name(), err, strings.TrimSpace(errOut.String()))
+	}
+	return out.String(), nil
+}
+
+// command is `tulle args`.
+func command(exe string, args ...string) *exec.Cmd {
+	cmd := exec.Command(exe, args...)
 	cmd.Args[0] = "tulle"
 	for _, e := range os.Environ() {
 		if !strings.HasPrefix(e, "TULLE_") { // the user's settings are not the demo's
 			cmd.Env = append(cmd.Env, e)
 		}
 	}
-	var err error
-	n.proc, err = n.host.Start(cmd)
-	return err
+	return cmd
 }
 
 // get asks the local API.
@@ -98,6 +130,10 @@ func (n *node) get(ctx context.Context, path string, into any) error {
 		return fmt.Errorf("GET %s: %s", path, resp.Status)
 	}
 	return json.NewDecoder(resp.Body).Decode(into)
+}
+
+func (n *node) status(ctx context.Context) (s status, err error) {
+	return s, n.get(ctx, "/v1/status", &s)
 }
 
 func (n *node) peers(ctx context.Context) (map[string]peer, error) {

@@ -2,21 +2,18 @@ package demo
 
 import (
 	"context"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
-// startAll builds the lab and starts a node in each host.
-func (d *demo) startAll(ctx context.Context) error {
-	d.why("Each host is a network namespace with one cable to a switch, and no other way\nto the others. In each runs a real `tulle up`, a process of its own.")
+// found builds the lab and starts the cluster's first node.
+func (d *demo) found(ctx context.Context) error {
+	d.why("Each host is a network namespace with one cable to a switch, and no other way\nto the others. In each runs a real `tulle up`, a process of its own. The first one\nmakes a cluster: a CA, keys, and a certificate for itself. Encryption is the default.")
 	var hosts []*lab.Host
 	for i := range 3 {
 		h, err := d.lab.AddHost(fmt.Sprintf("host%d", i+1))
@@ -30,41 +27,80 @@ func (d *demo) startAll(ctx context.Context) error {
 		return err
 	}
 	for i, h := range hosts {
-		seed := ""
-		if i > 0 {
-			seed = d.nodes[0].underlay.String()
-		}
-		n := newNode(d.lab, d.sw, h, i+1, seed)
-		d.nodes = append(d.nodes, n)
-		if err := n.start(d.Exe); err != nil {
+		d.nodes = append(d.nodes, newNode(d.lab, d.sw, h, i+1))
+	}
+	first := d.nodes[0]
+	if err := first.start(d.Exe); err != nil {
+		return err
+	}
+	d.fact("host1$ tulle %s", strings.Join(shorten(first.args), " "))
+	if err := d.started(ctx, first); err != nil {
+		return err
+	}
+	s, err := first.status(ctx)
+	if err != nil {
+		return err
+	}
+	if !s.Node.Keeper || s.Node.Cluster == "open" {
+		return fmt.Errorf("host1 is in cluster %q, keeper %v: want a secure one, and its keeper", s.Node.Cluster, s.Node.Keeper)
+	}
+	d.fact("host1 is the keeper of cluster %s: it lets others in", s.Node.Cluster)
+	return nil
+}
+
+// started waits until a node answers, and checks its device.
+func (d *demo) started(ctx context.Context, n *node) error {
+	err := n.await(ctx, 10*time.Second, n.host.Name()+" answers on its socket", func() (bool, error) {
+		_, err := n.peers(ctx)
+		return err == nil, err
+	})
+	if err != nil {
+		return err
+	}
+	link, ok, err := n.host.Link(dev)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return fmt.Errorf("%s has no device %s", n.host.Name(), dev)
+	}
+	if link.MTU != mtu {
+		return fmt.Errorf("%s's %s has MTU %d, want %d", n.host.Name(), dev, link.MTU, mtu)
+	}
+	d.fact("%s has the device %s: %s, MTU %d (1500 less 50 bytes of VXLAN and 32 of sealing)", n.host.Name(), dev, n.overlay, link.MTU)
+	return nil
+}
+
+// admit has host1 make a token, and the other two join with it.
+func (d *demo) admit(ctx context.Context) error {
+	d.why("A token says whom to talk to and proves that a machine was invited. host2 and host3\nget a certificate for it, by QUIC (TLS 1.3, post-quantum key exchange). From here on a\nsniffer on host1's cable keeps count; its result comes in chapter 5.")
+	var err error
+	if d.cable, err = watch(d.nodes[0].host, d.sw.Dev()); err != nil {
+		return err
+	}
+	token, err := d.nodes[0].tulle(ctx, d.Exe, "token", "create", "--uses", "2")
+	if err != nil {
+		return err
+	}
+	token = strings.TrimSpace(token)
+	d.fact("host1$ tulle token create --uses 2")
+	d.fact("%s", token)
+	for i, n := range d.nodes[1:] {
+		if err := n.start(d.Exe, "--token", token); err != nil {
 			return err
 		}
 		if i == 0 {
-			d.fact("host1$ tulle %s", strings.Join(shorten(n.args), " "))
+			d.fact("%s$ tulle %s --token …", n.host.Name(), strings.Join(shorten(n.args), " "))
 		} else {
-			d.fact("%s$ the same, and --join %s", h.Name(), seed)
+			d.fact("%s$ the same", n.host.Name())
 		}
 	}
-	for _, n := range d.nodes {
-		err := n.await(ctx, 10*time.Second, n.host.Name()+" answers on its socket", func() (bool, error) {
-			_, err := n.peers(ctx)
-			return err == nil, err
-		})
-		if err != nil {
+	for _, n := range d.nodes[1:] {
+		if err := d.started(ctx, n); err != nil {
 			return err
 		}
-		link, ok, err := n.host.Link(dev)
-		if err != nil {
-			return err
-		}
-		if !ok {
-			return fmt.Errorf("%s has no device %s", n.host.Name(), dev)
-		}
-		if link.MTU != 1450 {
-			return fmt.Errorf("%s's %s has MTU %d, want 1450", n.host.Name(), dev, link.MTU)
-		}
-		d.fact("%s has the device %s: %s, MTU %d (1500 less VXLAN's 50 bytes)", n.host.Name(), dev, n.overlay, link.MTU)
 	}
+	d.show("One command made a secure cluster, and a token let two more nodes in.")
 	return nil
 }
 
@@ -82,7 +118,7 @@ func shorten(args []string) (out []string) {
 
 // discover waits until each node sees both others with their overlay.
 func (d *demo) discover(ctx context.Context) error {
-	d.why("host2 and host3 were told host1's address; nobody was told the rest. By gossip\neach learns who is there, at which address, and with which overlays.")
+	d.why("The token named host1; nobody was told the rest. By gossip, encrypted, each learns\nwho is there. Each node signs what it says of itself, and shows its overlays to those\nwhose certificate allows to see them.")
 	for _, n := range d.nodes {
 		for _, other := range d.nodes {
 			if n == other {
@@ -104,7 +140,7 @@ func (d *demo) discover(ctx context.Context) error {
 			d.fact("%s sees %s: %s, at %s, overlays %v", n.host.Name(), name, p.Status, p.VTEP, p.Overlays)
 		}
 	}
-	d.show("Three nodes that knew one address found each other, %.1f s after the demo began.", time.Since(d.narrator.start).Seconds())
+	d.show("Three nodes, of which two knew only a token, found each other, %.1f s after the demo began.", time.Since(d.narrator.start).Seconds())
 	return nil
 }
 
@@ -129,7 +165,7 @@ func (d *demo) ping(ctx context.Context) error {
 	}
 	d.fact("host1: %s is at %s, which is the MAC of host2's %s", b.overlay, mac, dev)
 	d.fact("host1: first ping, with the ARP question: %s", ms(first))
-	d.show("ARP works over the overlay: host1 resolved %s to host2's %s.", b.overlay, mac)
+	d.show("ARP works over the sealed overlay: host1 resolved %s to host2's %s.", b.overlay, mac)
 	var all []time.Duration
 	for i, from := range d.nodes {
 		for _, to := range d.nodes[i+1:] {
@@ -172,71 +208,9 @@ func (d *demo) bigPing(ctx context.Context, a, b *node) error {
 	return nil
 }
 
-// wire looks at one datagram on host1's cable.
-func (d *demo) wire(ctx context.Context) error {
-	d.why("A ping's frame, as a sniffer on host1's cable sees it: inside a UDP datagram\nbetween the two hosts, behind the 8 bytes of VXLAN (RFC 7348).")
-	a, b := d.nodes[0], d.nodes[1]
-	ctx = within(ctx, 5*time.Second)
-	var sniffed vxlanDatagram
-	result, sniffing := make(chan error, 1), make(chan struct{})
-	var once sync.Once
-	go func() {
-		_, err := a.host.Sniff(ctx, d.sw.Dev(), func() { once.Do(func() { close(sniffing) }) }, func(f []byte) bool {
-			var ok bool
-			sniffed, ok = parseDatagram(f)
-			return ok && sniffed.src == a.underlay && sniffed.innerDst == b.overlay
-		})
-		once.Do(func() { close(sniffing) })
-		result <- err
-	}()
-	<-sniffing
-	if _, err := a.host.Ping(ctx, b.overlay); err != nil {
-		return errors.Join(err, <-result)
-	}
-	if err := <-result; err != nil {
-		return err
-	}
-	s := sniffed
-	d.fact("IP     %s -> %s", s.src, s.dst)
-	d.fact("UDP    port %d -> %d", s.srcPort, s.dstPort)
-	d.fact("VXLAN  % x    flags 08, VNI 0x%06x = %d", s.header, s.vni, s.vni)
-	d.fact("frame  %d bytes: %s -> %s", s.innerLen, s.innerSrc, s.innerDst)
-	if s.dst != b.underlay || s.header != [8]byte{8, 0, 0, 0, 0, 0, vni, 0} {
-		return fmt.Errorf("want VXLAN header 08 00 00 00 00 00 %02x 00 and destination %s", vni, b.underlay)
-	}
-	d.show("The wire is plain RFC 7348 VXLAN: VNI %d, UDP port %d.", s.vni, s.dstPort)
-	return nil
-}
-
-// vxlanDatagram is what the demo tells of one.
-type vxlanDatagram struct {
-	src, dst           netip.Addr
-	srcPort, dstPort   uint16
-	header             [8]byte
-	vni                uint32
-	innerSrc, innerDst netip.Addr
-	innerLen           int
-}
-
-// parseDatagram reads Ethernet, IPv4 without options, UDP to port 4789, VXLAN,
-// and in it Ethernet and IPv4.
-func parseDatagram(f []byte) (v vxlanDatagram, ok bool) {
-	const inner = 14 + 20 + 8 + 8
-	if len(f) < inner+14+20 || string(f[12:15]) != "\x08\x00\x45" || f[23] != 17 || string(f[inner+12:inner+14]) != "\x08\x00" {
-		return v, false
-	}
-	v.src, v.dst = netip.AddrFrom4([4]byte(f[26:30])), netip.AddrFrom4([4]byte(f[30:34]))
-	v.srcPort, v.dstPort = binary.BigEndian.Uint16(f[34:]), binary.BigEndian.Uint16(f[36:])
-	v.header = [8]byte(f[42:50])
-	v.vni = binary.BigEndian.Uint32(f[46:]) >> 8
-	v.innerSrc, v.innerDst = netip.AddrFrom4([4]byte(f[inner+26:inner+30])), netip.AddrFrom4([4]byte(f[inner+30:inner+34]))
-	v.innerLen = len(f) - inner
-	return v, v.dstPort == udpPort
-}
-
 // fdb checks what host1's bridge has learnt.
 func (d *demo) fdb(ctx context.Context) error {
-	d.why("Only a frame to an unknown MAC goes to all hosts. From what arrives, each tulle learns\nwhich MAC lives on which host: its forwarding database, `tulle fdb blue`.")
+	d.why("Only a frame to an unknown MAC goes to all hosts. From what arrives, each tulle learns\nwhich MAC lives on which host: its forwarding database, `tulle fdb blue`. For each pair of\nnodes and each overlay there are keys of their own, new ones every two minutes.")
 	a := d.nodes[0]
 	for _, other := range d.nodes[1:] {
 		link, _, err := other.host.Link(dev)
@@ -256,6 +230,33 @@ func (d *demo) fdb(ctx context.Context) error {
 		d.fact("host1: %s is behind %s, which is %s", e.MAC, e.VTEP, e.Peer)
 	}
 	d.show("host1 learnt behind which host each MAC is.")
+	return d.ciphers(ctx)
+}
+
+// ciphers checks that host1 has a session with each of the others, and shows
+// `tulle peers`.
+func (d *demo) ciphers(ctx context.Context) error {
+	a := d.nodes[0]
+	peers, err := a.peers(ctx)
+	if err != nil {
+		return err
+	}
+	var used []string
+	for _, other := range d.nodes[1:] {
+		p := peers[other.host.Name()]
+		if len(p.Sessions) != 1 || p.Sessions[0].Overlay != overlayName || p.Sessions[0].Cipher == "" {
+			return fmt.Errorf("host1 has sessions %+v with %s, want one of %s", p.Sessions, other.host.Name(), overlayName)
+		}
+		used = append(used, p.Sessions[0].Cipher)
+	}
+	table, err := a.tulle(ctx, d.Exe, "peers")
+	if err != nil {
+		return err
+	}
+	d.fact("host1$ tulle peers")
+	d.line("%s", indent(strings.TrimSpace(table)))
+	slices.Sort(used)
+	d.show("host1 has a sealed session of its own with each of the others: %s.", strings.Join(slices.Compact(used), " and "))
 	return nil
 }
 
@@ -273,139 +274,4 @@ func (d *demo) transfer(ctx context.Context) error {
 	d.fact("hash at both ends: %016x", t.Hash)
 	d.show("TCP: %.0f MB at %s, every byte intact.", mb, bits(rate))
 	return nil
-}
-
-// kill ends host3 the hard way while host1 pings host2.
-func (d *demo) kill(ctx context.Context) error {
-	d.why("kill -9: host3 cannot say goodbye. The others probe each other all the time and\nmust notice by themselves. Meanwhile host1 pings host2 fifty times a second.")
-	a, b, victim := d.nodes[0], d.nodes[1], d.nodes[2]
-	stop, stopPings := context.WithCancel(ctx)
-	defer stopPings()
-	type count struct {
-		sent, lost int
-		err        error
-	}
-	counted := make(chan count, 1)
-	go func() {
-		var c count
-		c.sent, c.lost, c.err = pingUntil(stop, a.host, b.overlay, 20*time.Millisecond)
-		counted <- c
-	}()
-	start := time.Now()
-	victim.proc.Kill()
-	<-victim.proc.Done()
-	d.fact("host3's tulle is dead")
-	if _, there, err := victim.host.Link(dev); err != nil {
-		return err
-	} else if there {
-		return fmt.Errorf("host3's %s is still there", dev)
-	}
-	d.fact("host3's device %s went with it", dev)
-	var slowest time.Duration
-	for _, n := range []*node{a, b} {
-		err := n.await(ctx, 15*time.Second, n.host.Name()+" notices", func() (bool, error) {
-			s, err := n.sees(ctx, victim.host.Name())
-			return err == nil && s != "alive", err
-		})
-		if err != nil {
-			return err
-		}
-		slowest = time.Since(start)
-		d.fact("%s: host3 has failed (%.1f s after the kill)", n.host.Name(), slowest.Seconds())
-	}
-	stopPings()
-	c := <-counted
-	if c.err != nil {
-		return c.err
-	}
-	if slowest > 10*time.Second {
-		return fmt.Errorf("it took %.1f s, more than 10", slowest.Seconds())
-	}
-	d.show("A host that dies is noticed by all others: %.1f s after kill -9.", slowest.Seconds())
-	d.fact("host1 -> host2 meanwhile: %d pings, %d lost", c.sent, c.lost)
-	if c.lost > 0 || c.sent < 10 {
-		return fmt.Errorf("of %d pings between the living, %d were lost", c.sent, c.lost)
-	}
-	d.show("The others go on: %d pings from host1 to host2 meanwhile, none lost.", c.sent)
-	return nil
-}
-
-// restart brings host3 back.
-func (d *demo) restart(ctx context.Context) error {
-	d.why("The same command again on host3. Its MAC comes from its address, so the ARP\nentries that the others still have stay right.")
-	took, err := d.bringBack(ctx)
-	if err != nil {
-		return err
-	}
-	d.show("A host that comes back is in again: pings pass %.1f s after its start.", took.Seconds())
-	return nil
-}
-
-// bringBack starts host3 again and waits until a ping reaches it.
-func (d *demo) bringBack(ctx context.Context) (time.Duration, error) {
-	a, b, n := d.nodes[0], d.nodes[1], d.nodes[2]
-	cached, err := a.host.Neighbour(dev, n.overlay)
-	if err != nil {
-		return 0, err
-	}
-	start := time.Now()
-	if err := n.start(d.Exe); err != nil {
-		return 0, err
-	}
-	for _, other := range []*node{a, b} {
-		err := n.await(ctx, 15*time.Second, other.host.Name()+" sees host3 again", func() (bool, error) {
-			s, err := other.sees(ctx, n.host.Name())
-			return s == "alive", err
-		})
-		if err != nil {
-			return 0, err
-		}
-		d.fact("%s: host3 is alive", other.host.Name())
-	}
-	if _, err := a.host.WaitPing(within(ctx, 10*time.Second), n.overlay); err != nil {
-		return 0, err
-	}
-	took := time.Since(start)
-	d.fact("host1 -> host3: a ping passes again")
-	link, _, err := n.host.Link(dev)
-	if err != nil {
-		return 0, err
-	}
-	if cached != "" && cached != link.MAC {
-		return 0, fmt.Errorf("host3's MAC was %s and is now %s", cached, link.MAC)
-	}
-	return took, nil
-}
-
-// leave stops host3 politely.
-func (d *demo) leave(ctx context.Context) error {
-	d.why("SIGTERM, as systemd sends it: now host3 says goodbye, and nobody has to guess.")
-	n := d.nodes[2]
-	start := time.Now()
-	stopped := make(chan error, 1)
-	go func() { stopped <- n.proc.Stop(10 * time.Second) }()
-	var slowest time.Duration
-	for _, other := range d.nodes[:2] {
-		err := other.await(ctx, 10*time.Second, other.host.Name()+" knows", func() (bool, error) {
-			s, err := other.sees(ctx, n.host.Name())
-			return err == nil && s != "alive", err
-		})
-		if err != nil {
-			return errors.Join(err, <-stopped)
-		}
-		slowest = time.Since(start)
-		d.fact("%s: host3 has left (%.2f s after SIGTERM)", other.host.Name(), slowest.Seconds())
-	}
-	if err := <-stopped; err != nil {
-		return fmt.Errorf("host3's tulle: %w", err)
-	}
-	if slowest > time.Second {
-		return fmt.Errorf("the others knew only after %.1f s", slowest.Seconds())
-	}
-	d.show("A host that is stopped says goodbye: the others knew %.2f s after SIGTERM.", slowest.Seconds())
-	if !d.Keep {
-		return nil
-	}
-	_, err := d.bringBack(ctx) // for those who want to look around
-	return err
 }

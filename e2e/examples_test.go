@@ -59,10 +59,13 @@ func TestExampleTwoHosts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The second host's file, edited as its comments say.
-	second := strings.NewReplacer("name: one", "name: two", "# join:", "join:", "10.32.0.1/16 ", "10.32.0.2/16 ").Replace(string(text))
-	for i, yaml := range []string{string(text), second} {
-		file := filepath.Join(l.Dir(), h[i].Name()+".yaml")
+	token := "TOKEN"
+	for i, host := range h {
+		yaml := string(text)
+		if i == 1 { // the second host's file, edited as its comments say
+			yaml = strings.NewReplacer("name: one", "name: two", "# token: TOKEN", "token: "+token, "10.32.0.1/16 ", "10.32.0.2/16 ").Replace(yaml)
+		}
+		file := filepath.Join(l.Dir(), host.Name()+".yaml")
 		if err := os.WriteFile(file, []byte(yaml), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -70,10 +73,17 @@ func TestExampleTwoHosts(t *testing.T) {
 		if err == nil {
 			err = c.Validate()
 		}
-		if err != nil || len(c.Overlays) != 1 || c.Overlays[0].Address.Addr() != address(i+1) {
+		if err != nil || len(c.Overlays) != 1 || c.Overlays[0].Address.Addr() != address(i+1) || c.Overlays[0].Encryption != "required" || (c.Token != "") != (i == 1) {
 			t.Fatalf("%s: %v, %+v; the example's comments and this test disagree\n%s", file, err, c, yaml)
 		}
-		startUnit(t, l, h[i], unit, file)
+		startUnit(t, l, host, unit, file)
+		if i == 0 {
+			out, err := exec.CommandContext(t.Context(), binary, "--socket", filepath.Join(l.Dir(), host.Name()+".sock"), "token", "create").Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			token = strings.TrimSpace(string(out))
+		}
 	}
 	ping(t, h[1], address(1), 5*time.Second)
 	transfer(t, l, h[0], h[1], address(2), 16<<20)
@@ -134,7 +144,7 @@ func readUnit(t *testing.T, path string) map[string]string {
 	}
 	known := map[string]string{
 		"Unit": "Description Wants After",
-		"Service": "Type ExecStart Restart RestartSec StateDirectory RuntimeDirectory CapabilityBoundingSet AmbientCapabilities " +
+		"Service": "Type ExecStart Restart RestartSec StateDirectory StateDirectoryMode RuntimeDirectory CapabilityBoundingSet AmbientCapabilities " +
 			"DeviceAllow NoNewPrivileges ProtectSystem ProtectHome PrivateTmp LimitNOFILE",
 		"Install": "WantedBy",
 	}

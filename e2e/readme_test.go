@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -23,8 +24,8 @@ func TestREADME(t *testing.T) {
 		t.Fatal(err)
 	}
 	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(text), -1)
-	if len(blocks) != 3 {
-		t.Fatalf("README has %d blocks of commands, want 3: first host, second host, either", len(blocks))
+	if len(blocks) != 4 {
+		t.Fatalf("README has %d blocks of commands, want 4: first host, a token there, second host, either", len(blocks))
 	}
 	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: netip.MustParsePrefix("192.0.2.0/24")})
 	type on struct {
@@ -41,35 +42,51 @@ func TestREADME(t *testing.T) {
 		cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(binary)+":"+os.Getenv("PATH"), "TULLE_SOCKET="+o.sock)
 		return cmd
 	}
-	for i := range 2 {
-		o := on{h[i], filepath.Join(l.Dir(), h[i].Name()+".sock")}
-		hosts = append(hosts, o)
-		p, err := o.host.Start(command(o, strings.TrimSpace(blocks[i][1])))
+	run := func(o on, line string) string {
+		var out, errOut bytes.Buffer
+		cmd := command(o, strings.TrimSpace(line))
+		cmd.Stdout, cmd.Stderr = &out, &errOut
+		p, err := o.host.Start(cmd)
 		if err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, 10*time.Second, "the node of "+h[i].Name()+" is up", func() bool {
+		if err := p.Wait(); err != nil {
+			t.Errorf("%s: %s: %v\n%s%s", o.host.Name(), strings.TrimSpace(line), err, &out, &errOut)
+		}
+		return out.String()
+	}
+	start := func(host *lab.Host, line string) {
+		o := on{host, filepath.Join(l.Dir(), host.Name()+".sock")}
+		hosts = append(hosts, o)
+		p, err := o.host.Start(command(o, strings.TrimSpace(line)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 10*time.Second, "the node of "+host.Name()+" is up", func() bool {
 			select {
 			case <-p.Done():
-				t.Fatalf("%s\nended:\n%s", blocks[i][1], p.Log())
+				t.Fatalf("%s\nended:\n%s", line, p.Log())
 			default:
 			}
 			_, err := os.Stat(o.sock)
 			return err == nil
 		})
 	}
+	start(h[0], blocks[0][1])
+	token := strings.TrimSpace(run(hosts[0], blocks[1][1]))
+	if strings.Count(blocks[2][1], "TOKEN") != 1 || strings.ContainsAny(token, " \n") || token == "" {
+		t.Fatalf("%q printed %q; it goes in place of TOKEN in %q", blocks[1][1], token, blocks[2][1])
+	}
+	start(h[1], strings.Replace(blocks[2][1], "TOKEN", token, 1))
 	ping(t, h[1], address(1), 3*time.Second)
 	for _, o := range hosts {
-		for line := range strings.Lines(blocks[2][1]) {
-			p, err := o.host.Start(command(o, strings.TrimSpace(line)))
-			if err != nil {
-				t.Fatal(err)
+		for line := range strings.Lines(blocks[3][1]) {
+			out := run(o, line)
+			if strings.Contains(line, "fdb") && !strings.Contains(out, "02:54:0a:20:00:02") {
+				t.Errorf("%s shows no MAC of the second host:\n%s", strings.TrimSpace(line), out)
 			}
-			if err := p.Wait(); err != nil {
-				t.Errorf("%s: %s: %v\n%s", o.host.Name(), strings.TrimSpace(line), err, p.Log())
-			}
-			if strings.Contains(line, "fdb") && !strings.Contains(p.Log(), "02:54:0a:20:00:02") {
-				t.Errorf("%s shows no MAC of the second host:\n%s", strings.TrimSpace(line), p.Log())
+			if strings.Contains(line, "peers") && !strings.Contains(out, "blue:aes-256-gcm:") && !strings.Contains(out, "blue:chacha20-poly1305:") {
+				t.Errorf("%s shows no cipher:\n%s", strings.TrimSpace(line), out)
 			}
 		}
 	}

@@ -3,6 +3,7 @@ package tap
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"sync/atomic"
@@ -95,7 +96,11 @@ func (d *plainDevice) Close() error {
 	if d.closed.Swap(true) {
 		return nil
 	}
-	if err := d.tun.Close(); err != nil {
+	var c io.Closer = d.tun
+	if d.file != nil {
+		c = d.file // closes the same descriptor, and wakes who waits
+	}
+	if err := c.Close(); err != nil {
 		return fmt.Errorf("tap: close %s: %w", d.name, err)
 	}
 	return nil

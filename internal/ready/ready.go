@@ -2,10 +2,13 @@
 //
 // A File that was busy a moment ago waits in ppoll(2) with a bound, which wakes
 // faster than the runtime's poller; an idle one parks its goroutine there and
-// costs nothing. It does not read or write.
+// costs nothing. The runtime's poller hears of a File only while it is parked.
+// It does not read or write.
 package ready
 
 import (
+	"fmt"
+	"io"
 	"os"
 	"runtime"
 	"sync/atomic"
@@ -19,9 +22,9 @@ import (
 // File is a non-blocking descriptor. Control is safe for concurrent use; Wait
 // belongs to one worker.
 type File struct {
-	f   *os.File
-	raw syscall.RawConn
-	hot time.Time // until when Wait polls
+	d    descriptor
+	bell *bell
+	hot  time.Time // until when Wait polls
 	// locked: the worker's goroutine is locked to its thread; parked: the last
 	// waitCold did not find something at once.
 	locked, parked bool
@@ -38,20 +41,20 @@ const (
 	pollBound = 200 * time.Microsecond
 )
 
-// New takes over fd, which the runtime's poller must be able to watch (a TAP:
-// only after TUNSETIFF); after an error fd is closed. name appears in errors.
+// New takes over fd, which epoll(7) must be able to watch (a TAP: only after
+// TUNSETIFF); after an error fd is closed. name appears in errors.
 func New(fd int, name string) (*File, error) {
 	if err := unix.SetNonblock(fd, true); err != nil {
 		_ = unix.Close(fd)
-		return nil, os.NewSyscallError("fcntl", err)
+		return nil, fmt.Errorf("ready: %s: fcntl: %w", name, err)
 	}
-	f := os.NewFile(uintptr(fd), name)
-	w, err := FromFile(f)
+	d := &unwatched{fd: fd}
+	f, err := newFile(d)
 	if err != nil {
-		_ = f.Close()
-		return nil, err
+		_ = d.Close()
+		return nil, fmt.Errorf("ready: %s: %w", name, err)
 	}
-	return w, nil
+	return f, nil
 }
 
 // FromFile takes over an os.File whose descriptor is non-blocking; after an
@@ -62,12 +65,29 @@ func FromFile(file *os.File) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &File{f: file, raw: raw}
+	f, err := newFile(struct {
+		syscall.RawConn
+		io.Closer
+	}{raw, file})
+	if err != nil {
+		return nil, fmt.Errorf("ready: %s: %w", file.Name(), err)
+	}
+	return f, nil
+}
+
+func newFile(d descriptor) (*File, error) {
+	b, err := newBell(d)
+	if err != nil {
+		return nil, err
+	}
+	f := &File{d: d, bell: b}
 	// Made once: a closure per call would allocate.
 	f.spin = func(fd uintptr) { f.found = poll(fd, pollBound) }
 	f.look = func(fd uintptr) { f.found = poll(fd, 0) }
-	f.park = func(fd uintptr) bool {
-		f.found = poll(fd, 0)
+	f.park = func(uintptr) bool {
+		if f.d.Control(f.look) != nil {
+			return true // closed
+		}
 		f.parked = f.parked || f.found == 0
 		return f.found != 0
 	}
@@ -75,9 +95,9 @@ func FromFile(file *os.File) (*File, error) {
 }
 
 // Control calls fn with the descriptor, which stays open until fn returns. The
-// error is os.ErrClosed after Close. fn must not block without bound.
+// error is os.ErrClosed after Close. fn must not block without bound, nor use f.
 func (f *File) Control(fn func(fd uintptr)) error {
-	if f.raw.Control(fn) != nil { // internal/poll has an error of its own for this
+	if f.d.Control(fn) != nil { // internal/poll has an error of its own for this
 		return os.ErrClosed
 	}
 	return nil
@@ -112,19 +132,21 @@ func (f *File) unlock() {
 	runtime.UnlockOSThread()
 }
 
-// waitCold parks the goroutine in the runtime's poller.
+// waitCold parks the goroutine in the runtime's poller, unless there is
+// something already.
 func (f *File) waitCold() error {
+	if f.d.Control(f.look) != nil {
+		return os.ErrClosed
+	}
 	f.parked = false
-	if f.raw.Read(f.park) != nil {
-		// Either f is closed, or the runtime's poller refuses to wait because
-		// it saw an error event alone: then a read tells which.
-		if f.raw.Control(f.look) != nil {
-			return os.ErrClosed
+	if f.found == 0 {
+		// Armed first, then looked at once more: what comes in between rings.
+		err := f.bell.arm()
+		if err == nil {
+			err = f.bell.raw.Read(f.park)
 		}
-		if f.found == 0 {
-			// The error is gone again. The poller forgets it with its next
-			// event only, so wait in poll, without claiming to be hot.
-			return f.Control(f.spin)
+		if f.bell.disarm() != nil || err != nil {
+			return os.ErrClosed
 		}
 	}
 	f.hot = time.Now().Add(hotFor)
@@ -142,7 +164,7 @@ func (f *File) waitHot() (found bool, err error) {
 	}
 	defer spinning.Add(-1)
 	for now := time.Now(); now.Before(f.hot); now = time.Now() {
-		if f.raw.Control(f.spin) != nil {
+		if f.d.Control(f.spin) != nil {
 			return false, os.ErrClosed
 		}
 		if f.found != 0 {
@@ -169,7 +191,7 @@ func wake() {}
 
 // Readable reports whether a read would not block now; like Wait it belongs to
 // the worker. After Close it is false.
-func (f *File) Readable() bool { return f.raw.Control(f.look) == nil && f.found != 0 }
+func (f *File) Readable() bool { return f.d.Control(f.look) == nil && f.found != 0 }
 
 // Failed reports whether the last Wait or Readable found an error or a hang-up
 // and nothing to read: for a TAP, that the device is gone. (A socket with a
@@ -179,7 +201,11 @@ func (f *File) Failed() bool {
 }
 
 // Close closes the descriptor once no Control call uses it; Wait returns.
-func (f *File) Close() error { return f.f.Close() }
+func (f *File) Close() error {
+	err := f.d.Close()
+	_ = f.bell.file.Close() // wakes a parked Wait
+	return err
+}
 
 // poll returns the events of fd, waiting for at most d. An interrupted or
 // failed poll counts as readable: the read will tell.

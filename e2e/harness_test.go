@@ -1,6 +1,6 @@
 // Package e2e runs the built binary on real namespaces, real TAPs and real foreign software.
 //
-// Each file draws its topology at the head. All of these tests need root; they
+// Each file draws its topology at the head. Most of these tests need root; they
 // skip without it, and CI fails when one was skipped.
 package e2e
 

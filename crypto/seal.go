@@ -26,10 +26,13 @@ const (
 	SealedOverhead = SealedHeaderLen + TagLen
 	// FlagUnfilled says that the checksum of the inner TCP or UDP is not filled in.
 	FlagUnfilled = 1
+	// FlagControl says that the plaintext is no VXLAN header and frame but a
+	// message between the two nodes (docs/wire-sealed.md).
+	FlagControl = 2
 	// SessionDatagrams is how many datagrams one session takes: counters are below.
 	SessionDatagrams = 1 << 32
 
-	knownSealedFlags = FlagUnfilled
+	knownSealedFlags = FlagUnfilled | FlagControl
 	nonceLen         = 12
 )
 

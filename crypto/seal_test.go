@@ -121,7 +121,7 @@ func TestOpenChanged(t *testing.T) {
 		flips(d, func(bit int, b []byte) {
 			want := ErrSealedForged
 			switch at := bit / 8; {
-			case at == 1 && bit%8 == 0: // a known flag: only the tag protects it
+			case at == 1 && bit%8 < 2: // a known flag: only the tag protects it
 			case at < 12: // first byte, flags, reserved, index, counter beyond the session
 				want = ErrSealedMalformed
 			}
@@ -314,7 +314,7 @@ func TestSealMisuse(t *testing.T) {
 	for name, f := range map[string]func(){
 		"no counters":    func() { s.Reserve(0) },
 		"counter":        func() { s.Seal(&w, dst, SessionDatagrams, 0, nil) },
-		"flag":           func() { s.Seal(&w, dst, 1, 2, nil) },
+		"flag":           func() { s.Seal(&w, dst, 1, 4, nil) },
 		"no room":        func() { s.Seal(&w, dst[:40:40], 1, 0, make([]byte, 9)) },
 		"wrong overlap":  func() { s.Seal(&w, dst, 1, 0, dst[8:40]) },
 		"wrong overlap+": func() { s.Seal(&w, dst, 1, 0, dst[17:40]) },
@@ -379,7 +379,7 @@ func FuzzParseSealed(f *testing.F) {
 	f.Add(append([]byte{SealedByte, FlagUnfilled, 0, 0, 1, 2, 3, 4}, make([]byte, 40)...))
 	f.Fuzz(func(t *testing.T, d []byte) {
 		index, ok := ParseSealed(d)
-		want := len(d) >= 32 && d[0] == 4 && d[1] <= 1 && d[2] == 0 && d[3] == 0
+		want := len(d) >= 32 && d[0] == 4 && d[1] <= 3 && d[2] == 0 && d[3] == 0
 		if ok != want || ok && index != uint32(d[4])<<24|uint32(d[5])<<16|uint32(d[6])<<8|uint32(d[7]) {
 			t.Errorf("ParseSealed(%x) = %#x, %t, want %t", d, index, ok, want)
 		}

@@ -78,6 +78,8 @@ func TestWireSealedVectors(t *testing.T) {
 		d := make([]byte, SealedOverhead+len(plaintext))
 		s.Seal(new(Scratch), d, 0x01020304, FlagUnfilled, plaintext)
 		check(fmt.Sprintf("sealed-%d", c), d)
+		n := s.Seal(new(Scratch), d, 0x01020305, FlagControl, in("control"))
+		check(fmt.Sprintf("control-%d", c), d[:n])
 	}
 
 	flood := FloodKey(k, "blue", 7)

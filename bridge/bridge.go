@@ -49,6 +49,10 @@ type Config struct {
 	// sessions only (SetPeers, Tunnel.Receive, Tunnel.Send); Peers, Group and
 	// LearnVTEPs are not for it.
 	Sealed bool
+	// ClampMSS lowers the segment size that TCP announces through the tunnel, in
+	// both directions, to what fits the devices and the way to the peer: for hosts
+	// that do not hear of a smaller path (see SetPathMTU), or too late.
+	ClampMSS bool
 	// FloodGossip, if set, is offered each BUM frame first; it returns false
 	// when the flood list must take it. The frame is borrowed.
 	FloodGossip func(vni vxlan.VNI, frame []byte) bool
@@ -81,6 +85,8 @@ type Bridge struct {
 	closed  bool
 	ageAt   atomic.Int64 // tick of the next sweep
 
+	answers limiter // ICMP errors to local senders
+
 	Counters
 	// Flooded counts frames that went to the flood list.
 	Flooded atomic.Uint64
@@ -107,6 +113,7 @@ func (c *Counters) received(frames, bytes int) {
 type place struct {
 	port *Port          // local; nil for a VTEP
 	vtep netip.AddrPort // remote: where to send
+	path *path          // remote: how large that may be
 	// member: the VTEP is another Tulle node, whose frames are finished.
 	member bool
 	// listed: in Config.Peers; it stays when members come and go.
@@ -318,7 +325,7 @@ func (b *Bridge) addPeer(a netip.AddrPort) {
 		if ok {
 			b.dropPlace(a.Addr(), p)
 		}
-		b.remotes.Store(a.Addr(), &place{vtep: a, listed: true})
+		b.remotes.Store(a.Addr(), &place{vtep: a, path: &path{}, listed: true})
 	}
 }
 
@@ -337,7 +344,7 @@ func (b *Bridge) remote(src netip.Addr, vtep netip.AddrPort, member bool) *place
 		}
 		b.dropPlace(src, p) // another port, or it has become a member
 	}
-	p := &place{vtep: vtep, member: member}
+	p := &place{vtep: vtep, path: &path{}, member: member}
 	b.remotes.Store(src, p)
 	return p
 }
@@ -379,7 +386,7 @@ func (b *Bridge) group() *place {
 			}
 		}
 	}
-	return &place{vtep: b.cfg.Group}
+	return &place{vtep: b.cfg.Group, path: &path{}}
 }
 
 // admit decides about the first datagram from src: it returns the sender's

@@ -31,6 +31,9 @@ const (
 	DropForged
 	// DropVNIMismatch: sealed under one overlay's session, with another's VNI inside.
 	DropVNIMismatch
+	// DropControlMessage: a control message that a peer sealed and this release
+	// does not know or that contradicts itself, or a probe beyond MaxAnswers.
+	DropControlMessage
 	// DropNoSession: a frame that waited for a session and had to make room.
 	DropNoSession
 	// DropOverlayConflict: the sender uses the VNI or the name for another overlay.
@@ -54,6 +57,8 @@ const (
 	// DropOversize: a frame that fits no datagram; the device's MTU was changed
 	// by somebody else.
 	DropOversize
+	// DropPathMTU: a frame that does not fit the way to where it goes.
+	DropPathMTU
 	// DropTapWrite: the kernel refused the frame (the device is down or its queue full).
 	DropTapWrite
 	// DropTapRead: a frame that the TAP driver could not take.
@@ -79,6 +84,7 @@ var dropNames = [numDrops]string{
 	DropReplay:           "replay",
 	DropForged:           "forged",
 	DropVNIMismatch:      "vni_mismatch",
+	DropControlMessage:   "control_message",
 	DropNoSession:        "no_session",
 	DropOverlayConflict:  "overlay_conflict",
 	DropOwnFrame:         "own_frame",
@@ -90,6 +96,7 @@ var dropNames = [numDrops]string{
 	DropNoPort:           "no_port",
 	DropReceive:          "receive_failed",
 	DropOversize:         "oversize",
+	DropPathMTU:          "path_mtu",
 	DropTapWrite:         "tap_write",
 	DropTapRead:          "tap_read",
 	DropMACLimit:         "mac_limit",

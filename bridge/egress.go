@@ -18,8 +18,10 @@ type lane struct {
 	cut   ether.Segmenter
 	parts [1][]byte
 	now   int64
+	from  *Port // whose frames these are
 
 	scratch crypto.Scratch
+	answer  []byte // memory of what the sender of a frame that is too large is told
 }
 
 // run is the worker of one queue: TAP → tunnel, until the device is gone.
@@ -48,7 +50,7 @@ func (p *Port) drain(q tap.Queue, l *lane) bool {
 		if len(l.batch.Frames) == 0 {
 			return true
 		}
-		l.now = p.bridge.tunnel.now()
+		l.now, l.from = p.bridge.tunnel.now(), p
 		for i := range l.batch.Frames {
 			p.forward(l, &l.batch.Frames[i])
 		}
@@ -125,6 +127,9 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 // encap cuts a frame into what the wire takes and commits each piece, with its
 // VXLAN header, to the train for to; last: f is not needed any more.
 func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool) {
+	if b.cfg.ClampMSS {
+		b.clampMSS(f.B, f.Meta, to)
+	}
 	if b.cfg.Sealed {
 		b.encapSealed(l, to, f, flow, last)
 		return
@@ -135,8 +140,8 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool)
 		return
 	}
 	room := vxlan.HeaderLen + l.cut.MaxLen()
-	if room > underlay.MaxSend {
-		b.tunnel.drops.add(DropOversize)
+	if room > to.path.most() {
+		b.tooLarge(l, to, f)
 		return
 	}
 	frames, bytes := 0, 0

@@ -137,7 +137,7 @@ func TestFDBConcurrent(t *testing.T) {
 	for w := range places {
 		workers.Go(func() {
 			for i := range 20000 {
-				mac := ether.MAC(i*2654435761%6000 + 1)
+				mac := ether.MAC(uint64(i)*2654435761%6000 + 1)
 				f.learn(mac, places[(w+i/512)%len(places)], int64(i/100))
 				f.lookup(mac)
 			}

@@ -166,6 +166,10 @@ func (in *ingress) sealed(d []byte) {
 	if in.src.Addr() != in.from.peer.at.Load().Addr() && counter == s.rx.Highest() {
 		in.t.moved(in.from.peer, in.src.Addr())
 	}
+	if flags&crypto.FlagControl != 0 {
+		in.control(plaintext, flags)
+		return
+	}
 	vni, frame, err := vxlan.Parse(plaintext)
 	if err != nil || vni != in.vni {
 		in.t.drops.add(DropVNIMismatch)
@@ -272,6 +276,9 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 			}
 		}
 	}
+	if in.b.cfg.ClampMSS {
+		in.b.clampMSS(frame, m, in.from)
+	}
 	in.frames++
 	in.bytes += len(frame)
 	if in.to != nil {
@@ -304,7 +311,7 @@ func (in *ingress) learn(src ether.MAC) bool {
 }
 
 // DeliverFlood takes a BUM frame that the VTEP from flooded by gossip. frame is
-// borrowed until it returns.
+// borrowed until it returns, and may be changed.
 func (t *Tunnel) DeliverFlood(from netip.AddrPort, vni vxlan.VNI, frame []byte) {
 	in := newIngress(t)
 	in.now, in.src = t.now(), from

@@ -134,7 +134,7 @@ func TestMeshMovingMACs(t *testing.T) {
 		for round := range 3 {
 			for mac := range macs {
 				home[mac] = rnd.IntN(count)
-				n[home[mac]].dev.Inject(numbered(ether.MAC(0x020000000000+mac), ether.Broadcast, uint32(mac)), ether.Meta{})
+				n[home[mac]].dev.Inject(numbered(0x020000000000+ether.MAC(mac), ether.Broadcast, uint32(mac)), ether.Meta{})
 				if mac%200 == 0 {
 					for i := range n {
 						n[i].got()
@@ -152,7 +152,7 @@ func TestMeshMovingMACs(t *testing.T) {
 					t.Fatalf("round %d: node %d knows %d MACs, want %d", round, i+1, got, macs+1)
 				}
 				for mac := range macs {
-					p := n[i].bridge.fdb.lookup(ether.MAC(0x020000000000 + mac))
+					p := n[i].bridge.fdb.lookup(0x020000000000 + ether.MAC(mac))
 					switch {
 					case p == nil:
 						t.Fatalf("round %d: node %d does not know MAC %d", round, i+1, mac)

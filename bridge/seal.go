@@ -7,7 +7,6 @@ import (
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/tap"
-	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
 )
 
@@ -26,6 +25,7 @@ const (
 
 // heldFrame is a frame that waits, and its flow.
 type heldFrame struct {
+	from *Port
 	to   *place
 	b    []byte
 	meta ether.Meta
@@ -42,7 +42,7 @@ func (b *Bridge) encapSealed(l *lane, to *place, f *tap.Frame, flow uint32, last
 	if tx := to.tx.Load(); tx != nil && b.seal(l, to, tx, f, head, flow) {
 		return
 	}
-	if tx := to.peer.waiting.hold(b, to, f, flow); tx != nil { // it came meanwhile
+	if tx := to.peer.waiting.hold(b, l.from, to, f, flow); tx != nil { // it came meanwhile
 		b.seal(l, to, tx, f, head, flow)
 	}
 }
@@ -58,8 +58,8 @@ func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head 
 		return true
 	}
 	room := sealedRoom + l.cut.MaxLen() + crypto.TagLen
-	if room > underlay.MaxSend {
-		b.tunnel.drops.add(DropOversize)
+	if room > to.path.most() {
+		b.tooLarge(l, to, f)
 		return true
 	}
 	count := l.cut.Count()
@@ -98,7 +98,7 @@ func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head 
 }
 
 // hold keeps a copy of the frame, unless there is a session by now, which it returns.
-func (w *waiting) hold(b *Bridge, to *place, f *tap.Frame, flow uint32) *crypto.Sealer {
+func (w *waiting) hold(b *Bridge, from *Port, to *place, f *tap.Frame, flow uint32) *crypto.Sealer {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if tx := to.tx.Load(); tx != nil {
@@ -108,7 +108,7 @@ func (w *waiting) hold(b *Bridge, to *place, f *tap.Frame, flow uint32) *crypto.
 		b.tunnel.drops.add(DropNoSession)
 		return nil
 	}
-	w.frames = append(w.frames, heldFrame{to, slices.Clone(f.B), f.Meta, flow})
+	w.frames = append(w.frames, heldFrame{from, to, slices.Clone(f.B), f.Meta, flow})
 	w.bytes += len(f.B)
 	for len(w.frames) > MaxWaiting || w.bytes > MaxWaitingBytes {
 		w.bytes -= len(w.frames[0].b)
@@ -134,6 +134,7 @@ func (w *waiting) flush(t *Tunnel, to *place, tx *crypto.Sealer) {
 			continue
 		}
 		w.bytes -= len(h.b)
+		l.now, l.from = t.now(), h.from
 		if !to.bridge.seal(l, to, tx, &tap.Frame{B: h.b, Meta: h.meta}, nil, h.flow) {
 			t.drops.add(DropNoSession)
 		}

@@ -38,6 +38,9 @@ type remote struct {
 	overlays   int // bridges that have it as a peer
 
 	waiting waiting
+	path    path
+	search  search
+	acks    limiter // of the peer's probes
 }
 
 // session is what is received under one index. It is never changed.
@@ -63,7 +66,7 @@ func (b *Bridge) SetPeers(peers []Peer) {
 		if at, ok := b.peers.Load(p.Name); ok && at.peer == r {
 			continue
 		}
-		b.peers.Store(p.Name, &place{peer: r, bridge: b, member: true})
+		b.peers.Store(p.Name, &place{peer: r, path: &r.path, bridge: b, member: true})
 	}
 	b.peers.Range(func(name string, p *place) bool {
 		if !keep[name] {
@@ -123,7 +126,8 @@ func (t *Tunnel) release(r *remote) {
 // place says where r is; an invalid address: nowhere. t.mu is held.
 func (t *Tunnel) place(r *remote, at netip.AddrPort) {
 	next := maps.Clone(*t.byAddr.Load())
-	if old := r.at.Load(); old != nil && next[old.Addr()] == r {
+	old := r.at.Load()
+	if old != nil && next[old.Addr()] == r {
 		delete(next, old.Addr())
 	}
 	if at.IsValid() {
@@ -131,6 +135,9 @@ func (t *Tunnel) place(r *remote, at netip.AddrPort) {
 		next[at.Addr()] = r
 	}
 	t.byAddr.Store(&next)
+	if old != nil && at.IsValid() && old.Addr() != at.Addr() && r.startOver(at.Addr()) {
+		t.pathChanged()
+	}
 }
 
 // moved takes it that r is at another address: a datagram that it sealed, the

@@ -43,6 +43,9 @@ type TunnelConfig struct {
 	Want  func(peer, overlay string)
 	Lost  func(peer string)
 	Moved func(peer string, to netip.AddrPort)
+	// PathChanged: what PathMTU says of a peer has changed, or what SetPathMTU has
+	// told. It must not block, nor call the Tunnel or its bridges.
+	PathChanged func()
 }
 
 // Tunnel is the node's side towards the underlay: bridges by VNI, and the
@@ -168,6 +171,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	for _, r := range t.cfg.Conn.Receivers() {
 		wg.Go(func() { newIngress(t).run(r) })
 	}
+	probes := prober{t: t}
 	ticker := time.NewTicker(time.Second)
 	defer ticker.Stop()
 	for {
@@ -179,6 +183,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 			for _, b := range *t.bridges.Load() {
 				b.age(t.now())
 			}
+			probes.tick(t.now())
 		}
 	}
 }

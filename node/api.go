@@ -123,6 +123,9 @@ type PeerStatus struct {
 	Status   discovery.Status `json:"status"` // alive, failed, left
 	VTEP     netip.AddrPort   `json:"vtep"`
 	Overlays []string         `json:"overlays"`
+	// PathMTU is the largest IP packet in bytes that reaches the peer, where it is
+	// known to be smaller than what the devices' MTU leads to; else 0.
+	PathMTU int `json:"path_mtu"`
 	// Sessions are the sealed ones with this peer, one an overlay, sorted by it.
 	Sessions []SessionStatus `json:"sessions"`
 	TrafficStatus

@@ -116,6 +116,16 @@ func (n *Node) followMTU() {
 		}
 		n.log.Info("MTU follows the underlay", "overlay", o.cfg.Name, "mtu", mtu, "was", was)
 	}
+	// What still does not fit is answered by the bridge.
+	for _, vteps := range n.flood {
+		for _, a := range vteps {
+			if mtu, known := paths[a.Addr()]; known && mtu < n.dev.MTU {
+				n.tunnel.SetPathMTU(a.Addr(), mtu)
+			} else {
+				n.tunnel.SetPathMTU(a.Addr(), 0)
+			}
+		}
+	}
 }
 
 // resolveTimeout bounds the resolving of one seed's name at the start.

@@ -194,6 +194,7 @@ func (n *Node) addOverlay(o config.Overlay) error {
 		MaxMACs: o.MaxMACs, MaxMACsPerPort: o.MaxMACsPerPort,
 		PortLost: func() { ring(n.portLost) },
 		Sealed:   o.Encryption == "required",
+		ClampMSS: o.ClampMSS,
 	}
 	switch o.Flood {
 	case "multicast":

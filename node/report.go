@@ -137,6 +137,7 @@ func (n *Node) peers() Peers {
 			continue
 		}
 		s := PeerStatus{Name: m.Name, Status: m.Status, VTEP: m.VTEP, Overlays: []string{}, Sessions: []SessionStatus{}}
+		s.PathMTU = n.tunnel.PathMTU(m.Name)
 		if l := sessions[m.Name]; l != nil {
 			s.Sessions = l
 		}

@@ -55,7 +55,8 @@ fuzz:
 ci: tools
 	./.ci/ci
 
-# Beside the kernel's vxlan and wireguard-go; see bench/main.go for BENCHFLAGS.
+# Plain and sealed, beside the kernel's vxlan, wireguard-go and nebula, in 25
+# minutes at most; docs/performance.md says what BENCHFLAGS can be.
 bench: tools bin/tulle
 	$(BUILD) -o bin/bench ./bench
 	$(SUDO) bin/bench -write docs/performance.md $(BENCHFLAGS)

@@ -69,7 +69,7 @@ func TestNumber(t *testing.T) {
 
 // two is a run of two peers: the machine gets slower from round to round.
 func two() *bench {
-	b := &bench{foreign: 0.15, underlays: underlays[1:2], peers: []peer{{name: "kernel-vxlan"}, {name: "tulle-plain", ours: true}}}
+	b := &bench{foreign: 0.15, underlays: underlays[1:2], peers: []peer{{name: "kernel-vxlan", reference: true}, {name: "tulle-plain", ours: true}}}
 	add := func(round int, peer string, gbps, foreign float64) {
 		b.samples = append(b.samples, &sample{Round: round, Underlay: "wire", Peer: peer,
 			Values: values{"tcp1_gbps": gbps}, Foreign: values{"tcp1": foreign}})
@@ -121,6 +121,71 @@ func TestMarkdown(t *testing.T) {
 		if !strings.Contains(text, want) {
 			t.Errorf("the report lacks\n%s\nit is\n%s", want, text)
 		}
+	}
+}
+
+// TestRatioColumns: each of Tulle's rows over the references and over its base,
+// and no other over any.
+func TestRatioColumns(t *testing.T) {
+	b, err := parse([]string{"-tulle", "one", "-ab", "two", "-underlays", "wire"}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	b.ratioTable(&text, "wire")
+	var want []string
+	for _, over := range []struct{ peer, bases string }{
+		{"tulle-plain", "kernel-vxlan wireguard-go"},
+		{"tulle-plain-B", "kernel-vxlan tulle-plain wireguard-go"},
+		{"tulle-aes", "kernel-vxlan tulle-plain wireguard-go"},
+		{"tulle-aes-B", "kernel-vxlan tulle-aes wireguard-go"},
+		{"tulle-chacha", "kernel-vxlan tulle-plain wireguard-go"},
+		{"tulle-chacha-B", "kernel-vxlan tulle-chacha wireguard-go"},
+	} {
+		for base := range strings.SplitSeq(over.bases, " ") {
+			want = append(want, over.peer+" ÷ "+base)
+		}
+	}
+	head, _, _ := strings.Cut(strings.TrimSpace(text.String()), "\n")
+	if want := "| ratio, per round | " + strings.Join(want, " | ") + " |"; head != want {
+		t.Errorf("the table's head is\n%s\nwant\n%s", head, want)
+	}
+}
+
+// TestWithin: the usual run is bounded, and what one sample does not need of its
+// share is the next one's.
+func TestWithin(t *testing.T) {
+	b, err := parse(nil, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	quick, slow := b.estimate()
+	if n := b.total(); n != 63 || quick != 63*b.perSample() || quick >= slow || slow != 25*time.Minute {
+		t.Errorf("the usual run: %d samples in %s to %s, want 63, %s each, in 25m at most", n, quick, slow, b.perSample())
+	}
+	b.started = time.Now()
+	const share = 30 * time.Second
+	b.within = time.Duration(b.total()) * share
+	all := b.lasting(b.tests)
+	for _, c := range []struct {
+		samples int
+		rest    []test
+		passed  time.Duration // since the start
+		late    bool
+	}{
+		{0, b.tests, share - all, false}, {0, b.tests, share - all + 1, true},
+		{0, b.tests[4:], share - all + 1, false}, {0, nil, share + 1, true},
+		{1, b.tests, 2*share - all, false}, {1, b.tests, 2*share - all + 1, true},
+		{62, b.tests, b.within - all, false}, {62, nil, b.within + 1, true},
+	} {
+		b.samples = make([]*sample, c.samples)
+		if got := b.late(b.started.Add(c.passed), c.rest); got != c.late {
+			t.Errorf("%s after the start, with %d samples and %d tests to go: late is %v, want %v", c.passed, c.samples, len(c.rest), got, c.late)
+		}
+	}
+	b.within = time.Minute // in which it cannot be done
+	if quick, slow := b.estimate(); slow != quick {
+		t.Errorf("a run that is late from the start takes %s to %s, want the same", quick, slow)
 	}
 }
 
@@ -189,6 +254,18 @@ func TestParse(t *testing.T) {
 	if got := names(b.underlays, underlayName) + " " + names(b.tests, testName); got != "nic tcp1,load" {
 		t.Errorf("underlays and tests are %q", got)
 	}
+	if b, err = parse(nil, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := names(b.peers, peerName), "underlay,kernel-vxlan,tulle-plain,tulle-aes,tulle-chacha,wireguard-go,nebula"; got != want {
+		t.Errorf("the usual peers are %s, want %s", got, want)
+	}
+	if got, want := names(b.tests, testName), "idle,tcp1,tcp4,udp64,load"; got != want {
+		t.Errorf("the usual tests are %s, want %s", got, want)
+	}
+	if b, err = parse([]string{"-tests", ""}, io.Discard); err != nil || len(b.tests) != len(tests) {
+		t.Errorf("-tests \"\" is %d tests (%v), want all %d", len(b.tests), err, len(tests))
+	}
 	for _, bad := range [][]string{{"-peers", "nobody"}, {"-tests", "tcp1,"}, {"-rounds", "0"}, {"more"}} {
 		if _, err := parse(bad, io.Discard); err == nil {
 			t.Errorf("parse(%q) succeeds", bad)
@@ -200,7 +277,7 @@ func TestParse(t *testing.T) {
 func TestMetricsOfTests(t *testing.T) {
 	for _, m := range metrics {
 		from := slices.ContainsFunc(tests, func(t test) bool { return t.name == m.test() })
-		if !from && m.test() != "up" && m.test() != "rss" {
+		if !from && !slices.Contains([]string{"up", "rss", "mtu"}, m.test()) {
 			t.Errorf("metric %s is of no test", m.key)
 		}
 	}
@@ -232,7 +309,8 @@ func TestPrivilegedRig(t *testing.T) {
 	}
 }
 
-// TestPrivilegedSmoke measures Tulle for a second and writes a document.
+// TestPrivilegedSmoke measures Tulle, plain and sealed, for a second each and
+// writes a document.
 func TestPrivilegedSmoke(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -247,7 +325,7 @@ func TestPrivilegedSmoke(t *testing.T) {
 	if err := os.WriteFile(doc, []byte("# Performance\n"+markBegin+"\n"+markEnd+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	b, err := parse([]string{"-tulle", bin, "-peers", "tulle-plain", "-underlays", "wire", "-tests", "tcp1",
+	b, err := parse([]string{"-tulle", bin, "-peers", "tulle-plain,tulle-aes", "-underlays", "wire", "-tests", "tcp1",
 		"-rounds", "1", "-secs", "1", "-wait", "0s", "-write", doc}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
@@ -257,14 +335,19 @@ func TestPrivilegedSmoke(t *testing.T) {
 	if err := b.run(ctx, io.Discard); err != nil {
 		t.Fatal(err)
 	}
-	v := b.samples[0].Values
-	for _, key := range []string{"tcp1_gbps", "tcp1_peer_cpu", "tcp1_machine_cpu", "rss_mb", "up_ping_s"} {
-		if v[key] <= 0 {
-			t.Errorf("%s = %v, want more", key, v[key])
+	for i, mtu := range []float64{1450, 1418} {
+		s := b.samples[i]
+		for _, key := range []string{"tcp1_gbps", "tcp1_peer_cpu", "tcp1_machine_cpu", "rss_mb", "up_ping_s"} {
+			if s.Values[key] <= 0 {
+				t.Errorf("%s: %s = %v, want more", s.Peer, key, s.Values[key])
+			}
+		}
+		if got := s.Values["mtu_bytes"]; got != mtu {
+			t.Errorf("%s: an MTU of %v, want %v", s.Peer, got, mtu)
 		}
 	}
 	text, err := os.ReadFile(doc)
-	if err != nil || !strings.Contains(string(text), "| TCP, 1 stream, Gbit/s | ") {
+	if err != nil || !strings.Contains(string(text), "| TCP, 1 stream, Gbit/s | ") || !strings.Contains(string(text), "tulle-aes ÷ tulle-plain") {
 		t.Errorf("the document lacks the table (%v):\n%s", err, text)
 	}
 }

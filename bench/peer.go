@@ -1,12 +1,8 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	"crypto/ecdh"
-	"crypto/rand"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -21,11 +17,11 @@ import (
 // peer is a way to get packets from one host to the other: a row to measure.
 type peer struct {
 	name, about string
-	// ours are measured against the others; base names the row that the second
-	// binary's row is measured against.
-	ours   bool
-	base   string
-	binary string // of ours
+	// ours are measured against each reference, and against the row that base
+	// names: plain Tulle for a sealed one, the first binary for the second.
+	ours, reference bool
+	base            string
+	binary          string // of ours
 	// prepare does what is slow and needed once, before the first round.
 	prepare func(context.Context) error
 	// up starts it on both hosts; it need not wait until it works.
@@ -40,13 +36,19 @@ type tunnel struct {
 	procs []*lab.Process
 }
 
+// plainTulle is the row that the sealed ones are measured against.
+const plainTulle = "tulle-plain"
+
 // peers is the table of rows, with bin as Tulle's binary.
 func peers(bin string) []peer {
 	return []peer{
 		{name: "underlay", about: "no tunnel", prepare: nothing, up: upUnderlay},
-		{name: "kernel-vxlan", about: "the kernel's vxlan, in the clear", prepare: nothing, up: upKernel},
-		tulle("tulle-plain", "VXLAN in the clear", bin, "encryption=none"),
-		{name: "wireguard-go", about: "layer 3, ChaCha20-Poly1305, " + wireguardVersion, prepare: buildWireguard, up: upWireguard},
+		{name: "kernel-vxlan", about: "the kernel's vxlan, in the clear", reference: true, prepare: nothing, up: upKernel},
+		tulle(plainTulle, "VXLAN in the clear", bin, "encryption=none", false),
+		tulle("tulle-aes", "sealed, AES-256-GCM", bin, "cipher=aes-256-gcm", true),
+		tulle("tulle-chacha", "sealed, ChaCha20-Poly1305", bin, "cipher=chacha20-poly1305", true),
+		{name: "wireguard-go", about: "layer 3, ChaCha20-Poly1305, " + wireguardVersion, reference: true, prepare: buildWireguard, up: upWireguard},
+		{name: "nebula", about: "layer 3, AES-256-GCM, " + nebulaVersion, prepare: buildNebula, up: upNebula},
 	}
 }
 
@@ -82,27 +84,35 @@ func upKernel(_ context.Context, r *rig) (tunnel, error) {
 	return t, nil
 }
 
-// tulle is a row for `tulle up` with an overlay of these settings and further flags.
-func tulle(name, about, bin, settings string, args ...string) peer {
+// tulle is a row for `tulle up` with an overlay of these settings: an open cluster
+// of the two hosts, which the second joins by address, or, if sealed, a secure
+// one, which the first makes and the second joins with a token.
+func tulle(name, about, bin, settings string, sealed bool) peer {
 	p := peer{name: name, about: about, ours: true, binary: bin}
+	if sealed {
+		p.base = plainTulle
+	}
 	p.prepare = func(context.Context) error {
 		if _, err := exec.LookPath(bin); err != nil {
 			return fmt.Errorf("bench: %s: %w: build it, or name it with -tulle and -ab", name, err)
 		}
 		return nil
 	}
-	p.up = func(_ context.Context, r *rig) (tunnel, error) {
+	p.up = func(ctx context.Context, r *rig) (tunnel, error) {
 		t := r.tunnel("tulle0")
 		for i, s := range r.sides {
-			own := []string{"up", "--name", s.Name(), "--advertise", s.under.String(),
-				"--state-dir", filepath.Join(r.lab.Dir(), s.Name()), "--socket", filepath.Join(r.lab.Dir(), s.Name()+".sock"),
-				"--overlay", fmt.Sprintf("name=bench,vni=42,address=%s,tap=%s,%s", s.over, t.dev, settings)}
-			if i > 0 {
-				own = append(own, "--join", r.sides[0].under.String())
+			var join []string
+			switch {
+			case i > 0 && sealed:
+				token, err := tokenOf(ctx, r, r.sides[0], bin)
+				if err != nil {
+					return t, err
+				}
+				join = []string{"--token", token}
+			case i > 0:
+				join = []string{"--join", r.sides[0].under.String()}
 			}
-			cmd := exec.Command(bin, append(own, args...)...)
-			cmd.Env = slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, "TULLE_") })
-			proc, err := s.Start(cmd)
+			proc, err := startTulle(r, s, bin, t.dev, settings, join)
 			if err != nil {
 				return t, err
 			}
@@ -113,100 +123,43 @@ func tulle(name, about, bin, settings string, args ...string) peer {
 	return p
 }
 
-// wireguardVersion is pinned: the reference must not change under our feet.
-const wireguardVersion = "v0.0.0-20260522210424-ecfc5a8d5446"
-
-// wireguardBinary is where buildWireguard puts it.
-func wireguardBinary() (string, error) {
-	dir, err := os.UserCacheDir()
-	if err != nil {
-		return "", fmt.Errorf("bench: wireguard-go: %w", err)
-	}
-	return filepath.Join(dir, "tulle-bench", "wireguard-"+wireguardVersion, "wireguard"), nil
+// startTulle starts a node with an overlay of these settings, and with flags that
+// say how it joins.
+func startTulle(r *rig, s side, bin, dev, settings string, join []string) (*lab.Process, error) {
+	own := []string{"up", "--name", s.Name(), "--advertise", s.under.String(),
+		"--state-dir", filepath.Join(r.lab.Dir(), s.Name()), "--socket", tulleSocket(r, s),
+		"--overlay", fmt.Sprintf("name=bench,vni=42,address=%s,tap=%s,%s", s.over, dev, settings)}
+	cmd := exec.Command(bin, append(own, join...)...)
+	cmd.Env = withoutTulle(os.Environ())
+	return s.Start(cmd)
 }
 
-// buildWireguard builds wireguard-go into the user's cache, unless it is there.
-// Its control socket is in its working folder, which is a lab's: no two runs meet.
-func buildWireguard(ctx context.Context) error {
-	bin, err := wireguardBinary()
-	if err != nil {
+func tulleSocket(r *rig, s side) string { return filepath.Join(r.lab.Dir(), s.Name()+".sock") }
+
+// withoutTulle keeps Tulle's own settings out of an environment.
+func withoutTulle(environ []string) []string {
+	return slices.DeleteFunc(environ, func(e string) bool { return strings.HasPrefix(e, "TULLE_") })
+}
+
+// tokenOf makes a token on a host as soon as its node can: its socket is there then.
+func tokenOf(ctx context.Context, r *rig, s side, bin string) (string, error) {
+	socket := tulleSocket(r, s)
+	err := until(ctx, 5*time.Second, func() error {
+		_, err := os.Stat(socket)
 		return err
-	}
-	if _, err := os.Stat(bin); err == nil {
-		return nil
-	}
-	cmd := exec.CommandContext(ctx, "go", "install", "-trimpath", "-ldflags", "-X golang.zx2c4.com/wireguard/ipc.socketDirectory=.",
-		"golang.zx2c4.com/wireguard@"+wireguardVersion)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOBIN="+filepath.Dir(bin))
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("bench: build wireguard-go: %w: %s", err, tail(string(out)))
-	}
-	return nil
-}
-
-func upWireguard(ctx context.Context, r *rig) (tunnel, error) {
-	t := r.tunnel("") // its devices have different names, for their sockets lie in one folder
-	bin, err := wireguardBinary()
+	})
 	if err != nil {
-		return t, err
+		return "", fmt.Errorf("bench: the first node's API: %w", err)
 	}
-	var keys [2]*ecdh.PrivateKey
-	for i, s := range r.sides {
-		if keys[i], err = ecdh.X25519().GenerateKey(rand.Reader); err != nil {
-			return t, fmt.Errorf("bench: wireguard-go: %w", err)
-		}
-		cmd := exec.Command(bin, "-f", "wg"+s.Name())
-		cmd.Dir = r.lab.Dir()
-		proc, err := s.Start(cmd)
-		if err != nil {
-			return t, err
-		}
-		t.procs = append(t.procs, proc)
-	}
-	for i, s := range r.sides {
-		dev, other := "wg"+s.Name(), r.sides[1-i]
-		conf := fmt.Sprintf("set=1\nprivate_key=%x\nlisten_port=51820\npublic_key=%x\nendpoint=%s:51820\nallowed_ip=%s\n\n",
-			keys[i].Bytes(), keys[1-i].PublicKey().Bytes(), other.under, s.over.Masked())
-		err := until(ctx, 5*time.Second, func() error { return setWireguard(filepath.Join(r.lab.Dir(), dev+".sock"), conf) })
-		if err == nil {
-			err = s.SetMTU(dev, 1420)
-		}
-		if err == nil {
-			err = s.AddAddr(dev, s.over)
-		}
-		if err == nil {
-			err = s.SetUp(dev, true)
-		}
-		if err != nil {
-			return t, err
-		}
-	}
-	t.dev = "wg" + r.sides[0].Name()
-	return t, nil
-}
-
-// setWireguard speaks the configuration protocol
-// (https://www.wireguard.com/xplatform/): the answer is errno=0 and an empty line.
-func setWireguard(socket, conf string) error {
-	c, err := net.DialTimeout("unix", socket, time.Second)
+	cmd := exec.CommandContext(ctx, bin, "token", "create", "--socket", socket)
+	cmd.Env = withoutTulle(os.Environ())
+	var prose strings.Builder
+	cmd.Stderr = &prose
+	token, err := cmd.Output()
 	if err != nil {
-		return fmt.Errorf("bench: wireguard-go: %w", err)
+		return "", fmt.Errorf("bench: tulle token create: %w: %s", err, tail(prose.String()))
 	}
-	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(2 * time.Second)); err != nil {
-		return err
-	}
-	if _, err := c.Write([]byte(conf)); err != nil {
-		return fmt.Errorf("bench: wireguard-go: %w", err)
-	}
-	answer, err := bufio.NewReader(c).ReadString('\n')
-	if err != nil {
-		return fmt.Errorf("bench: wireguard-go: %w", err)
-	}
-	if answer != "errno=0\n" {
-		return fmt.Errorf("bench: wireguard-go refuses its settings: %s", strings.TrimSpace(answer))
-	}
-	return nil
+	return strings.TrimSpace(string(token)), nil
 }
 
 // until tries every 5 ms until fn succeeds, and returns its last error at limit.

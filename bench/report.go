@@ -36,6 +36,7 @@ var metrics = []metric{
 	{"tcp1_machine_cpu", "CPU s/GB, the whole machine", true, false},
 	{"rss_mb", "peak resident memory of a node, MB", true, false},
 	{"up_ping_s", "start to first ping, s", false, false},
+	{"mtu_bytes", "MTU of the tunnel", false, false},
 }
 
 func (m metric) test() string {
@@ -188,14 +189,13 @@ func (b *bench) valueTable(out *strings.Builder, underlay string) {
 	}), share))
 }
 
-// ratioTable has a column for each second binary over the first, and for each
-// of ours over each of the others.
+// ratioTable has a column for each of ours over each reference, and over its base.
 func (b *bench) ratioTable(out *strings.Builder, underlay string) {
 	var over [][2]string
 	head := []string{"ratio, per round"}
 	for _, p := range b.peers {
 		for _, q := range b.peers {
-			if p.ours && (q.name == p.base || !q.ours && q.name != "underlay") {
+			if p.ours && (q.name == p.base || q.reference) {
 				over = append(over, [2]string{p.name, q.name})
 				head = append(head, p.name+" ÷ "+q.name)
 			}

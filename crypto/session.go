@@ -12,8 +12,8 @@ const (
 	// (RFC 8446 section 7.5) that proofs and session keys of a connection are bound
 	// to; the context is nil and the length MinExporter.
 	SessionExporterLabel = "EXPORTER-tulle-session"
-	// RoleClient is the role of the node that dialled, RoleServer of the one that
-	// took the call. A proof of one is none of the other: nobody can send one back.
+	// RoleClient is the role of the node that offers a session, RoleServer of the
+	// one that answers. A proof of one is none of the other: nobody can send one back.
 	RoleClient = "client"
 	RoleServer = "server"
 )

@@ -221,7 +221,7 @@ func (s *State) SetCA(ca *CA) {
 // CA returns the cluster's CA, on a keeper; elsewhere the error wraps ErrNotKeeper.
 func (s *State) CA() (*CA, error) {
 	if _, ok := s.Files[FileCAKey]; !ok {
-		return nil, fmt.Errorf("crypto: %s is %w: it has no CA key; ask a keeper, or promote it (tulle node promote)", s.Node, ErrNotKeeper)
+		return nil, fmt.Errorf("crypto: %s is %w: it has no CA key; ask a keeper", s.Node, ErrNotKeeper)
 	}
 	key, err := s.privateKey(FileCAKey)
 	if err != nil {

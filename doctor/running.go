@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -36,7 +37,8 @@ type Node interface {
 	// Now is the time that the node goes by.
 	Now() time.Time
 	// AskKeeper asks the nearest keeper for its time; a keeper may answer
-	// itself. It is not called in an open cluster.
+	// itself. It is not called in an open cluster. Errors wrap ErrNotBelieved
+	// where a keeper is there, and does not take this node for a member.
 	AskKeeper(context.Context) (Keeper, error)
 	// ProbeGossip tries the gossip port of each other node that is alive.
 	ProbeGossip(context.Context) []Probe
@@ -48,6 +50,10 @@ type Node interface {
 	// MTUs has one entry an overlay.
 	MTUs() []MTU
 }
+
+// ErrNotBelieved: the node was revoked or removed, or its certificate is not of
+// this cluster.
+var ErrNotBelieved = errors.New("the keepers do not believe this node any more")
 
 // Keeper is a keeper's answer.
 type Keeper struct {
@@ -116,13 +122,22 @@ func certificate(c *crypto.Certificate, now time.Time) Check {
 // the clocks are apart.
 func ask(ctx context.Context, n Node) []Check {
 	k, err := n.AskKeeper(ctx)
+	self := n.Certificate().Name
+	if errors.Is(err, ErrNotBelieved) {
+		return []Check{failed("keeper", text(err), fmt.Sprintf(
+			"if it is to be a member: `tulle node rm %s` and `tulle token create` on another node, then here `tulle up --token TOKEN`", self))}
+	}
 	if err != nil {
 		return []Check{failed("keeper", "no keeper answers: "+text(err)+"; traffic goes on, and nothing new is granted, renewed or revoked here",
 			"`tulle node ls` on another node shows the keepers: start one, and let UDP through to its VTEP")}
 	}
 	// The answer was made about half the round trip ago.
 	skew := n.Now().Sub(k.Time.Add(k.RoundTrip / 2))
-	return []Check{ok("keeper", "%s answers in %s", k.Name, k.RoundTrip.Round(10*time.Microsecond)), clockSkew(k.Name, skew)}
+	answers := ok("keeper", "%s answers in %s", k.Name, k.RoundTrip.Round(10*time.Microsecond))
+	if k.Name == self {
+		answers = ok("keeper", "this node is one")
+	}
+	return []Check{answers, clockSkew(k.Name, skew)}
 }
 
 func clockSkew(keeper string, skew time.Duration) Check {
@@ -227,7 +242,7 @@ func conflicts(sentences []string) Check {
 	if len(sentences) == 0 {
 		return ok(name, "none")
 	}
-	return failed(name, strings.Join(sentences, "; "), "change the name or VNI on one of the two nodes and restart it with `tulle up`; `tulle status` shows when it is gone")
+	return failed(name, strings.Join(sentences, "; "), "do what it says and restart that node with `tulle up`; `tulle status` shows when it is gone")
 }
 
 func mtus(all []MTU) Check {

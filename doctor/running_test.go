@@ -3,6 +3,7 @@ package doctor
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -122,12 +123,20 @@ func TestCertificate(t *testing.T) {
 }
 
 func TestKeeperAndClock(t *testing.T) {
-	n := &fakeNode{err: errors.New("peer: no route\nto anyone")}
+	cert := validFor(20 * 24 * time.Hour)
+	n := &fakeNode{cert: cert, err: errors.New("peer: no route\nto anyone")}
 	checks := ask(t.Context(), n)
 	if len(checks) != 1 {
 		t.Errorf("checks = %v, want nothing about a clock that nobody told", checks)
 	}
 	want(t, checks[0], Failed, "no keeper answers: no route; to anyone; traffic goes on")
+	// No firewall is to blame where a keeper answers, and says no.
+	revoked := ask(t.Context(), &fakeNode{cert: cert, err: fmt.Errorf("%w: revoked", ErrNotBelieved)})
+	want(t, revoked[0], Failed, "the keepers do not believe this node any more: revoked")
+	if len(revoked) != 1 || !strings.Contains(revoked[0].Advice, "`tulle node rm n1`") {
+		t.Errorf("checks of a node that is revoked: %+v, want the way back", revoked)
+	}
+	want(t, ask(t.Context(), &fakeNode{cert: cert, keeper: Keeper{Name: "n1", Time: now}})[0], OK, "this node is one")
 	for _, tt := range []struct {
 		time   time.Duration // the keeper's, from the node's
 		trip   time.Duration
@@ -142,7 +151,7 @@ func TestKeeperAndClock(t *testing.T) {
 		{-crypto.Skew - time.Second, 0, Failed, "the clock is 10m1s ahead of n2's: certificates stand 10m0s"},
 		{crypto.Skew + time.Second, 0, Failed, "the clock is 10m1s behind n2's"},
 	} {
-		n := &fakeNode{keeper: Keeper{"n2", now.Add(tt.time), tt.trip}}
+		n := &fakeNode{cert: cert, keeper: Keeper{"n2", now.Add(tt.time), tt.trip}}
 		checks := ask(t.Context(), n)
 		if len(checks) != 2 {
 			t.Fatalf("checks = %v", checks)

@@ -201,7 +201,7 @@ func (k *Keeper) dispensable(l *Ledger, name string) (Node, error) {
 	}
 	switch {
 	case !others:
-		return Node{}, peer.Errorf(CodeLastKeeper, "%s is the only keeper, and the cluster would end with it: make another node one first (`tulle node promote`)", name)
+		return Node{}, peer.Errorf(CodeLastKeeper, "%s is the only keeper, and the cluster would end with it: it cannot be taken out", name)
 	case name == k.cfg.Name:
 		// By this code the asker goes on to the next keeper.
 		return Node{}, peer.Errorf(peer.CodeUnavailable, "keeper %s does not take its own identity back: ask from a node that reaches another keeper", name)

@@ -53,7 +53,7 @@ var (
 	ErrRevoked    = &peer.Error{Code: CodeRevoked, Text: "this node is revoked: have it removed (`tulle node rm`) and join with a new token"}
 	ErrNoSuch     = &peer.Error{Code: CodeNoSuch, Text: "there is none of that name"}
 	ErrLimit      = &peer.Error{Code: CodeLimit, Text: "there are too many"}
-	ErrLastKeeper = &peer.Error{Code: CodeLastKeeper, Text: "the cluster would be without a keeper: make another one first (`tulle node promote`)"}
+	ErrLastKeeper = &peer.Error{Code: CodeLastKeeper, Text: "the cluster would be without a keeper"}
 	ErrInvalid    = &peer.Error{Code: CodeInvalid, Text: "this makes no sense"}
 )
 

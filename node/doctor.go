@@ -2,6 +2,8 @@ package node
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net/http"
 	"net/netip"
 	"sync"
@@ -10,6 +12,8 @@ import (
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/doctor"
+	"github.com/tulle-net/tulle/keeper"
+	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
 )
@@ -53,6 +57,9 @@ func (p patient) AskKeeper(ctx context.Context) (doctor.Keeper, error) {
 			return doctor.Keeper{Name: name, Time: w.Time, RoundTrip: time.Since(start)}, nil
 		}
 		last = err
+		if errors.Is(err, peer.ErrNotBelieved) || errors.Is(err, keeper.ErrRevoked) {
+			last = fmt.Errorf("%w: %w", doctor.ErrNotBelieved, err)
+		}
 	}
 	if last == nil {
 		last = errNoKeeper

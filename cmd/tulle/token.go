@@ -88,7 +88,7 @@ func createToken(cmd *cobra.Command, want node.TokenRequest) error {
 func tokenListCommand() *cobra.Command {
 	return query(&cobra.Command{
 		Use:   "ls",
-		Short: "List the tokens that nodes can still join with",
+		Short: "List the tokens that have not expired, and how many nodes each still lets in",
 		Example: `  tulle token ls
   tulle token ls -o json`,
 		Args: noArgs,

@@ -276,6 +276,28 @@ func TestKilledAfterJoin(t *testing.T) {
 }
 
 // A node with a narrow certificate gets no key beyond it, says so, and can make no wider token.
+// TestFindWithoutKeeper: a node that starts while the keeper is away does not
+// wait for it to find the others.
+func TestFindWithoutKeeper(t *testing.T) {
+	s := newSite(t)
+	keeper := s.start("n1")
+	token := s.token(keeper, 2, "*")
+	s.join("n2", token)
+	s.join("n3", token)
+	s.meet()
+	s.stop("n1")
+	s.stop("n2")
+	n2 := s.start("n2")
+	start := time.Now()
+	found := n2.Find(within(t))
+	if took := time.Since(start); took > 3*time.Second { // a handshake is given 4 s
+		t.Errorf("Find without a keeper took %v", took)
+	}
+	if !slices.ContainsFunc(found, func(a netip.AddrPort) bool { return a.Addr() == addrOf("n3").Addr() }) {
+		t.Errorf("Find = %v, want n3's in it", found)
+	}
+}
+
 func TestGrants(t *testing.T) {
 	s := newSite(t)
 	a := s.start("n1")

@@ -5,13 +5,19 @@ import (
 	"encoding/json"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/peer"
 )
 
-// maxRemembered members are kept over a restart, the keepers first.
-const maxRemembered = 256
+const (
+	// maxRemembered members are kept over a restart, the keepers first.
+	maxRemembered = 256
+	// findPatience is how long Find waits for a keeper where other nodes are
+	// known, who may be there though it is away.
+	findPatience = 500 * time.Millisecond
+)
 
 // SetMembers says who is there, without this node. What is worth it is kept for
 // the next start: see Save.
@@ -185,7 +191,13 @@ func (p *Place) Known(a netip.Addr) bool {
 // Find returns gossip addresses of members: those that a keeper tells, and those
 // that this node remembers.
 func (p *Place) Find(ctx context.Context) []netip.AddrPort {
-	if err := p.Refresh(ctx); err != nil {
+	ask, cancel := ctx, context.CancelFunc(func() {})
+	if p.knowsNode() {
+		ask, cancel = context.WithTimeout(ctx, findPatience)
+	}
+	err := p.Refresh(ask)
+	cancel()
+	if err != nil {
 		p.cfg.Log.Debug("no keeper tells who is there", "err", err)
 	}
 	var out []netip.AddrPort
@@ -195,4 +207,10 @@ func (p *Place) Find(ctx context.Context) []netip.AddrPort {
 		}
 	}
 	return out[:min(len(out), maxRemembered)]
+}
+
+// knowsNode reports whether a node that is no keeper is known: where the keepers
+// are away, it may tell who is there.
+func (p *Place) knowsNode() bool {
+	return slices.ContainsFunc(p.known(), func(m peer.Member) bool { return !m.Keeper && m.Gossip.IsValid() })
 }

@@ -76,6 +76,7 @@ type Place struct {
 	ring     atomic.Pointer[crypto.GossipRing]
 	keeper   atomic.Pointer[keeper.Keeper]
 
+	outcast            atomic.Bool // the keepers do not believe this node
 	resetKey, tokenKey [32]byte
 
 	membersMu  sync.Mutex
@@ -167,6 +168,10 @@ func (p *Place) TokenKey() [32]byte { return p.tokenKey }
 
 // IsKeeper reports whether this node answers for the cluster.
 func (p *Place) IsKeeper() bool { return p.keeper.Load() != nil }
+
+// Outcast reports whether the keepers said, when they were last asked, that they
+// do not believe this node: it is revoked or removed.
+func (p *Place) Outcast() bool { return p.outcast.Load() }
 
 // CheckToken returns an error if the token is of another cluster than the node
 // is in already.

@@ -363,6 +363,8 @@ func TestRevoke(t *testing.T) {
 	if d.Ring().Epoch != old.Epoch {
 		t.Error("a revoked node has the new gossip keys")
 	}
+	d.Notice("n1", a.Extra()) // as gossip tells it
+	eventually(t, "the revoked node says so", d.Outcast)
 	back := s.start("n3")
 	eventually(t, "the one that was away knows", func() bool {
 		return back.Revoked().Number() == a.Revoked().Number() && back.Ring().Epoch == a.Ring().Epoch

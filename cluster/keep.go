@@ -164,11 +164,13 @@ func (p *Place) keepState(ctx context.Context) {
 	for {
 		err := p.Refresh(ctx)
 		bell, next := p.bell, refreshEvery-rand.N(refreshEvery/4)
+		outcast := errors.Is(err, peer.ErrNotBelieved) || errors.Is(err, keeper.ErrRevoked)
+		p.outcast.Store(outcast)
 		if err != nil && ctx.Err() == nil {
 			wait = min(max(2*wait, retryMin), retryMax)
 			next = wait
 			p.cfg.Log.Debug("no keeper tells what is new", "err", err)
-			if errors.Is(err, peer.ErrNotBelieved) || errors.Is(err, keeper.ErrRevoked) {
+			if outcast {
 				p.cfg.Log.Warn("the keepers do not believe this node any more: have it removed (`tulle node rm`) and start it with a new token")
 				next = retryMax
 			}

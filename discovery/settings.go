@@ -155,8 +155,11 @@ type serfLog struct {
 // Write takes one line, "[LEVEL] who: what".
 func (w *serfLog) Write(line []byte) (int, error) {
 	level, text := serfLevel(string(line))
-	if strings.Contains(text, errStale.Error()) {
-		level = slog.LevelDebug // after each change of a passport
+	switch {
+	case strings.Contains(text, errStale.Error()): // after each change of a passport
+		level = slog.LevelDebug
+	case strings.Contains(text, "Refuting an alive message"): // with the tags of both, byte by byte
+		level, text = slog.LevelDebug, "memberlist: refuting what others say of this node"
 	}
 	if level > slog.LevelDebug && !w.limit.Allow() {
 		level = slog.LevelDebug

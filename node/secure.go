@@ -352,6 +352,9 @@ func (s *secure) setMembers(members []discovery.Member) {
 // conflicts says which overlays this node may not join.
 func (s *secure) conflicts() []string {
 	var out []string
+	if s.place.Outcast() {
+		out = append(out, "the keepers do not believe this node any more, it was revoked or removed: have it removed (`tulle node rm`) and start it with a new token")
+	}
 	for _, overlay := range s.place.Denied() {
 		out = append(out, fmt.Sprintf("overlay %s: this node's certificate does not grant it: join with a token that does (`tulle token create --overlays %s`)", overlay, overlay))
 	}

@@ -275,6 +275,36 @@ func TestKilledAfterJoin(t *testing.T) {
 	}
 }
 
+// A node that is killed before it has written what the keeper gave joins as the
+// same node, by the same token.
+func TestKilledWhileJoining(t *testing.T) {
+	s := newSite(t)
+	tok := s.token(s.start("n1"), 1, "*")
+	b, err := s.open("n2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.connect("n2", b, false)
+	key, err := b.joiningKey(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := crypto.NewRequest(key, "n2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.e.Join(within(t), tok, csr); err != nil { // and nothing is written
+		t.Fatal(err)
+	}
+	s.stop("n2")
+	if b = s.join("n2", tok); b.Identity().Key().PublicKey() != key.PublicKey() {
+		t.Error("another key")
+	}
+	if _, err := os.Stat(filepath.Join(s.dirs["n2"], "joining.key")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the key stays beside the state: %v", err)
+	}
+}
+
 // A node with a narrow certificate gets no key beyond it, says so, and can make no wider token.
 // TestFindWithoutKeeper: a node that starts while the keeper is away does not
 // wait for it to find the others.

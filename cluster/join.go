@@ -27,21 +27,10 @@ func (p *Place) Serve(e *peer.Endpoint) {
 // before keeps its key, unless it is not believed any more: removed or revoked
 // (fresh). Errors are those of peer.Endpoint.Join.
 func (p *Place) Join(ctx context.Context, t *crypto.Token, fresh bool) error {
-	key := crypto.NewPrivateKey()
-	p.mu.Lock()
-	if p.state != nil && p.state.Files[crypto.FileCAKey] != nil {
-		p.mu.Unlock()
-		return ErrKeeperRejoins
+	key, err := p.joiningKey(fresh)
+	if err != nil {
+		return err
 	}
-	if p.state != nil && !fresh {
-		old, err := p.state.PrivateKey()
-		if err != nil {
-			p.mu.Unlock()
-			return err
-		}
-		key = old
-	}
-	p.mu.Unlock()
 	csr, err := crypto.NewRequest(key, p.cfg.Name)
 	if err != nil {
 		return err
@@ -57,6 +46,23 @@ func (p *Place) Join(ctx context.Context, t *crypto.Token, fresh bool) error {
 	p.cfg.Log.Info("joined", "cluster", r.Roots.Cluster(), "peer", r.Keeper.Name)
 	ring(p.bell)
 	return nil
+}
+
+// joiningKey returns the key to join with.
+func (p *Place) joiningKey(fresh bool) (*crypto.PrivateKey, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state == nil {
+		return p.cfg.Dir.JoiningKey(func(crypto.PublicKey) bool { return false })
+	}
+	if p.state.Files[crypto.FileCAKey] != nil {
+		return nil, ErrKeeperRejoins
+	}
+	old, err := p.state.PrivateKey()
+	if err != nil || !fresh {
+		return old, err
+	}
+	return p.cfg.Dir.JoiningKey(func(k crypto.PublicKey) bool { return k == old.PublicKey() })
 }
 
 // joined keeps what a keeper gave.
@@ -87,7 +93,13 @@ func (p *Place) joined(key *crypto.PrivateKey, r *peer.JoinResult) error {
 		return err
 	}
 	s.Files[fileMembers] = members
-	return p.begin(s)
+	if err := p.begin(s); err != nil {
+		return err
+	}
+	if err := p.cfg.Dir.Joined(); err != nil {
+		p.cfg.Log.Warn("the key that this node has joined with stays in another file, too", "err", err)
+	}
+	return nil
 }
 
 // Believed asks a keeper whether this node is still a member: nil if it is, or

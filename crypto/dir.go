@@ -22,6 +22,8 @@ const (
 	creatingFile = "creating"
 	sequenceFile = "sequence"
 	clockFile    = "clock"
+	joiningFile  = "joining.key"
+	maxJoining   = 1024
 	temporary    = ".tmp"
 
 	manifestFormat = 1
@@ -44,6 +46,7 @@ const (
 //	NAME.GENERATION   each file, as node.key.1; never changed once the manifest names it
 //	creating          there while the first state is made: what else lies about was never in use
 //	sequence, clock   counters, a number in decimal each; see NextSequence and SaveTime
+//	joining.key       the key with which this node asks to join, until it has; see JoiningKey
 //	*.tmp             a write that was cut off
 //
 // All are mode 0600 and the folder is 0700. A Commit writes the files that
@@ -271,6 +274,43 @@ func (d *Dir) sweep(m *manifest) {
 		}
 	}
 	_ = d.fs.sync()
+}
+
+// JoiningKey returns the key to ask to join with, and makes it durable before it
+// does: a keeper gives a name to one key, so a node that is killed between the
+// keeper's answer and its first Commit must ask again with the same. A key that
+// is Joined, or that used says is somebody's already, is not given again.
+func (d *Dir) JoiningKey(used func(PublicKey) bool) (*PrivateKey, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	b, err := d.fs.read(joiningFile, maxJoining)
+	defer clear(b)
+	if err != nil && !missing(err) {
+		return nil, fmt.Errorf("crypto: state: %w", err)
+	}
+	if err == nil {
+		// One that cannot be read was not asked with either.
+		if key, err := ParsePrivateKey(b); err == nil && !used(key.PublicKey()) {
+			return key, nil
+		}
+	}
+	key := NewPrivateKey()
+	der := key.Marshal()
+	defer clear(der)
+	if err := replace(d.fs, joiningFile, der); err != nil {
+		return nil, fmt.Errorf("crypto: write state: %w", err)
+	}
+	return key, nil
+}
+
+// Joined forgets the JoiningKey: it is in the state, or no use any more.
+func (d *Dir) Joined() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.fs.remove(joiningFile); err != nil && !missing(err) {
+		return fmt.Errorf("crypto: state: %w", err)
+	}
+	return nil
 }
 
 // NextSequence returns the number of this node's next Statement: more than any

@@ -326,6 +326,46 @@ func TestCommitLeavesOthers(t *testing.T) {
 	}
 }
 
+func TestJoiningKey(t *testing.T) {
+	d := openDir(t)
+	get := func(used func(PublicKey) bool) *PrivateKey {
+		t.Helper()
+		k, err := (&Dir{path: d.path, fs: d.fs}).JoiningKey(used) // as after a restart
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	free := func(PublicKey) bool { return false }
+	first := get(free)
+	if again := get(free); again.PublicKey() != first.PublicKey() {
+		t.Error("another key after a restart")
+	}
+	if info, err := os.Stat(filepath.Join(d.path, joiningFile)); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v, want mode 0600", info, err)
+	}
+	if k := get(func(p PublicKey) bool { return p == first.PublicKey() }); k.PublicKey() == first.PublicKey() {
+		t.Error("a key that is used is given again")
+	}
+	if _, err := d.Load(); !errors.Is(err, ErrNoState) {
+		t.Errorf("a key to join with makes the state %v, want none", err)
+	}
+	second := get(free)
+	if err := d.Joined(); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Joined(); err != nil {
+		t.Errorf("twice: %v", err)
+	}
+	if get(free).PublicKey() == second.PublicKey() {
+		t.Error("a key that has joined is given again")
+	}
+	if err := os.WriteFile(filepath.Join(d.path, joiningFile), []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	get(free)
+}
+
 func TestNextSequence(t *testing.T) {
 	d := openDir(t)
 	next := func(d *Dir, now time.Time) uint64 {

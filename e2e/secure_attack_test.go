@@ -62,6 +62,12 @@ func forger(t *testing.T, cluster, name string) *crypto.Identity {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return issue(t, ca, roots, name)
+}
+
+// issue has a CA make the identity of a keeper.
+func issue(t *testing.T, ca *crypto.CA, roots *crypto.Roots, name string) *crypto.Identity {
+	t.Helper()
 	key := crypto.NewPrivateKey()
 	csr, err := crypto.NewRequest(key, name)
 	if err != nil {

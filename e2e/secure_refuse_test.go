@@ -50,8 +50,8 @@ func (x *stranger) refused(name string, args []string, words ...string) {
 	}
 }
 
-// snapshot returns names and contents of the files of a state, but for the lock
-// and the counters.
+// snapshot returns names and contents of the files of a state, but for the lock,
+// the counters and the key to join with.
 func snapshot(t *testing.T, dir string) []string {
 	t.Helper()
 	var out []string
@@ -63,7 +63,7 @@ func snapshot(t *testing.T, dir string) []string {
 		t.Fatal(err)
 	}
 	for _, e := range all {
-		if e.Name() == "lock" || e.Name() == "sequence" || e.Name() == "clock" {
+		if e.Name() == "lock" || e.Name() == "joining.key" || e.Name() == "sequence" || e.Name() == "clock" {
 			continue
 		}
 		b, err := os.ReadFile(filepath.Join(dir, e.Name()))

@@ -219,3 +219,32 @@ func TestDropNames(t *testing.T) {
 		}
 	}
 }
+
+// TestSecurityClaims: each claim of docs/security.md names tests, and they are there.
+func TestSecurityClaims(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root, "docs/security.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile("`([a-z0-9]+)\\.(Test[A-Za-z0-9]+)`")
+	found := map[string]map[string]bool{}
+	for _, m := range named.FindAllStringSubmatch(string(text), -1) {
+		if found[m[1]] == nil {
+			found[m[1]] = declared(t, m[1])
+		}
+		if !found[m[1]][m[2]] {
+			t.Errorf("docs/security.md names %s, which is not there", m[0])
+		}
+	}
+	_, claims, there := strings.Cut(string(text), "| claim | shown by |\n|---|---|\n")
+	claims, _, _ = strings.Cut(claims, "\n\n")
+	lines := strings.Split(claims, "\n")
+	if !there || len(lines) < 15 {
+		t.Fatalf("docs/security.md has %d claims: the test looks at the wrong thing", len(lines))
+	}
+	for _, line := range lines {
+		if !named.MatchString(line) {
+			t.Errorf("docs/security.md has a claim that no test shows: %s", line)
+		}
+	}
+}

@@ -71,6 +71,9 @@ type Place struct {
 	// ledger is what the state has as text, on a keeper; nil: not read yet.
 	ledger *keeper.Ledger
 
+	// reissued: the keepers' ledger does not know this certificate yet.
+	reissued bool
+
 	identity atomic.Pointer[crypto.Identity]
 	revoked  atomic.Pointer[crypto.Revocations]
 	ring     atomic.Pointer[crypto.GossipRing]
@@ -140,11 +143,50 @@ func (p *Place) load() error {
 	p.loadMembers()
 	p.keys.load(p.state, p.cfg.Log)
 	id, err := p.state.Identity(p.Now())
+	if errors.Is(err, crypto.ErrExpired) && p.state.Files[crypto.FileCAKey] != nil {
+		id, err = p.reissue()
+	}
 	if err != nil {
 		return err
 	}
 	p.identity.Store(id)
 	return p.makeKeeper()
+}
+
+// reissue gives a keeper that was off until its certificate was over the next
+// one: it has what signs it, and no other keeper may be there to ask. Called
+// before anybody else knows p.
+func (p *Place) reissue() (*crypto.Identity, error) {
+	ca, err := p.state.CA()
+	if err != nil {
+		return nil, err
+	}
+	old, err := p.state.Lapsed()
+	if err != nil {
+		return nil, err
+	}
+	c := old.Certificate()
+	if err := p.revoked.Load().Check(c.Name, c.Key, c.Serial); err != nil {
+		return nil, err
+	}
+	csr, err := old.Renewal()
+	if err != nil {
+		return nil, err
+	}
+	issued, err := ca.Reissue(c, csr, p.Now())
+	if err != nil {
+		return nil, err
+	}
+	id, err := crypto.NewIdentity(old.Key(), issued, old.Roots(), p.Now())
+	if err != nil {
+		return nil, err
+	}
+	if err := p.updateLocked(func(s *crypto.State) error { s.SetIdentity(id); return nil }); err != nil {
+		return nil, err
+	}
+	p.reissued = true
+	p.cfg.Log.Warn("this keeper was off until its certificate was over, and has signed itself another", "until", id.Certificate().NotAfter)
+	return id, nil
 }
 
 // Joined reports whether the node has an identity.

@@ -305,6 +305,35 @@ func TestKilledWhileJoining(t *testing.T) {
 	}
 }
 
+// The one keeper was off for longer than a certificate lasts: it goes on, and so
+// do those who join again.
+func TestKeeperAwayForTooLong(t *testing.T) {
+	s := newSite(t)
+	a := s.start("n1")
+	key := a.Identity().Key().PublicKey()
+	s.join("n2", s.token(a, 1, "*"))
+	s.stop("n2")
+	s.stop("n1")
+	later := crypto.NewClock(time.Now().Add(40 * 24 * time.Hour))
+	back := func(name string) (*Place, error) {
+		return New(Config{Dir: must(crypto.OpenDir(s.dirs[name])), Name: name, Clock: later})
+	}
+	p, err := back("n1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := p.Identity().Certificate()
+	if !p.IsKeeper() || c.Key != key || !c.Keeper || !c.NotAfter.After(later.Now()) || !p.reissued {
+		t.Errorf("keeper %v, certificate %+v", p.IsKeeper(), c)
+	}
+	if p, err = back("n1"); err != nil || p.Identity().Certificate().Serial != c.Serial {
+		t.Errorf("once more: %v", err) // it was kept
+	}
+	if _, err := back("n2"); !errors.Is(err, crypto.ErrExpired) {
+		t.Errorf("a node that is no keeper: %v, want ErrExpired", err)
+	}
+}
+
 // A node with a narrow certificate gets no key beyond it, says so, and can make no wider token.
 // TestFindWithoutKeeper: a node that starts while the keeper is away does not
 // wait for it to find the others.

@@ -199,6 +199,11 @@ func sleep(ctx context.Context, d time.Duration, bell <-chan struct{}) bool {
 
 // renew exchanges the certificate at two thirds of its time.
 func (p *Place) renew(ctx context.Context) {
+	if p.reissued {
+		if err := p.Renew(ctx); err != nil && ctx.Err() == nil {
+			p.cfg.Log.Warn("the keepers do not list this node's certificate yet", "err", err)
+		}
+	}
 	for {
 		wait := max(p.identity.Load().Certificate().RenewAt().Sub(p.Now()), minRenew)
 		// Clocks are set, and timers stop in a suspended machine: look again.

@@ -2,6 +2,7 @@ package crypto
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -209,6 +210,20 @@ func (s *State) Identity(now time.Time) (*Identity, error) {
 		return nil, fmt.Errorf("%w: it is of %q and the state of %q", s.fault(FileNodeCertificate), id.Name(), s.Node)
 	}
 	return id, nil
+}
+
+// Lapsed returns the identity as it was at the end of its time, which is over: a
+// keeper signs itself the next one by it. Errors are Identity's.
+func (s *State) Lapsed() (*Identity, error) {
+	der, err := s.block(FileNodeCertificate, pemCertificate)
+	if err != nil {
+		return nil, err
+	}
+	x, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", s.fault(FileNodeCertificate), err)
+	}
+	return s.Identity(x.NotAfter)
 }
 
 // SetCA puts the CA's key; its certificate is among the identity's roots.

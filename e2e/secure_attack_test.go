@@ -265,7 +265,7 @@ func TestSecureBadRequests(t *testing.T) {
 		longest = max(longest, time.Since(start))
 	}
 	start := time.Now()
-	d := up(t, l, spare[1], "--token", token, "--overlay", sealed(5))
+	d := up(t, l, spare[1], "--token", token, "--overlay", secured(5))
 	joined := time.Since(start)
 	meet(t, 10*time.Second, a, b, d)
 	now := resident(t, a)

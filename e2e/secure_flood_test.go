@@ -115,8 +115,8 @@ func (x *spoofer) strike(rate int, end time.Time) (sent int, err error) {
 // stream's throughput, and bounded memory.
 func TestSecureInitialFlood(t *testing.T) {
 	l, sw, h := hosts(t, 4, lab.Underlay{Prefix4: netip.MustParsePrefix("192.168.0.0/16")})
-	a := up(t, l, h[0], "--overlay", sealed(1))
-	b := up(t, l, h[1], "--token", a.token(), "--overlay", sealed(2))
+	a := up(t, l, h[0], "--overlay", secured(1))
+	b := up(t, l, h[1], "--token", a.token(), "--overlay", secured(2))
 	meet(t, 10*time.Second, a, b)
 	reachable(t, 10*time.Second, a, b)
 	const rate, span = 100_000, 3 * time.Second
@@ -170,7 +170,7 @@ func TestSecureInitialFlood(t *testing.T) {
 	}
 	t.Logf("drops: %v", dropped(a))
 	// It is over, and a answers again.
-	c := up(t, l, h[2], "--token", a.token(), "--overlay", sealed(3))
+	c := up(t, l, h[2], "--token", a.token(), "--overlay", secured(3))
 	meet(t, 10*time.Second, a, b, c)
 }
 

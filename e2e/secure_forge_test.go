@@ -157,7 +157,7 @@ func TestSecureForgedPassports(t *testing.T) {
 	}
 	token := a.token()
 	start := time.Now()
-	d := up(t, l, spare[1], "--token", token, "--overlay", sealed(5))
+	d := up(t, l, spare[1], "--token", token, "--overlay", secured(5))
 	meet(t, 10*time.Second, a, b, d)
 	t.Logf("a node joins beside %d forgeries in %v", len(forgeries), time.Since(start).Round(time.Millisecond))
 	for end := time.Now().Add(4 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {

@@ -32,7 +32,7 @@ func TestSecureKilled(t *testing.T) {
 func killAtRandom(t *testing.T, times int) {
 	const lives = 5
 	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4})
-	a := up(t, l, h[0], "--overlay", sealed(1))
+	a := up(t, l, h[0], "--overlay", secured(1))
 	token := a.token("--uses", fmt.Sprint(times/lives))
 	// The keeper's state changes all the time, and with it what b has to keep.
 	rotating := make(chan struct{})
@@ -54,7 +54,7 @@ func killAtRandom(t *testing.T, times int) {
 	for i := range times / lives {
 		name := fmt.Sprintf("k%d", i)
 		args := []string{"up", "--name", name, "--state-dir", filepath.Join(l.Dir(), "state-"+name), "--socket", filepath.Join(l.Dir(), name+".sock"),
-			"--token", token, "--overlay", sealed(2)}
+			"--token", token, "--overlay", secured(2)}
 		for range lives {
 			p, err := h[1].Start(exec.Command(binary, args...))
 			if err != nil {

@@ -110,7 +110,7 @@ func TestSecureRefusesTokens(t *testing.T) {
 	if p := a.sees("c"); p != "" {
 		t.Errorf("c is %s for a", p)
 	}
-	c := up(t, l, spare[0], "--token", good, "--overlay", sealed(3))
+	c := up(t, l, spare[0], "--token", good, "--overlay", secured(3))
 	reachable(t, 10*time.Second, a, b, c)
 }
 
@@ -176,7 +176,7 @@ func damaged(t *testing.T, state, file string, f func()) {
 func TestOpenMeetsSecure(t *testing.T) {
 	t.Parallel()
 	l, sw, h := hosts(t, 4, lab.Underlay{Prefix4: underlay4})
-	a := up(t, l, h[0], "--overlay", sealed(1))
+	a := up(t, l, h[0], "--overlay", secured(1))
 	open := up(t, l, h[1], "--join", sw.Addr(h[0]).String(), "--overlay", overlay(2))
 	says := func(n *tulle, words ...string) {
 		t.Helper()
@@ -206,7 +206,7 @@ func TestOpenMeetsSecure(t *testing.T) {
 	noPing(t, h[1], address(1), time.Second)
 
 	// The reverse: a member, with its state, goes where an open cluster is now.
-	c := up(t, l, h[2], "--token", a.token(), "--overlay", sealed(3))
+	c := up(t, l, h[2], "--token", a.token(), "--overlay", secured(3))
 	meet(t, 10*time.Second, a, c)
 	p, err := h[3].Start(exec.Command(binary, "up", "--name", "d", "--state-dir", filepath.Join(l.Dir(), "state-d"),
 		"--socket", filepath.Join(l.Dir(), "d.sock"), "--token", redirect(t, a.token(), netip.AddrPortFrom(sw.Addr(h[1]), 4789))))

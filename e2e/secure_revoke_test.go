@@ -31,25 +31,6 @@ func (n *tulle) nodesOf() map[string]node.ClusterNode {
 	return m
 }
 
-// session reports how many datagrams n opened of a peer, and whether it has a
-// session with it at all.
-func (n *tulle) session(peer string) (opened uint64, there bool) {
-	n.t.Helper()
-	var p node.Peers
-	if err := n.try("/v1/peers", &p); err != nil {
-		n.t.Fatal(err)
-	}
-	for _, m := range p.Peers {
-		if m.Name == peer {
-			for _, s := range m.Sessions {
-				opened += s.RxDatagrams
-				there = there || s.Cipher != ""
-			}
-		}
-	}
-	return opened, there
-}
-
 // TestSecureRevoke revokes from a node that is no keeper, while one node is away.
 func TestSecureRevoke(t *testing.T) {
 	t.Parallel()
@@ -68,7 +49,7 @@ func TestSecureRevoke(t *testing.T) {
 	vtep := c.status().Node.VTEP.Addr()
 	for _, n := range []*tulle{a, b} {
 		n.eventually(5*time.Second, "has done with c", func() bool {
-			_, there := n.session("c")
+			_, there := n.session("c", "blue")
 			return n.sees("c") == "" && !there && !n.floods(vtep)
 		})
 		gone := time.Since(start)
@@ -201,7 +182,7 @@ func TestSecureNarrowToken(t *testing.T) {
 	h := spare[0]
 	token := a.token("--overlays", "blue", "--name", "web-*")
 	// up names a node after its host, and the last flag wins.
-	w := up(t, l, h, "--name", "web-1", "--token", token, "--overlay", sealed(2),
+	w := up(t, l, h, "--name", "web-1", "--token", token, "--overlay", secured(2),
 		"--overlay", "name=red,vni=200,tap=red0,address=10.33.0.2/16")
 	w.eventually(10*time.Second, "is seen", func() bool { return a.sees("web-1") == "alive" && w.sees("a") == "alive" })
 	ping(t, h, address(1), 10*time.Second)

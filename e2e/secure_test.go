@@ -23,8 +23,8 @@ import (
 // A secure cluster from nothing: it forms, and comes back after whatever stops
 // its nodes.
 
-// sealed is overlay, encrypted.
-func sealed(i int, more ...string) string {
+// secured is overlay, encrypted.
+func secured(i int, more ...string) string {
 	return strings.Join(append([]string{"name=blue,vni=100,tap=blue0", fmt.Sprintf("address=10.32.0.%d/16", i)}, more...), ",")
 }
 
@@ -134,11 +134,11 @@ func reachable(t *testing.T, within time.Duration, nodes ...*tulle) {
 func secureCluster(t *testing.T, n, spare int) (*lab.Lab, *lab.Switch, []*tulle, []*lab.Host) {
 	t.Helper()
 	l, sw, h := hosts(t, n+spare, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
-	nodes := []*tulle{up(t, l, h[0], "--overlay", sealed(1))}
+	nodes := []*tulle{up(t, l, h[0], "--overlay", secured(1))}
 	if n > 1 {
 		token := nodes[0].token("--uses", fmt.Sprint(n-1))
 		for i := 1; i < n; i++ {
-			nodes = append(nodes, up(t, l, h[i], "--token", token, "--overlay", sealed(i+1)))
+			nodes = append(nodes, up(t, l, h[i], "--token", token, "--overlay", secured(i+1)))
 		}
 	}
 	meet(t, 10*time.Second, nodes...)
@@ -249,12 +249,12 @@ func TestSecureFirstGetsOverlay(t *testing.T) {
 	status, _, stderr := runTulle(t, h[0], append(slices.Clone(a.args), "--listen", "[::]:5789", "--gossip", ":5946", "--socket", a.sock+"2")...)
 	wantRefusal(t, status, stderr, "state")
 	a.stop()
-	a.args = append(a.args, "--overlay", sealed(1))
+	a.args = append(a.args, "--overlay", secured(1))
 	a.start()
 	if got := a.status().Node.Cluster; got != cluster {
 		t.Errorf("a is in cluster %s, and was in %s", got, cluster)
 	}
-	b := up(t, l, h[1], "--token", a.token(), "--overlay", sealed(2))
+	b := up(t, l, h[1], "--token", a.token(), "--overlay", secured(2))
 	meet(t, 10*time.Second, a, b)
 	reachable(t, 10*time.Second, a, b)
 }

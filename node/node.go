@@ -34,8 +34,8 @@ type Node struct {
 	started time.Time
 	ready   chan struct{}
 	// Bells: a path's MTU may have shrunk; a port's device has gone; a peer or
-	// this node is elsewhere.
-	tooBig, portLost, moved chan struct{}
+	// this node is elsewhere; there is news for this node's passport.
+	tooBig, portLost, moved, news chan struct{}
 
 	state  *stateDir
 	conn   underlay.Conn
@@ -86,6 +86,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 	n := &Node{
 		cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
 		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), moved: make(chan struct{}, 1),
+		news: make(chan struct{}, 1),
 	}
 	defer func() {
 		if err != nil {
@@ -306,6 +307,7 @@ func (n *Node) Run(ctx context.Context) error {
 		}
 		n.wantKeys()
 		lower.Go(func() { n.secure.run(lowerCtx) })
+		lower.Go(func() { n.spread(lowerCtx) })
 	}
 	gossip := make(chan error, 1)
 	go func() { gossip <- n.runGossip(ctx) }()

@@ -312,10 +312,21 @@ func (n *Node) newRing(g *crypto.GossipRing) {
 	n.announce()
 }
 
-// announce spreads a new passport.
-func (n *Node) announce() {
-	if err := n.disc.Load().Announce(); err != nil {
-		n.log.Warn("cannot tell the others of what is new here", "err", err)
+// announce has a new passport spread, soon: whoever calls it has an answer to
+// give, and gossip takes its time.
+func (n *Node) announce() { ring(n.news) }
+
+// spread spreads what is new until ctx ends.
+func (n *Node) spread(ctx context.Context) {
+	for {
+		select {
+		case <-n.news:
+		case <-ctx.Done():
+			return
+		}
+		if err := n.disc.Load().Announce(); err != nil {
+			n.log.Warn("cannot tell the others of what is new here", "err", err)
+		}
 	}
 }
 

@@ -510,6 +510,57 @@ func TestRotateOverlay(t *testing.T) {
 	})
 }
 
+// A node that was away while an overlay's key was changed asks for it when it is
+// back, whether or not a peer that has it turns up.
+func TestRotateOverlayAway(t *testing.T) {
+	s := newSite(t)
+	a := s.start("n1")
+	b := s.join("n2", s.token(a, 1, "*"))
+	b.Want("blue")
+	eventually(t, "a key", func() bool { _, ok := b.Key("blue"); return ok })
+	s.stop("n2")
+	if _, err := a.Client().RotateOverlay(within(t), "blue"); err != nil {
+		t.Fatal(err)
+	}
+	b = s.start("n2")
+	b.Want("blue")
+	eventually(t, "epoch 2", func() bool { k, _ := b.Key("blue"); return k.Epoch == 2 })
+}
+
+// What tells of a newer key while an older one is on its way is not forgotten
+// with the answer.
+func TestStaleMeanwhile(t *testing.T) {
+	s := newSite(t)
+	a := s.start("n1")
+	b := s.join("n2", s.token(a, 1, "*"))
+	b.cancel() // nobody else fetches
+	<-b.done
+	b.Want("blue")
+	epoch := uint32(0)
+	b.cfg.OnKey = func(overlay string) {
+		k, _ := b.Key(overlay)
+		epoch = k.Epoch
+	}
+	hold := context.WithoutCancel(within(t))
+	requests := a.keeper.Load().Stats().Requests.Load()
+	a.SetMembers(nil) // no push waits
+	b.mu.Lock()       // the answer comes and waits for this
+	fetched := make(chan error)
+	go func() { fetched <- b.fetch(hold) }()
+	eventually(t, "the request", func() bool { return a.keeper.Load().Stats().Requests.Load() > requests })
+	if _, err := a.Client().RotateOverlay(within(t), "blue"); err != nil {
+		t.Fatal(err)
+	}
+	b.Stale("blue")
+	b.mu.Unlock()
+	if err := <-fetched; err != nil {
+		t.Fatal(err)
+	}
+	if err := b.fetch(hold); err != nil || epoch != 2 {
+		t.Errorf("epoch %d (%v), want 2", epoch, err)
+	}
+}
+
 // The folder of a node that is killed while it writes is that of before or after; and nothing in it can be read by others.
 func TestModes(t *testing.T) {
 	s := newSite(t)

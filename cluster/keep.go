@@ -177,6 +177,7 @@ func (p *Place) keepState(ctx context.Context) {
 			bell = nil // it would be rung again and again, by the news that cannot be had
 		} else {
 			wait = 0
+			p.keys.again() // nothing tells a node that missed the push of an overlay's next epoch
 		}
 		if !sleep(ctx, next, bell) {
 			return

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/keeper"
 )
 
 // OverlayKey is the key of an overlay's epoch.
@@ -65,16 +66,14 @@ func parseOverlayKey(b []byte) (OverlayKey, error) {
 	return OverlayKey{key, binary.BigEndian.Uint32(b)}, err
 }
 
-// Want says which overlays' keys this node needs, and has them fetched.
+// Want says which overlays' keys this node needs, and has them fetched: also
+// those that are there, which may have been changed while this node was away.
 func (p *Place) Want(overlays ...string) {
 	k := &p.keys
 	k.mu.Lock()
 	k.wanted = map[string]bool{}
 	for _, o := range overlays {
-		k.wanted[o] = true
-		if _, ok := k.have[o]; !ok {
-			k.ask[o] = true
-		}
+		k.wanted[o], k.ask[o] = true, true
 	}
 	maps.DeleteFunc(k.ask, func(o string, _ bool) bool { return !k.wanted[o] })
 	k.mu.Unlock()
@@ -118,6 +117,17 @@ func (k *keys) again() {
 	ring(k.bell)
 }
 
+// askAgain has those asked for that are wanted still.
+func (k *keys) askAgain(overlays []string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, o := range overlays {
+		if k.wanted[o] {
+			k.ask[o] = true
+		}
+	}
+}
+
 // keepKeys fetches keys as they are needed.
 func (p *Place) keepKeys(ctx context.Context) {
 	wait := time.Duration(0)
@@ -141,10 +151,14 @@ func (p *Place) fetch(ctx context.Context) error {
 	k := &p.keys
 	k.mu.Lock()
 	overlays := slices.Sorted(maps.Keys(k.ask))
+	// What is asked for from here on may be of a newer epoch than the answer.
+	clear(k.ask)
 	k.mu.Unlock()
 	if len(overlays) == 0 {
 		return nil
 	}
+	left := slices.Clone(overlays)
+	defer func() { k.askAgain(left) }()
 	ctx, cancel := context.WithTimeout(ctx, 2*askTimeout)
 	defer cancel()
 	got, denied, err := p.client().OverlayKeys(ctx, overlays...)
@@ -172,24 +186,24 @@ func (p *Place) fetch(ctx context.Context) error {
 	}
 	k.mu.Lock()
 	for _, g := range got {
-		delete(k.ask, g.Overlay)
 		delete(k.denied, g.Overlay)
 		if slices.Contains(fresh, g.Overlay) {
 			k.have[g.Overlay] = OverlayKey{g.Key, g.Epoch}
 		}
 	}
 	for _, overlay := range denied {
-		delete(k.ask, overlay)
 		delete(k.have, overlay)
 		if !k.denied[overlay] {
 			k.denied[overlay] = true
 			p.cfg.Log.Error("this node's certificate does not grant the overlay: join with a token that does (tulle token create --overlays)", "overlay", overlay)
 		}
 	}
-	left := len(k.ask)
 	k.mu.Unlock()
+	left = slices.DeleteFunc(left, func(o string) bool {
+		return slices.Contains(denied, o) || slices.ContainsFunc(got, func(g keeper.OverlayKey) bool { return g.Overlay == o })
+	})
 	p.tellKeys(append(fresh, denied...))
-	if left > 0 {
+	if len(left) > 0 {
 		return errKeysLeft
 	}
 	return nil

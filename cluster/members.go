@@ -50,11 +50,12 @@ func (p *Place) loadMembers() {
 	}
 }
 
-// learn adds members that a keeper told of.
+// learn adds members that a keeper told of, the keepers first: they are the last
+// to be forgotten where there are too many.
 func (p *Place) learn(list []peer.Member) {
 	p.membersMu.Lock()
 	defer p.membersMu.Unlock()
-	for _, m := range list {
+	for _, m := range slices.Backward(list) {
 		if m.Name == p.cfg.Name || !m.VTEP.IsValid() {
 			continue
 		}

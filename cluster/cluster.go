@@ -84,6 +84,7 @@ type Place struct {
 
 	membersMu  sync.Mutex
 	members    map[string]Member
+	seeds      []netip.AddrPort                        // see SetSeeds
 	remembered []peer.Member                           // of the last run, and what keepers told
 	addrs      atomic.Pointer[map[netip.Addr]struct{}] // of members that are there
 

@@ -42,6 +42,13 @@ func (p *Place) SetMembers(list []Member) {
 	}
 }
 
+// SetSeeds says at which data addresses a keeper may be that is not where it was.
+func (p *Place) SetSeeds(seeds []netip.AddrPort) {
+	p.membersMu.Lock()
+	defer p.membersMu.Unlock()
+	p.seeds = slices.Clone(seeds)
+}
+
 // loadMembers takes what an earlier run remembered; damage costs no more than that.
 func (p *Place) loadMembers() {
 	var list []peer.Member
@@ -138,20 +145,34 @@ func (p *Place) save() error {
 	return p.updateLocked(func(s *crypto.State) error { s.Files[fileMembers] = b; return nil })
 }
 
-// Resolve returns where a node may be, best first.
+// Resolve returns where a node may be, best first. Who answers there has to prove
+// that it is the node.
 func (p *Place) Resolve(name string) []netip.AddrPort {
 	p.membersMu.Lock()
 	defer p.membersMu.Unlock()
 	var out []netip.AddrPort
-	if m, ok := p.members[name]; ok {
+	m, ok := p.members[name]
+	isKeeper := m.Keeper
+	if ok {
 		out = append(out, m.VTEP)
 		if m.Alive {
 			return out // where it was before, it is not
 		}
 	}
 	for _, m := range p.remembered {
-		if m.Name == name && !slices.Contains(out, m.VTEP) {
+		if m.Name != name {
+			continue
+		}
+		isKeeper = isKeeper || m.Keeper
+		if !slices.Contains(out, m.VTEP) {
 			out = append(out, m.VTEP)
+		}
+	}
+	if isKeeper {
+		for _, a := range p.seeds {
+			if !slices.Contains(out, a) {
+				out = append(out, a)
+			}
 		}
 	}
 	return out

@@ -158,9 +158,7 @@ func sourceFor(ctx context.Context, seed string) (netip.Addr, bool) {
 	if err != nil {
 		return netip.Addr{}, false
 	}
-	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
-	defer cancel()
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	ips, err := lookup(ctx, host)
 	if err != nil {
 		return netip.Addr{}, false
 	}
@@ -170,4 +168,11 @@ func sourceFor(ctx context.Context, seed string) (netip.Addr, bool) {
 		}
 	}
 	return netip.Addr{}, false
+}
+
+// lookup returns the addresses of a host, which may be one.
+func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 }

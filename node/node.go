@@ -96,7 +96,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 	if n.state, err = openStateDir(cfg.StateDir); err != nil {
 		return nil, err
 	}
-	if n.secure, err = n.openPlace(); err != nil {
+	if n.secure, err = n.openPlace(ctx); err != nil {
 		return nil, err
 	}
 	at, err := n.advertise(ctx)

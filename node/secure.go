@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -44,7 +45,7 @@ type secure struct {
 }
 
 // openPlace finds out which kind of cluster this node is in: nil means open.
-func (n *Node) openPlace() (*secure, error) {
+func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 	dir, err := crypto.OpenDir(n.cfg.StateDir)
 	if err != nil {
 		return nil, err
@@ -92,25 +93,36 @@ func (n *Node) openPlace() (*secure, error) {
 			}
 		}
 	}
-	return s, s.addSeeds(n.cfg.Join)
+	seeds, err := n.seeds(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if s.token != nil {
+		seeds = append(slices.Clone(s.token.Keepers), seeds...)
+		s.token.Keepers = seeds[:min(len(seeds), crypto.MaxTokenKeepers)]
+	}
+	s.place.SetSeeds(seeds)
+	return s, nil
 }
 
-// addSeeds adds the data ports that --join names to the token's keepers.
-func (s *secure) addSeeds(join []string) error {
-	if s.token == nil {
-		return nil
-	}
-	for _, text := range join {
+// seeds are the data ports that --join names. A name that cannot be resolved now
+// costs no more than that: the token and the state have addresses too.
+func (n *Node) seeds(ctx context.Context) ([]netip.AddrPort, error) {
+	var out []netip.AddrPort
+	for _, text := range n.cfg.Join {
 		host, port, err := config.ParseHostPort(text, vxlan.Port)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		ip, err := netip.ParseAddr(host)
-		if a := netip.AddrPortFrom(ip.Unmap(), port); err == nil && len(s.token.Keepers) < crypto.MaxTokenKeepers {
-			s.token.Keepers = append(s.token.Keepers, a)
+		ips, err := lookup(ctx, host)
+		if err != nil {
+			n.log.Warn("cannot look up whom to join", "peer", host, "err", err)
+		}
+		for _, ip := range ips {
+			out = append(out, netip.AddrPortFrom(ip.Unmap(), port))
 		}
 	}
-	return nil
+	return out, nil
 }
 
 // hosts are where others may be, to find the way to them.

@@ -78,6 +78,7 @@ type Place struct {
 	revoked  atomic.Pointer[crypto.Revocations]
 	ring     atomic.Pointer[crypto.GossipRing]
 	keeper   atomic.Pointer[keeper.Keeper]
+	telling  sync.Mutex // one OnRing at a time
 
 	outcast            atomic.Bool // the keepers do not believe this node
 	resetKey, tokenKey [32]byte

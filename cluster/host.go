@@ -94,10 +94,23 @@ func (p *Place) setRing(g *crypto.GossipRing) error {
 		p.ring.Store(g)
 	}
 	p.mu.Unlock()
-	if err == nil && p.cfg.OnRing != nil {
-		p.cfg.OnRing(g)
+	if err == nil {
+		p.TellRing()
 	}
 	return err
+}
+
+// TellRing calls OnRing with the gossip keys of now, if there are any. One call at
+// a time, so that the last one has the newest: keys come from several sides at once.
+func (p *Place) TellRing() {
+	if p.cfg.OnRing == nil {
+		return
+	}
+	p.telling.Lock()
+	defer p.telling.Unlock()
+	if g := p.ring.Load(); g != nil {
+		p.cfg.OnRing(g)
+	}
 }
 
 // push tells all nodes that are there to pull the state. This node first: it may

@@ -121,8 +121,8 @@ func (p *Place) apply(s *keeper.State) error {
 			p.cfg.OnRevoked()
 		}
 	}
-	if gossip != nil && p.cfg.OnRing != nil {
-		p.cfg.OnRing(gossip)
+	if gossip != nil {
+		p.TellRing()
 	}
 	return nil
 }

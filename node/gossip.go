@@ -40,6 +40,9 @@ func (n *Node) openGossip() error {
 		return err
 	}
 	n.disc.Store(d)
+	if n.secure != nil {
+		n.secure.place.TellRing() // the keys may have changed since they were read
+	}
 	return nil
 }
 

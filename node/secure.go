@@ -254,7 +254,8 @@ func (s *secure) join(ctx context.Context, n *Node) error {
 	for {
 		err := s.place.Join(ctx, s.token, fresh)
 		if err == nil {
-			return n.disc.Load().SetKeys(s.place.Ring().Keys())
+			s.place.TellRing()
+			return nil
 		}
 		if final(err) {
 			return err

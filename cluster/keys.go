@@ -195,7 +195,7 @@ func (p *Place) fetch(ctx context.Context) error {
 		delete(k.have, overlay)
 		if !k.denied[overlay] {
 			k.denied[overlay] = true
-			p.cfg.Log.Error("this node's certificate does not grant the overlay: join with a token that does (tulle token create --overlays)", "overlay", overlay)
+			p.cfg.Log.Error("this node's certificate does not grant the overlay: have the node removed (tulle node rm) and start it with a token that does (tulle token create --overlays)", "overlay", overlay)
 		}
 	}
 	k.mu.Unlock()

@@ -167,7 +167,15 @@ func changed(o *keeper.Outcome, err error) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Changed{Unreached: append([]string{}, o.Unreached...)}, nil
+	return changeOf(o), nil
+}
+
+func changeOf(o *keeper.Outcome) Changed {
+	c := Changed{Unreached: append([]string{}, o.Unreached...), KeysPending: o.KeysPending}
+	for _, id := range o.TokensRemoved {
+		c.TokensRemoved = append(c.TokensRemoved, id.String())
+	}
+	return c
 }
 
 func (n *Node) rotateGossip(w http.ResponseWriter, r *http.Request) {
@@ -182,7 +190,7 @@ func (n *Node) rotateGossip(w http.ResponseWriter, r *http.Request) {
 		if err := n.secure.place.Refresh(ctx); err != nil {
 			return nil, err
 		}
-		return GossipKeyRotated{Epoch: n.secure.place.Ring().Epoch, Changed: Changed{append([]string{}, o.Unreached...)}}, nil
+		return GossipKeyRotated{Epoch: n.secure.place.Ring().Epoch, Changed: changeOf(o)}, nil
 	})
 }
 
@@ -196,6 +204,6 @@ func (n *Node) rotateOverlay(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return nil, err
 		}
-		return OverlayKeyRotated{Overlay: overlay, Epoch: o.Epoch}, nil
+		return OverlayKeyRotated{Overlay: overlay, Epoch: o.Epoch, Changed: changeOf(o)}, nil
 	})
 }

@@ -227,6 +227,11 @@ type Changed struct {
 	// Unreached are nodes that could not be told yet, and are told when they
 	// are back; empty is well.
 	Unreached []string `json:"unreached"`
+	// KeysPending: the gossip keys, which the node that is out knows, are not
+	// changed yet; a keeper goes on trying.
+	KeysPending bool `json:"keys_pending,omitempty"`
+	// TokensRemoved are the ids of tokens that went with the node.
+	TokensRemoved []string `json:"tokens_removed,omitempty"`
 }
 
 // GossipKeyRotated answers `tulle gossip rotate-key`.
@@ -239,6 +244,7 @@ type GossipKeyRotated struct {
 type OverlayKeyRotated struct {
 	Overlay string `json:"overlay"`
 	Epoch   uint32 `json:"epoch"` // of the new key
+	Changed
 }
 
 // Doctor is the running node's part of `tulle doctor`, which prints it behind

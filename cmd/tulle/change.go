@@ -77,7 +77,7 @@ lost; one that is away gets the key when it is back. Revoking a node does the sa
 		if err != nil {
 			return err
 		}
-		return tell(cmd, done.Unreached, "gossip uses key %d", done.Epoch)
+		return tell(cmd, done.Changed, "gossip uses key %d", done.Epoch)
 	}
 	return parent(&cobra.Command{
 		Use:     "gossip",
@@ -106,7 +106,7 @@ overlay do not get it and stay behind.`,
 		if err != nil {
 			return err
 		}
-		return tell(cmd, nil, "overlay %s uses key %d", clean(done.Overlay), done.Epoch)
+		return tell(cmd, done.Changed, "overlay %s uses key %d", clean(done.Overlay), done.Epoch)
 	}
 	return parent(&cobra.Command{
 		Use:     "overlay",
@@ -128,16 +128,23 @@ func change(cmd *cobra.Command, request func(cmd *cobra.Command, c *client, arg 
 		if err != nil {
 			return err
 		}
-		return tell(cmd, answer.Unreached, done, clean(args[0]))
+		return tell(cmd, *answer, done, clean(args[0]))
 	}
 	return cmd
 }
 
-// tell prints what was done, and to stderr who does not know of it yet: that is
-// no failure, they are told when they are back.
-func tell(cmd *cobra.Command, unreached []string, format string, a ...any) error {
-	if len(unreached) > 0 {
-		fmt.Fprintf(cmd.ErrOrStderr(), "not reached, told when they are back: %s\n", clean(strings.Join(unreached, ", ")))
+// tell prints what was done, and to stderr what went with it and what is still to
+// come: who does not know of it yet is told when it is back, so that is no failure.
+func tell(cmd *cobra.Command, c node.Changed, format string, a ...any) error {
+	w := cmd.ErrOrStderr()
+	if len(c.Unreached) > 0 {
+		fmt.Fprintf(w, "not reached, told when they are back: %s\n", clean(strings.Join(c.Unreached, ", ")))
+	}
+	if c.KeysPending {
+		fmt.Fprintln(w, "the gossip keys are not changed yet; a keeper goes on trying")
+	}
+	if len(c.TokensRemoved) > 0 {
+		fmt.Fprintf(w, "tokens removed with it: %s\n", clean(strings.Join(c.TokensRemoved, ", ")))
 	}
 	_, err := fmt.Fprintf(cmd.OutOrStdout(), format+"\n", a...)
 	return err

@@ -62,10 +62,13 @@ func TestChanges(t *testing.T) {
 	}{
 		{"token rm 0123456789abcdef", node.Changed{}, "DELETE /v1/tokens/0123456789abcdef", "token 0123456789abcdef is removed\n", ""},
 		{"node revoke n2", late, "POST /v1/nodes/n2/revoke", "node n2 is revoked\n", lateText},
+		{"node revoke n2", node.Changed{KeysPending: true, TokensRemoved: []string{"0123456789abcdef", "1\x1b"}}, "POST /v1/nodes/n2/revoke", "node n2 is revoked\n",
+			"the gossip keys are not changed yet; a keeper goes on trying\ntokens removed with it: 0123456789abcdef, 1?\n"},
 		{"node rm n2", node.Changed{}, "DELETE /v1/nodes/n2", "node n2 is removed, and its name is free\n", ""},
 		{"node rm ../tokens", node.Changed{}, "DELETE /v1/nodes/..%2Ftokens", "node ../tokens is removed, and its name is free\n", ""},
 		{"gossip rotate-key", node.GossipKeyRotated{Epoch: 8, Changed: late}, "POST /v1/gossip/rotate-key", "gossip uses key 8\n", lateText},
 		{"overlay rotate-key blue", node.OverlayKeyRotated{Overlay: "blue", Epoch: 2}, "POST /v1/overlays/blue/rotate-key", "overlay blue uses key 2\n", ""},
+		{"overlay rotate-key blue", node.OverlayKeyRotated{Overlay: "blue", Epoch: 2, Changed: late}, "POST /v1/overlays/blue/rotate-key", "overlay blue uses key 2\n", lateText},
 	} {
 		api := &recorder{answer: tt.answer}
 		out, errOut, status := tulle(t, append(strings.Fields(tt.args), "--socket", serve(t, api))...)

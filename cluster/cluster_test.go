@@ -459,6 +459,24 @@ func TestNotice(t *testing.T) {
 	b.Notice("n1", []byte("short"))
 }
 
+// Whoever claims news all the time does not make the others ask all the time.
+func TestClaims(t *testing.T) {
+	s := newSite(t)
+	a := s.start("n1")
+	b := s.join("n2", s.token(a, 1, "*"))
+	asked := a.keeper.Load().Stats()
+	start, before := time.Now(), asked.Requests.Load()
+	claim := slices.Repeat([]byte{0xff}, extraBytes)
+	for time.Since(start) < 300*time.Millisecond {
+		b.Notice("n3", claim)
+		time.Sleep(time.Millisecond)
+	}
+	// Two of the start, n1's own too.
+	if n := asked.Requests.Load() - before; n > 6 {
+		t.Errorf("%d requests in %v", n, time.Since(start))
+	}
+}
+
 // Files that this package adds, damaged: a key is asked for again, members are forgotten.
 func TestDamagedExtras(t *testing.T) {
 	s := newSite(t)

@@ -16,6 +16,9 @@ import (
 const (
 	// refreshEvery is how often a keeper is asked for news even if nothing tells of any.
 	refreshEvery = 5 * time.Minute
+	// newsEvery is the least time between two pulls because of what passports tell
+	// of: any member can claim news, as often as it likes, to all nodes at once.
+	newsEvery = time.Second
 	// A request to the keepers that failed is made again after retryMin, doubled up to retryMax.
 	retryMin = 200 * time.Millisecond
 	retryMax = 30 * time.Second
@@ -179,7 +182,8 @@ func (p *Place) keepState(ctx context.Context) {
 			wait = 0
 			p.keys.again() // nothing tells a node that missed the push of an overlay's next epoch
 		}
-		if !sleep(ctx, next, bell) {
+		rest := min(next, newsEvery)
+		if !sleep(ctx, rest, nil) || !sleep(ctx, next-rest, bell) {
 			return
 		}
 	}

@@ -49,7 +49,8 @@ func nodeRemoveCommand() *cobra.Command {
 		Use:   "rm NAME",
 		Short: "Forget a node, so that another one can have its name",
 		Long: `Throws the node out as ` + "`tulle node revoke`" + ` does, and frees its name: the next machine that
-joins under it gets it, with a key of its own.`,
+joins under it gets it, with a key of its own. That may be the same machine, with a token
+that it still has: ` + "`tulle node revoke`" + ` removes those first, this does not.`,
 		Example: `  tulle node rm pi4`,
 		Args:    oneArg("want the name of one node, as in `tulle node rm pi4`; `tulle node ls` lists them"),
 

@@ -150,14 +150,17 @@ func (n *Node) fit(to netip.Addr, dev string) bool {
 	return true
 }
 
-// members returns who is there. For a while after this node moved those that it
-// knew before are too, until it has met them again: they are where they were.
-func (n *Node) members() []discovery.Member {
-	list := n.disc.Load().Members()
+// members returns who is there.
+func (n *Node) members() []discovery.Member { return n.withBefore(n.disc.Load().Members()) }
+
+// withBefore adds, for a while after this node moved, those that it knew before,
+// until it has met them again: they are where they were. Once somebody is revoked
+// only those count that are met: gossip alone knows whom not to believe.
+func (n *Node) withBefore(list []discovery.Member) []discovery.Member {
 	if n.before == nil {
 		return list
 	}
-	if time.Since(n.movedAt) > settleTime {
+	if time.Since(n.movedAt) > settleTime || n.revoked.Load() {
 		n.before = nil
 		return list
 	}
@@ -183,6 +186,9 @@ func has(a netip.Addr) bool {
 
 // move goes on at another address.
 func (n *Node) move(to netip.Addr) {
+	if n.revoked.Swap(false) { // who is revoked from here on may be among the members
+		n.before = nil
+	}
 	n.before, n.movedAt = n.members(), time.Now()
 	n.at.Store(&to)
 	if err := n.conn.SetSource(to); err != nil {

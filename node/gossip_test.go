@@ -3,8 +3,10 @@ package node
 import (
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/tulle-net/tulle/config"
+	"github.com/tulle-net/tulle/discovery"
 )
 
 // TestFit: the first address that a host has left may be the overlay's own.
@@ -23,5 +25,19 @@ func TestFit(t *testing.T) {
 		if got := n.fit(netip.MustParseAddr(c.to), c.dev); got != c.want {
 			t.Errorf("fit(%s, %s) = %v, want %v", c.to, c.dev, got, c.want)
 		}
+	}
+}
+
+// TestWithBefore: those that a node knew before it moved stay, until somebody is
+// revoked: it may be one of them.
+func TestWithBefore(t *testing.T) {
+	known := []discovery.Member{{Name: "n1", Self: true}, {Name: "n2", Status: discovery.Alive, Confirmed: true}}
+	n := &Node{before: known, movedAt: time.Now()}
+	if got := n.withBefore(nil); len(got) != 1 || got[0].Name != "n2" {
+		t.Errorf("after a move: %v, want n2", got)
+	}
+	n.revoked.Store(true)
+	if got := n.withBefore(nil); len(got) != 0 || n.before != nil {
+		t.Errorf("after a revocation: %v, want nobody", got)
 	}
 }

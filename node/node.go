@@ -58,6 +58,7 @@ type Node struct {
 	// before are the members as of the last move, at movedAt.
 	before  []discovery.Member
 	movedAt time.Time
+	revoked atomic.Bool // somebody was, since
 
 	mu        sync.Mutex
 	conflicts []string

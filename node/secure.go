@@ -63,7 +63,7 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 	s.place, err = cluster.New(cluster.Config{
 		Dir: dir, Name: n.cfg.Name, Clock: crypto.NewClock(crypto.BuildTime(), last), Log: n.log,
 		OnRing:     func(g *crypto.GossipRing) { n.newRing(g) },
-		OnRevoked:  func() { n.disc.Load().Reverify(); n.announce() },
+		OnRevoked:  n.newRevocations,
 		OnIdentity: func(*crypto.Identity) { n.announce() },
 		OnKey:      func(overlay string) { n.newKey(overlay) },
 	})
@@ -322,6 +322,14 @@ func (n *Node) newRing(g *crypto.GossipRing) {
 	if err := n.disc.Load().SetKeys(g.Keys()); err != nil {
 		n.log.Error("cannot use the new gossip keys", "err", err)
 	}
+	n.announce()
+}
+
+// newRevocations makes whoever is revoked no member any more.
+func (n *Node) newRevocations() {
+	n.disc.Load().Reverify()
+	n.revoked.Store(true)
+	ring(n.moved)
 	n.announce()
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
@@ -26,6 +27,10 @@ type Secure struct {
 	// connection on which it proved to be that node, to the VTEP that Members
 	// shows.
 	Pull func(ctx context.Context, name string) ([]byte, error)
+	// Allow reports whether the node of that name, as it proved itself to Pull, may
+	// carry an overlay. What it lists beyond that is left out: nobody gets frames
+	// of an overlay by saying that he carries it. Nil: everybody may carry all.
+	Allow func(name, overlay string) bool
 	// Extra returns what this node's passport says besides, at most MaxExtra
 	// bytes; nil: nothing.
 	Extra func() []byte
@@ -212,7 +217,23 @@ func (d *Discovery) askSecure(ctx context.Context, q question) (reply, error) {
 	if boot != q.card.boot {
 		return fail(fmt.Errorf("its boot is %08x, and %08x in its passport", boot, q.card.boot))
 	}
+	if l, err = d.granted(q.name, l); err != nil {
+		return fail(err)
+	}
 	return reply{list: l, zero: now.Add(-ticks(clock))}, nil
+}
+
+// granted returns l without what the node may not carry.
+func (d *Discovery) granted(name string, l *list) (*list, error) {
+	allow := d.cfg.Secure.Allow
+	if allow == nil {
+		return l, nil
+	}
+	no := func(o Overlay) bool { return !allow(name, o.Name) }
+	if !slices.ContainsFunc(l.overlays, no) {
+		return l, nil
+	}
+	return newList(slices.DeleteFunc(slices.Clone(l.overlays), no))
 }
 
 // find asks for more addresses to join.

@@ -366,3 +366,20 @@ func TestNewRefusesSecure(t *testing.T) {
 		}
 	}
 }
+
+// A node that lists an overlay that its certificate does not grant does not
+// carry it for anybody: else it would get the frames of one that is not sealed.
+func TestSecureListsWithinGrants(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t)
+	acfg := c.secureConfig("a", nil)
+	acfg.Secure.Allow = func(name, overlay string) bool { return name != "b" || overlay == "x" }
+	a := c.start(acfg)
+	b := c.start(c.secureConfig("b", nil, a))
+	if err := b.SetOverlays([]Overlay{{7, "x", "none"}, {9, "secret", "none"}}); err != nil {
+		t.Fatal(err)
+	}
+	a.await(3*time.Second, "what b may carry", func() bool {
+		return slices.Equal(a.member("b").Overlays, []Overlay{{7, "x", "none"}})
+	})
+}

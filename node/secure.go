@@ -232,6 +232,10 @@ func (s *secure) gossip(n *Node) *discovery.Secure {
 		Pull: func(ctx context.Context, name string) ([]byte, error) {
 			return s.endpoint.Request(ctx, name, peer.KindOverlays, nil)
 		},
+		Allow: func(name, overlay string) bool {
+			c := s.endpoint.Certificate(name)
+			return c != nil && c.Overlays.Allow(overlay)
+		},
 		Extra: s.place.Extra, OnExtra: s.place.Notice, Find: s.place.Find,
 	}
 }

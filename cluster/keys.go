@@ -86,7 +86,8 @@ func (p *Place) Key(overlay string) (OverlayKey, bool) {
 	p.keys.mu.Lock()
 	defer p.keys.mu.Unlock()
 	key, ok := p.keys.have[overlay]
-	return key, ok && p.keys.wanted[overlay]
+	id := p.identity.Load()
+	return key, ok && p.keys.wanted[overlay] && id != nil && id.Certificate().Overlays.Allow(overlay)
 }
 
 // Denied returns the wanted overlays that this node's certificate does not grant.

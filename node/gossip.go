@@ -52,6 +52,9 @@ func (n *Node) runGossip(ctx context.Context) error {
 	for {
 		here, cancel := context.WithCancelCause(ctx)
 		n.leave.Store(&cancel)
+		if n.disc.Load().Gossip().Addr() != n.addr() { // it moved once more meanwhile
+			cancel(discovery.ErrMoved)
+		}
 		err := n.disc.Load().Run(here)
 		moved := ctx.Err() == nil && errors.Is(context.Cause(here), discovery.ErrMoved)
 		cancel(nil)

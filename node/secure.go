@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/cluster"
 	"github.com/tulle-net/tulle/config"
@@ -167,7 +169,10 @@ func (s *secure) listen(n *Node) (err error) {
 	})
 	var keyLog func([]byte)
 	if n.cfg.KeyLog != "" {
-		s.keyLog, err = os.OpenFile(n.cfg.KeyLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		s.keyLog, err = os.OpenFile(n.cfg.KeyLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
+		if err == nil {
+			err = s.keyLog.Chmod(0o600) // it may have been there, readable for others
+		}
 		if err != nil {
 			return fmt.Errorf("node: keylog: %w", err)
 		}

@@ -257,7 +257,7 @@ func (s *Sessions) answerOffer(from Peer, p *partner, o *offer, exporter []byte)
 	before := q.pending
 	q.pending = made
 	if before != nil { // its ready may still be on its way, and what was sent under it
-		q.old = append(q.old, half{before.rx, before.tx, time.Now().Add(overlap)})
+		q.old = append(q.old, half{before.rx, before.tx, before.epoch, time.Now().Add(overlap)})
 	}
 	over := q.expired(time.Now())
 	s.mu.Unlock()

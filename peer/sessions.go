@@ -156,7 +156,7 @@ type pair struct {
 	// pending was accepted here, and waits for ready.
 	pending *agreed
 	old     []half
-	behind  time.Time // when a newer epoch was first seen; zero: it is of the newest
+	behind  time.Time // when something was first seen to be of a former epoch; zero: nothing is
 	err     string    // why the last offer came to nothing
 
 	account account
@@ -177,6 +177,7 @@ type agreed struct {
 type half struct {
 	rx    *crypto.Opener
 	tx    *crypto.Sealer
+	epoch uint32
 	until time.Time // zero: as long as the other end may send under it
 }
 
@@ -365,16 +366,14 @@ func (s *Sessions) look(now time.Time) {
 	for name, p := range s.partners {
 		for overlay, q := range p.pairs {
 			q.count(now)
-			if key, ok := s.cfg.Key(overlay); ok && q.tx != nil && q.epoch < key.Epoch {
-				q.wanted = true
-				if q.behind.IsZero() {
-					q.behind = now
-				}
-			}
+			key, ok := s.cfg.Key(overlay)
+			q.wanted = q.wanted || ok && q.tx != nil && q.epoch < key.Epoch
 			switch {
-			case q.tx != nil && (now.Sub(q.sentAt) > idleSend || !q.behind.IsZero() && now.Sub(q.behind) > epochGrace):
+			case q.leave(key.Epoch, ok, now):
 				silent = append(silent, pairName{name, overlay})
-				q.retire(now.Add(idleReceive-idleSend), now)
+			case q.tx != nil && now.Sub(q.sentAt) > idleSend:
+				silent = append(silent, pairName{name, overlay})
+				q.retire(now.Add(idleReceive - idleSend))
 			case q.tx != nil && now.Sub(q.since) > renewAfter && (q.sentAt.After(q.since) || q.receivedAt.After(q.since)),
 				q.tx != nil && q.sent > renewSent:
 				q.wanted = q.wanted || s.offers(name)
@@ -407,14 +406,42 @@ func (q *pair) count(now time.Time) {
 	}
 }
 
-// retire gives up the session; what still arrives under it is opened until then.
-// A session of a former epoch is not: it ends now.
-func (q *pair) retire(until, now time.Time) {
-	if !q.behind.IsZero() {
-		until = now
+// leave ends what is of an epoch before this one, after the grace, whatever
+// became of it: the session, one that waits for ready, those that were replaced.
+// Where the key has gone (!ok), with the grant, it all ends now. It reports whether
+// the session did. Called with mu held.
+func (q *pair) leave(epoch uint32, ok bool, now time.Time) bool {
+	former := func(e uint32) bool { return !ok || e < epoch }
+	session, pending := q.tx != nil && former(q.epoch), q.pending != nil && former(q.pending.epoch)
+	if !session && !pending && !slices.ContainsFunc(q.old, func(h half) bool { return former(h.epoch) }) {
+		q.behind = time.Time{}
+		return false
 	}
-	q.old = append(q.old, half{q.rx, q.tx, until})
-	q.tx, q.rx, q.behind = nil, nil, time.Time{}
+	if q.behind.IsZero() {
+		q.behind = now
+	}
+	if ok && now.Sub(q.behind) <= epochGrace {
+		return false
+	}
+	for i := range q.old {
+		if former(q.old[i].epoch) {
+			q.old[i].until = now
+		}
+	}
+	if pending {
+		q.old = append(q.old, half{q.pending.rx, q.pending.tx, q.pending.epoch, now})
+		q.pending = nil
+	}
+	if session {
+		q.retire(now)
+	}
+	return session
+}
+
+// retire gives up the session; what still arrives under it is opened until then.
+func (q *pair) retire(until time.Time) {
+	q.old = append(q.old, half{q.rx, q.tx, q.epoch, until})
+	q.tx, q.rx = nil, nil
 }
 
 // replace makes a the session. The one before is opened for the time of the
@@ -422,14 +449,14 @@ func (q *pair) retire(until, now time.Time) {
 // long as the next one stands. Called with mu held.
 func (q *pair) replace(a *agreed, sure bool, now time.Time) {
 	if q.rx != nil || q.tx != nil {
-		q.old = append(q.old, half{rx: q.rx, tx: q.tx})
+		q.old = append(q.old, half{rx: q.rx, tx: q.tx, epoch: q.epoch})
 	}
 	if sure {
 		q.sure(now)
 	}
 	q.tx, q.rx, q.epoch, q.since = a.tx, a.rx, a.epoch, now
 	q.sent, q.received, q.sentAt, q.receivedAt = 0, 0, now, now
-	q.wanted, q.behind, q.err = false, time.Time{}, ""
+	q.wanted, q.err = false, ""
 }
 
 // sure lets go of what was replaced, after the overlap. Called with mu held.

@@ -367,6 +367,58 @@ func TestSessionsEpoch(t *testing.T) {
 	}
 }
 
+// Who is left behind by a new epoch cannot go on under what it never made final:
+// a session that it did not say ready to, or one whose ready it did not take.
+func TestSessionsEpochEndsUnfinished(t *testing.T) {
+	for _, small := range []bool{true, false} {
+		c := newCluster(t, peertest.NewNet(1))
+		names := [2]string{"n1", "n2"}
+		if !small {
+			names = [2]string{"n2", "n1"}
+		}
+		good, bad := c.sealed(t, names[0], all), c.sealed(t, names[1], all)
+		meet(good, bad)
+		eventually(t, "both send", func() bool { return good.reaches(bad) && bad.reaches(good) })
+		good.s.mu.Lock()
+		q := good.s.partners[bad.name].pairs["blue"]
+		kept := &agreed{rx: q.rx, tx: q.tx, epoch: 1}
+		if small { // the other took no ready: what was before may be sent under
+			q.old, q.tx, q.rx = append(q.old, half{rx: q.rx, tx: q.tx, epoch: 1}), nil, nil
+		} else { // the other sent none
+			q.pending, q.tx, q.rx = kept, nil, nil
+		}
+		good.s.mu.Unlock()
+		good.mu.Lock()
+		good.keys["blue"] = blue(2)
+		good.mu.Unlock()
+		good.s.look(time.Now())
+		if err := good.open(bad.seal(good.name)); err != nil {
+			t.Errorf("within the grace: %v", err)
+		}
+		d := bad.seal(good.name)
+		good.s.look(time.Now().Add(epochGrace + time.Second))
+		if err := good.open(d); !errors.Is(err, errUnknownSession) {
+			t.Errorf("%v: after the grace, what was sealed under the former epoch: %v, want an unknown session", names, err)
+		}
+	}
+}
+
+// The key goes with its grant, and the sessions with the key.
+func TestSessionsEndWithKey(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(1))
+	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
+	meet(a, b)
+	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	d := b.seal("n1")
+	a.mu.Lock()
+	delete(a.keys, "blue")
+	a.mu.Unlock()
+	a.s.look(time.Now())
+	if err := a.open(d); a.tx("n2") != nil || !errors.Is(err, errUnknownSession) {
+		t.Errorf("without the key there is a session to send under: %v, to open with: %v", a.tx("n2") != nil, err)
+	}
+}
+
 // A datagram of a session that nobody knows may be anybody's: it costs no session.
 func TestSessionsLostChangesNothing(t *testing.T) {
 	c := newCluster(t, peertest.NewNet(1))

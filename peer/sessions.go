@@ -385,9 +385,28 @@ func (s *Sessions) look(now time.Time) {
 	}
 	s.mu.Unlock()
 	for _, n := range silent {
-		s.cfg.Table.Send(n.peer, n.overlay, nil)
+		s.silence(n)
 	}
 	s.end(over)
+}
+
+// silence tells the data path that there is no session, unless there is one again.
+func (s *Sessions) silence(n pairName) {
+	s.mu.Lock()
+	p := s.partners[n.peer]
+	s.mu.Unlock()
+	if p == nil {
+		return
+	}
+	p.install.Lock()
+	defer p.install.Unlock()
+	s.mu.Lock()
+	q := p.pairs[n.overlay]
+	none := q != nil && q.tx == nil
+	s.mu.Unlock()
+	if none {
+		s.cfg.Table.Send(n.peer, n.overlay, nil)
+	}
 }
 
 // offers says whether this node is the one that offers to the peer.

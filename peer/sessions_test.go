@@ -26,7 +26,8 @@ type sealedNode struct {
 	keys     map[string]OverlayKey
 	receives map[uint32]*crypto.Opener
 	sends    map[pairName]*crypto.Sealer
-	unknown  bool // the data path knows no peer
+	unknown  bool   // the data path knows no peer
+	silent   func() // called with Send(nil)
 	stale    atomic.Int32
 	sent     atomic.Uint64 // as the peer told
 	lost     atomic.Uint64
@@ -54,6 +55,9 @@ func (n *sealedNode) Forget(rx *crypto.Opener) {
 func (n *sealedNode) Send(peer, overlay string, tx *crypto.Sealer) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if tx == nil && n.silent != nil {
+		n.silent()
+	}
 	n.sends[pairName{peer, overlay}] = tx
 }
 
@@ -416,6 +420,35 @@ func TestSessionsEndWithKey(t *testing.T) {
 	a.s.look(time.Now())
 	if err := a.open(d); a.tx("n2") != nil || !errors.Is(err, errUnknownSession) {
 		t.Errorf("without the key there is a session to send under: %v, to open with: %v", a.tx("n2") != nil, err)
+	}
+}
+
+// The data path is never told that there is no session after it was told of one that stands.
+func TestSessionsSilence(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(1))
+	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
+	meet(a, b)
+	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	a.s.mu.Lock()
+	p := a.s.partners["n2"]
+	a.s.mu.Unlock()
+	a.s.silence(pairName{"n2", "blue"}) // by now another was made
+	if a.tx("n2") == nil {
+		t.Error("the data path was told that there is no session")
+	}
+	silenced := false
+	a.mu.Lock()
+	a.silent = func() {
+		if silenced = true; p.install.TryLock() {
+			p.install.Unlock()
+			t.Error("an agreement may tell of a session before this is told")
+		}
+	}
+	a.mu.Unlock()
+	a.s.look(time.Now())
+	a.s.look(time.Now().Add(idleSend + time.Second))
+	if !silenced {
+		t.Error("an idle session is still sent under")
 	}
 }
 

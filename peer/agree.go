@@ -321,8 +321,8 @@ func (s *Sessions) answerWanted(_ context.Context, from Peer, payload []byte) ([
 				q.wanted = true
 			}
 		}
+		s.start(p)
+		ring(p.wake)
 	}
-	s.start(p)
-	ring(p.wake)
 	return nil, nil
 }

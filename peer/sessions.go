@@ -228,11 +228,9 @@ func (s *Sessions) SetPeers(shared map[string][]string) {
 		}
 		for _, overlay := range overlays {
 			if p.pairs[overlay] == nil {
-				p.pairs[overlay] = &pair{wanted: true}
+				p.pairs[overlay] = &pair{}
+				s.want(p, p.pairs[overlay])
 			}
-		}
-		if p != nil {
-			s.start(p)
 		}
 	}
 	s.mu.Unlock()
@@ -287,11 +285,23 @@ func (s *Sessions) Rekeyed(overlay string) {
 	defer s.mu.Unlock()
 	for _, p := range s.partners {
 		if q := p.pairs[overlay]; q != nil {
-			q.wanted = true
-			s.start(p)
-			ring(p.wake)
+			q.wanted = false // the pause was for want of this key
+			s.want(p, q)
 		}
 	}
+}
+
+// want has a session of q agreed on, and if that is news at once: a pause may be
+// under way because another overlay's does not succeed. Called with mu held.
+func (s *Sessions) want(p *partner, q *pair) {
+	if q.wanted {
+		return
+	}
+	q.wanted = true
+	if p.working {
+		ring(p.wake)
+	}
+	s.start(p)
 }
 
 func ring(bell chan struct{}) {
@@ -338,8 +348,7 @@ func (s *Sessions) told() {
 	defer s.mu.Unlock()
 	for w := range wants {
 		if p := s.partners[w.peer]; p != nil && p.pairs[w.overlay] != nil && p.pairs[w.overlay].tx == nil {
-			p.pairs[w.overlay].wanted = true
-			s.start(p)
+			s.want(p, p.pairs[w.overlay])
 		}
 	}
 	for name := range losts {
@@ -351,10 +360,9 @@ func (s *Sessions) told() {
 			// Where the peer's datagrams are opened, the one that is not is of
 			// another session, or anybody's.
 			if q.rx == nil || time.Since(q.receivedAt) > lostAfter {
-				q.wanted = true
+				s.want(p, q)
 			}
 		}
-		s.start(p)
 	}
 }
 

@@ -468,6 +468,50 @@ func TestSessionsLostChangesNothing(t *testing.T) {
 	}
 }
 
+// What is newly wanted of a peer does not wait for the pause that another overlay's
+// failures have made, and a peer that asks on and on does not end it.
+func TestSessionsWantedAtOnce(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(1))
+	a := c.sealed(t, "n1", all)
+	a.stop() // from here on nobody takes what is rung
+	from := Peer{Certificate: &crypto.Certificate{Name: "n2"}}
+	overlays := []string{"blue", "red"}
+	a.s.SetPeers(map[string][]string{"n2": overlays})
+	p := a.s.partners["n2"]
+	woken := func() bool {
+		select {
+		case <-p.wake:
+			return true
+		default:
+			return false
+		}
+	}
+	woken()
+	p.working = true // in a pause: red has no key
+	p.pairs["blue"].wanted = false
+	for what, tell := range map[string]func(){
+		"a frame":            func() { a.s.Want("n2", "blue"); a.s.told() },
+		"an unknown session": func() { a.s.Lost("n2"); a.s.told() },
+		"a new overlay":      func() { overlays = append(overlays, "green"); a.s.SetPeers(map[string][]string{"n2": overlays}) },
+		"a key":              func() { a.s.Rekeyed("red") },
+		"the peer": func() {
+			p.offered = time.Time{}
+			_, _ = a.s.answerWanted(t.Context(), from, appendNames(nil, overlays))
+		},
+	} {
+		p.pairs["blue"].wanted = false
+		if tell(); !woken() {
+			t.Errorf("%s: the pause goes on", what)
+		}
+	}
+	a.s.Want("n2", "red")
+	a.s.told()
+	_, _ = a.s.answerWanted(t.Context(), from, appendNames(nil, overlays))
+	if woken() {
+		t.Error("what was wanted before ends the pause")
+	}
+}
+
 // A peer that offers again and again fills no memory.
 func TestSessionsOffersBounded(t *testing.T) {
 	c := newCluster(t, peertest.NewNet(1))

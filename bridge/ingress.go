@@ -164,7 +164,7 @@ func (in *ingress) sealed(d []byte) {
 		return
 	}
 	if in.src.Addr() != in.from.peer.at.Load().Addr() && counter == s.rx.Highest() {
-		in.t.moved(in.from.peer, in.src.Addr())
+		in.t.moved(in.from.peer, in.src.Addr(), in.now)
 	}
 	if flags&crypto.FlagControl != 0 {
 		in.control(plaintext, flags)

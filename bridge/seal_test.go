@@ -8,6 +8,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
@@ -330,6 +331,49 @@ func TestSealedRoams(t *testing.T) {
 		n[1].bridge.SetPeers([]Peer{{"n1", vtepOf(5)}})
 		if at() != vtepOf(5) {
 			t.Errorf("a new advertisement: the peer is at %v", at())
+		}
+	})
+}
+
+// A peer that seals from another peer's address is not taken for the other, nor
+// does it cost more than a few moves a second to be everywhere.
+func TestSealedRoamsToOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := underlaytest.NewNet(1)
+		n, tells := sealedMesh(t, net, 3, Config{})
+		defer end(n)
+		tx, _ := oneWay(t, n, 1, 3)
+		from := func(c underlay.Conn) {
+			counter, _ := tx.Reserve(1)
+			inner := datagram(testVNI, numbered(macOf(1), macOf(3), 0))
+			d := make([]byte, len(inner)+crypto.SealedOverhead)
+			send(c, vtepOf(3), d[:tx.Seal(new(crypto.Scratch), d, counter, 0, inner)])
+			synctest.Wait()
+		}
+		lost := func() []string { // by a datagram of an unknown session from node 2
+			send(n[1].conn, vtepOf(3), append([]byte{crypto.SealedByte}, make([]byte, 99)...))
+			synctest.Wait()
+			return tells[2].got(&tells[2].lost)
+		}
+		from(n[1].conn)
+		if l := lost(); len(l) != 1 || l[0] != "n2" {
+			t.Errorf("while node 1 is at node 2's address, %v have lost sessions, want n2", l)
+		}
+		from(n[0].conn)
+		time.Sleep(2 * time.Second)
+		if l := lost(); len(l) != 2 || l[1] != "n2" {
+			t.Errorf("after node 1 was at node 2's address, %v have lost sessions, want n2 twice", l)
+		}
+		before := len(tells[2].got(&tells[2].moved))
+		for range 5 * MaxAnswers {
+			from(n[1].conn)
+			from(n[0].conn)
+		}
+		if moves := len(tells[2].got(&tells[2].moved)) - before; moves > 2*MaxAnswers {
+			t.Errorf("%d moves at once, want %d at most", moves, 2*MaxAnswers)
+		}
+		if at, ok := n[2].bridge.peers.Load("n1"); !ok || at.address() != vtepOf(1) {
+			t.Error("the peer is not where it advertises to be, and was heard from last")
 		}
 	})
 }

@@ -41,6 +41,7 @@ type remote struct {
 	path    path
 	search  search
 	acks    limiter // of the peer's probes
+	moves   limiter // to where it does not advertise to be
 }
 
 // session is what is received under one index. It is never changed.
@@ -132,7 +133,10 @@ func (t *Tunnel) place(r *remote, at netip.AddrPort) {
 	}
 	if at.IsValid() {
 		r.at.Store(&at)
-		next[at.Addr()] = r
+		// What r seals moves r only: an address that another advertises stays the other's.
+		if o := next[at.Addr()]; o == nil || at.Addr() == r.advertised.Addr() || at.Addr() != o.advertised.Addr() {
+			next[at.Addr()] = r
+		}
 	}
 	t.byAddr.Store(&next)
 	if old != nil && at.IsValid() && old.Addr() != at.Addr() && r.startOver(at.Addr()) {
@@ -141,11 +145,13 @@ func (t *Tunnel) place(r *remote, at netip.AddrPort) {
 }
 
 // moved takes it that r is at another address: a datagram that it sealed, the
-// newest so far, came from there. Its UDP port stays the advertised one.
-func (t *Tunnel) moved(r *remote, to netip.Addr) {
+// newest so far, came from there. Its UDP port stays the advertised one. A peer
+// that is somewhere else with each datagram is not followed each time; back to
+// where it advertises to be it always is.
+func (t *Tunnel) moved(r *remote, to netip.Addr, now int64) {
 	t.mu.Lock()
 	at := netip.AddrPortFrom(to, r.advertised.Port())
-	if r.overlays == 0 || *r.at.Load() == at {
+	if r.overlays == 0 || *r.at.Load() == at || at != r.advertised && !r.moves.take(now) {
 		t.mu.Unlock()
 		return
 	}

@@ -47,7 +47,10 @@ func parseArrived(b []byte) ([]arrived, error) {
 	return list, nil
 }
 
-// account is what was sent under one session, and had arrived, at the last look.
+// account is what was sent under one session when the last answer came, and had
+// arrived according to it. What was under way then is taken for having arrived by
+// then: an answer that is late (the connection had to be made, the way is full)
+// is no loss.
 type account struct {
 	index          uint32
 	sent, received uint64
@@ -57,7 +60,7 @@ type account struct {
 type asking struct {
 	overlay string
 	tx      *crypto.Sealer
-	sent    uint64 // when it was asked: what is sent since may or may not be counted
+	sent    uint64 // when it was asked
 }
 
 // inquire asks p what arrived, if there is something to tell. Called with mu held.
@@ -118,7 +121,7 @@ func (s *Sessions) ask(ctx context.Context, p *partner, list []asking) {
 				lost += list[i].sent - was.sent - came
 			}
 		}
-		q.account = account{a.index, list[i].sent, a.received}
+		q.account = account{a.index, list[i].tx.Sent(), a.received}
 	}
 	if sent > 0 {
 		s.cfg.Arrived(sent, lost)

@@ -575,6 +575,34 @@ func TestSessionsArrived(t *testing.T) {
 	}
 }
 
+// What was sent while an answer was on its way, and had arrived when it was given,
+// is not lost.
+func TestSessionsArrivedLate(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(1))
+	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
+	meet(a, b)
+	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	a.s.mu.Lock()
+	p := a.s.partners["n2"]
+	a.s.mu.Unlock()
+	tx := a.tx("n2")
+	for i := range 4 {
+		asked := []asking{{"blue", tx, tx.Sent()}}
+		for range 100 {
+			if !a.reaches(b) {
+				t.Fatal("a datagram is not opened")
+			}
+		}
+		if i%2 != 0 { // answered at once
+			asked[0].sent = tx.Sent()
+		}
+		a.s.ask(t.Context(), p, asked)
+	}
+	if s, l := a.sent.Load(), a.lost.Load(); s != 200 || l != 0 {
+		t.Errorf("%d sent, %d lost; want 200, 0", s, l)
+	}
+}
+
 func TestOfferCodecs(t *testing.T) {
 	offers := []offer{{overlay: "blue", epoch: 7, ciphers: 3, index: 0xdeadbeef, nonce: [16]byte{1}, proof: crypto.OverlayProof{2}}, {overlay: "r"}}
 	b := appendOffers(nil, offers)

@@ -124,7 +124,7 @@ func (s *Sessions) ask(ctx context.Context, p *partner, list []asking) {
 		q.account = account{a.index, list[i].tx.Sent(), a.received}
 	}
 	if sent > 0 {
-		s.cfg.Arrived(sent, lost)
+		s.cfg.Arrived(p.name, sent, lost)
 	}
 }
 

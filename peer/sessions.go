@@ -75,9 +75,9 @@ type SessionsConfig struct {
 	// Stale is called when a peer has a newer key of an overlay than this node.
 	// It must not block.
 	Stale func(overlay string)
-	// Arrived, if not nil, is told what peers say of the datagrams that were sent
-	// to them lately, while there is traffic. It must not block, nor call Sessions.
-	Arrived func(sent, lost uint64)
+	// Arrived, if not nil, is told what a peer says of the datagrams that were sent
+	// to it lately, while there is traffic. It must not block, nor call Sessions.
+	Arrived func(peer string, sent, lost uint64)
 	// KeyLog, if not nil, gets a line of crypto.AppendKeyLog for each session: whoever has it can read everything.
 	KeyLog func(line []byte)
 	// Log takes what an operator should know, rate-limited; default none.

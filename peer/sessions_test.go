@@ -127,7 +127,7 @@ func (c *cluster) sealedAs(t *testing.T, name string, id *crypto.Identity) *seal
 			return k, ok
 		},
 		Stale:   func(string) { n.stale.Add(1) },
-		Arrived: func(sent, lost uint64) { n.sent.Add(sent); n.lost.Add(lost) },
+		Arrived: func(_ string, sent, lost uint64) { n.sent.Add(sent); n.lost.Add(lost) },
 		KeyLog: func(line []byte) {
 			n.mu.Lock()
 			defer n.mu.Unlock()

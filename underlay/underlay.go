@@ -59,10 +59,10 @@ type Conn interface {
 	// again where they are available; it takes effect at once.
 	SetOffload(noGSO, noGRO bool) error
 	// NoteLoss takes a peer's word on how many of the datagrams that were sent to
-	// it lately did not arrive. Where many do not, and fewer are lost without
-	// trains, trains are switched off: some devices say that they send them, and
-	// send garbage.
-	NoteLoss(sent, lost uint64)
+	// it lately did not arrive. Where many do not, and fewer are lost on the way to
+	// that peer without trains, trains are switched off, to all: some devices say
+	// that they send them, and send garbage.
+	NoteLoss(peer string, sent, lost uint64)
 	// Close ends all Receivers: their Wait returns ErrClosed.
 	Close() error
 }

@@ -74,7 +74,7 @@ func (c *Conn) sendControl(dst netip.AddrPort, d []byte) error {
 }
 
 // NoteLoss does nothing: there are no trains here to be lost as such.
-func (c *Conn) NoteLoss(sent, lost uint64) {}
+func (c *Conn) NoteLoss(peer string, sent, lost uint64) {}
 
 // SetOffload does nothing: trains stay on.
 func (c *Conn) SetOffload(noGSO, noGRO bool) error { return nil }

@@ -36,7 +36,7 @@ func (s *Sessions) offer(ctx context.Context, p *partner, overlays []string) err
 	for i := range proposals {
 		offers[i] = proposals[i].offer
 	}
-	answer, err := ch.c.exchange(ctx, kindOffer, mathrand.Uint64(), appendOffers(nil, offers))
+	answer, err := ch.c.ask(ctx, kindOffer, mathrand.Uint64(), appendOffers(nil, offers))
 	if err != nil {
 		return explain(err)
 	}
@@ -57,7 +57,7 @@ func (s *Sessions) offer(ctx context.Context, p *partner, overlays []string) err
 	if len(made) == 0 {
 		return nil
 	}
-	if _, err := ch.c.exchange(ctx, kindReady, mathrand.Uint64(), appendIndexes(nil, indexes)); err != nil {
+	if _, err := ch.c.ask(ctx, kindReady, mathrand.Uint64(), appendIndexes(nil, indexes)); err != nil {
 		// It may send under the session before for a while: what was replaced
 		// stays, and the next agreement settles it.
 		s.again(p, made)

@@ -94,23 +94,30 @@ func (e *Endpoint) request(ctx context.Context, name string, k Kind, payload []b
 		if c, err = e.conn(ctx, name); err != nil {
 			return nil, timedOut(ctx, err)
 		}
-		// No answer for a while: is the peer still there? If not, the
-		// connection ends, and this goes on with another.
-		suspect := time.AfterFunc(suspectAfter, func() {
-			e.mu.Lock()
-			defer e.mu.Unlock()
-			if !e.closed {
-				e.probe(c)
-			}
-		})
-		answer, err = c.exchange(ctx, k, id, payload)
-		suspect.Stop()
+		answer, err = c.ask(ctx, k, id, payload)
 		if err == nil || !lost(err) || ctx.Err() != nil {
 			return answer, timedOut(ctx, explain(err))
 		}
-		c.retired.Store(true) // it may still be in the table
 	}
 	return nil, err
+}
+
+// ask makes one request over c. Where no answer comes for a while it looks whether
+// the peer is still there: if not, c ends, and the next request takes another.
+func (c *conn) ask(ctx context.Context, k Kind, id uint64, payload []byte) ([]byte, error) {
+	suspect := time.AfterFunc(suspectAfter, func() {
+		c.e.mu.Lock()
+		defer c.e.mu.Unlock()
+		if !c.e.closed {
+			c.e.probe(c)
+		}
+	})
+	defer suspect.Stop()
+	answer, err := c.exchange(ctx, k, id, payload)
+	if err != nil && lost(err) && ctx.Err() == nil {
+		c.retired.Store(true) // it may still be in the table
+	}
+	return answer, err
 }
 
 // timedOut tells a passed deadline as ErrTimeout.

@@ -512,6 +512,27 @@ func TestSessionsWantedAtOnce(t *testing.T) {
 	}
 }
 
+// An offer that is not answered has the peer probed: nothing else may use the
+// connection, and one that leads nowhere would stay for as long as idle ones do.
+func TestSessionsOfferProbes(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(1))
+	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
+	meet(a, b)
+	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	b.s.mu.Lock()
+	p := b.s.partners["n1"]
+	b.s.mu.Unlock()
+	p.install.Lock()
+	before := b.e.Stats().RequestsIn.Load()
+	start := time.Now()
+	a.s.Rekeyed("blue")
+	eventually(t, "the offer and a probe", func() bool { return b.e.Stats().RequestsIn.Load() >= before+2 })
+	p.install.Unlock()
+	if took := time.Since(start); took >= offerTimeout {
+		t.Errorf("it took %v: that was another offer", took)
+	}
+}
+
 // A peer that offers again and again fills no memory.
 func TestSessionsOffersBounded(t *testing.T) {
 	c := newCluster(t, peertest.NewNet(1))

@@ -194,6 +194,9 @@ func (b *Bridge) SetFloodKey(k crypto.Key, self string, after uint64) error {
 	return nil
 }
 
+// DropFloodKey ends what SetFloodKey began: this node has the overlay's key no more.
+func (b *Bridge) DropFloodKey() { b.gossip.Store(nil) }
+
 // floodGossip offers a BUM frame to gossip, sealed if the overlay is; false: it
 // has to go to each member.
 func (b *Bridge) floodGossip(frame []byte) bool {

@@ -449,6 +449,15 @@ func TestSealedFloodGossip(t *testing.T) {
 		synctest.Wait()
 		n[1].tunnel.DeliverFlood(vtepOf(1), testVNI, flooded[1])
 		n[1].wants(t)
+
+		n[0].bridge.DropFloodKey() // who has it no more floods nothing, and hears nothing
+		n[0].dev.Inject(numbered(macOf(1), ether.Broadcast, 7), ether.Meta{})
+		synctest.Wait()
+		if len(flooded) != 2 {
+			t.Errorf("without the key gossip was given %x", flooded[2:])
+		}
+		n[0].tunnel.DeliverFlood(vtepOf(2), testVNI, flooded[1])
+		n[0].dropped(t, DropUnknownSession, 1)
 	})
 }
 

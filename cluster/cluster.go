@@ -250,6 +250,10 @@ func (p *Place) Sign(s crypto.Statement) ([]byte, error) {
 	return id.Passport(s)
 }
 
+// Sequence returns a number above all that this node used before, in former runs
+// and with another clock too.
+func (p *Place) Sequence() (uint64, error) { return p.cfg.Dir.NextSequence(p.Now()) }
+
 // update changes the state on disk, and then in memory: all or nothing.
 func (p *Place) update(f func(*crypto.State) error) error {
 	p.mu.Lock()

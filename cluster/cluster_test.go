@@ -253,6 +253,23 @@ func must[T any](v T, err error) T {
 	return v
 }
 
+// Sequences only grow, over restarts too.
+func TestSequence(t *testing.T) {
+	s := newSite(t)
+	last := uint64(0)
+	for range 2 {
+		m := s.start("n1")
+		for range 3 {
+			n, err := m.Sequence()
+			if err != nil || n <= last {
+				t.Fatalf("Sequence() = %d, %v, want more than %d", n, err, last)
+			}
+			last = n
+		}
+		s.stop("n1")
+	}
+}
+
 // A node that is killed as soon as it has joined finds a keeper when it is back.
 func TestKilledAfterJoin(t *testing.T) {
 	s := newSite(t)

@@ -360,21 +360,32 @@ func (n *Node) spread(ctx context.Context) {
 	}
 }
 
-// newKey takes the key of an overlay into use.
+// newKey takes the key of an overlay into use, or out of it.
 func (n *Node) newKey(overlay string) {
 	for _, o := range n.overlays {
 		if o.cfg.Name != overlay || !o.sealed() || o.cfg.Flood != "gossip" {
 			continue
 		}
-		if k, ok := n.secure.place.Key(overlay); ok {
-			after := uint64(time.Now().UnixMilli()) << 20
-			if err := o.br.SetFloodKey(crypto.FloodKey(k.Key, overlay, k.Epoch), n.cfg.Name, after); err != nil {
-				n.log.Error("frames are not flooded by gossip", "overlay", overlay, "err", err)
-			}
+		if err := n.setFloodKey(o.br, overlay); err != nil {
+			n.log.Error("frames are not flooded by gossip", "overlay", overlay, "err", err)
 		}
 	}
 	n.secure.sessions.Rekeyed(overlay)
 	ring(n.moved) // what was denied may have changed
+}
+
+func (n *Node) setFloodKey(br *bridge.Bridge, overlay string) error {
+	k, ok := n.secure.place.Key(overlay)
+	if !ok {
+		br.DropFloodKey()
+		return nil
+	}
+	// By the clock alone a node whose clock went back would be refused by the others.
+	after, err := n.secure.place.Sequence()
+	if err != nil {
+		return err
+	}
+	return br.SetFloodKey(crypto.FloodKey(k.Key, overlay, k.Epoch), n.cfg.Name, after<<20)
 }
 
 // setMembers tells the place who is there.

@@ -34,7 +34,8 @@ const (
 	// DropControlMessage: a control message that a peer sealed and this release
 	// does not know or that contradicts itself, or a probe beyond MaxAnswers.
 	DropControlMessage
-	// DropNoSession: a frame that waited for a session and had to make room.
+	// DropNoSession: a frame that waited for a session, and had to make room or
+	// waited for too long.
 	DropNoSession
 	// DropOverlayConflict: the sender uses the VNI or the name for another overlay.
 	DropOverlayConflict

@@ -19,6 +19,8 @@ const (
 	// oldest make room.
 	MaxWaiting      = 64
 	MaxWaitingBytes = 256 << 10
+	// maxWait is how long a frame waits at most, in ticks.
+	maxWait = 5 * second
 	// sealedRoom is what a sealed datagram has before the inner frame.
 	sealedRoom = crypto.SealedHeaderLen + vxlan.HeaderLen
 )
@@ -30,6 +32,7 @@ type heldFrame struct {
 	b    []byte
 	meta ether.Meta
 	flow uint32
+	at   int64 // tick at which it came
 }
 
 // encapSealed seals a frame for a peer, or has it wait for a session.
@@ -108,17 +111,38 @@ func (w *waiting) hold(b *Bridge, from *Port, to *place, f *tap.Frame, flow uint
 		b.tunnel.drops.add(DropNoSession)
 		return nil
 	}
-	w.frames = append(w.frames, heldFrame{from, to, slices.Clone(f.B), f.Meta, flow})
+	w.frames = append(w.frames, heldFrame{from, to, slices.Clone(f.B), f.Meta, flow, b.tunnel.now()})
 	w.bytes += len(f.B)
 	for len(w.frames) > MaxWaiting || w.bytes > MaxWaitingBytes {
-		w.bytes -= len(w.frames[0].b)
-		w.frames = slices.Delete(w.frames, 0, 1)
+		i := w.oldest()
+		w.bytes -= len(w.frames[i].b)
+		w.frames = slices.Delete(w.frames, i, i+1)
 		b.tunnel.drops.add(DropNoSession)
 	}
 	if b.tunnel.cfg.Want != nil {
 		b.tunnel.cfg.Want(to.peer.name, b.cfg.Name)
 	}
 	return nil
+}
+
+// oldest returns the frame that makes room: the oldest of the overlay that has the
+// most waiting, so that one tenant's traffic does not push out another's.
+func (w *waiting) oldest() int {
+	most, at := 0, 0
+	for i := range w.frames {
+		n := 0
+		first := i
+		for j := range w.frames {
+			if w.frames[j].to == w.frames[i].to {
+				n++
+				first = min(first, j)
+			}
+		}
+		if n > most {
+			most, at = n, first
+		}
+	}
+	return at
 }
 
 // flush seals with tx what waits for to, and then everything that follows.
@@ -135,6 +159,10 @@ func (w *waiting) flush(t *Tunnel, to *place, tx *crypto.Sealer) {
 		}
 		w.bytes -= len(h.b)
 		l.now, l.from = t.now(), h.from
+		if l.now-h.at > maxWait { // whoever sent it has given up
+			t.drops.add(DropNoSession)
+			continue
+		}
 		if !to.bridge.seal(l, to, tx, &tap.Frame{B: h.b, Meta: h.meta}, nil, h.flow) {
 			t.drops.add(DropNoSession)
 		}

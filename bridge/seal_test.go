@@ -196,6 +196,54 @@ func TestSealedWaits(t *testing.T) {
 	})
 }
 
+// Frames of one overlay do not push out another's that wait for the same peer, and
+// none is sent when it is of long ago.
+func TestSealedWaitsApart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		net := underlaytest.NewNet(1)
+		n, _ := sealedMesh(t, net, 2, Config{})
+		defer end(n)
+		red, err := n[0].tunnel.Add(Config{Name: "red", VNI: testVNI + 1, Sealed: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		red.SetPeers([]Peer{{"n2", vtepOf(2)}})
+		blue, _ := n[0].bridge.peers.Load("n2")
+		other, _ := red.peers.Load("n2")
+		w := &blue.peer.waiting
+		hold := func(b *Bridge, at *place, i uint32) {
+			w.hold(b, nil, at, &tap.Frame{B: numbered(macOf(1), macOf(2), i)}, 0)
+		}
+		hold(n[0].bridge, blue, 7)
+		for i := range uint32(3 * MaxWaiting) {
+			hold(red, other, i)
+		}
+		if got := w.count(blue); got != 1 || len(w.frames) != MaxWaiting {
+			t.Fatalf("%d of %d frames that wait are blue's, want 1 of %d", got, len(w.frames), MaxWaiting)
+		}
+		oneWay(t, n, 1, 2)
+		if got := n[1].got(); len(got) != 1 || number(got[0]) != 7 {
+			t.Errorf("%d frames arrive", len(got))
+		}
+		// Left behind by an epoch: nothing waits, and no BUM frame is for it, until it proves itself anew.
+		oneWay(t, n, 2, 1)
+		n[0].tunnel.Leave("n2", "blue")
+		if l := n[0].bridge.FloodList(); len(l) != 0 {
+			t.Errorf("flood list %v, want nobody", l)
+		}
+		hold(n[0].bridge, blue, 8)
+		time.Sleep(6 * time.Second)
+		hold(n[0].bridge, blue, 9)
+		oneWay(t, n, 1, 2)
+		if got := n[1].got(); len(got) != 1 || number(got[0]) != 9 {
+			t.Errorf("%d frames arrive, want the one of now", len(got))
+		}
+		if err := red.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
 // Whatever is not sealed by the peer for this overlay goes no further.
 func TestSealedFailsClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -241,6 +241,21 @@ func (t *Tunnel) Send(peer, overlay string, tx *crypto.Sealer) {
 	}
 }
 
+// Leave takes it that the peer has to prove the overlay's key anew: it has no
+// session, and gets no BUM frames and has none waiting until Receive.
+func (t *Tunnel) Leave(peer, overlay string) {
+	b, p := t.peer(peer, overlay)
+	if p == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	p.tx.Store(nil)
+	p.proved = false
+	b.setFlood()
+	p.peer.waiting.drop(p)
+}
+
 // Sessions returns how many sessions are received under.
 func (t *Tunnel) Sessions() int { return t.sessions.Size() }
 

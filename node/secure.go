@@ -202,6 +202,8 @@ func (t table) Forget(rx *crypto.Opener) { t.n.tunnel.Forget(rx) }
 
 func (t table) Send(peer, overlay string, tx *crypto.Sealer) { t.n.tunnel.Send(peer, overlay, tx) }
 
+func (t table) Leave(peer, overlay string) { t.n.tunnel.Leave(peer, overlay) }
+
 // hook connects the tunnel with QUIC and sessions.
 func (s *secure) hook(n *Node, tc *bridge.TunnelConfig) {
 	tc.Control = s.endpoint.Deliver

@@ -27,6 +27,8 @@ const (
 	// epochGrace is how long sessions of an overlay's former epoch go on. Who has
 	// no key of the new one by then stays behind.
 	epochGrace = 30 * time.Second
+	// noteEvery is how often the log is told of one peer.
+	noteEvery = 10 * time.Second
 	// sessionTick is how often sessions are looked at.
 	sessionTick = time.Second
 	// lostAfter is how long nothing may have been opened under a session before
@@ -64,6 +66,9 @@ type SessionTable interface {
 	// Send seals with tx what goes to the peer, first what waits for it. With
 	// nil there is no session: frames wait, and Sessions.Want is called.
 	Send(peer, overlay string, tx *crypto.Sealer)
+	// Leave is Send with nil for a peer that has yet to prove the overlay's key of
+	// now: until Receive, it is as if it did not share the overlay.
+	Leave(peer, overlay string)
 }
 
 // SessionsConfig of NewSessions.
@@ -141,7 +146,8 @@ type partner struct {
 	wake    chan struct{}
 	offered time.Time // when it last made this node offer anew
 
-	asking bool // what arrived
+	noted  time.Time // when the log was last told of it
+	asking bool      // what arrived
 	asked  time.Time
 }
 
@@ -347,7 +353,7 @@ func (s *Sessions) told() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for w := range wants {
-		if p := s.partners[w.peer]; p != nil && p.pairs[w.overlay] != nil && p.pairs[w.overlay].tx == nil {
+		if p := s.partners[w.peer]; p != nil && p.pairs[w.overlay] != nil && p.pairs[w.overlay].spent() {
 			s.want(p, p.pairs[w.overlay])
 		}
 	}
@@ -366,11 +372,14 @@ func (s *Sessions) told() {
 	}
 }
 
+// spent reports whether there is nothing to send under.
+func (q *pair) spent() bool { return q.tx == nil || q.tx.Sent() >= crypto.SessionDatagrams }
+
 // look renews and forgets.
 func (s *Sessions) look(now time.Time) {
 	s.mu.Lock()
 	var over []half
-	var silent []pairName
+	silent := map[pairName]bool{} // and whether the peer has to prove itself anew
 	for name, p := range s.partners {
 		for overlay, q := range p.pairs {
 			q.count(now)
@@ -378,9 +387,9 @@ func (s *Sessions) look(now time.Time) {
 			q.wanted = q.wanted || ok && q.tx != nil && q.epoch < key.Epoch
 			switch {
 			case q.leave(key.Epoch, ok, now):
-				silent = append(silent, pairName{name, overlay})
+				silent[pairName{name, overlay}] = true
 			case q.tx != nil && now.Sub(q.sentAt) > idleSend:
-				silent = append(silent, pairName{name, overlay})
+				silent[pairName{name, overlay}] = false
 				q.retire(now.Add(idleReceive - idleSend))
 			case q.tx != nil && now.Sub(q.since) > renewAfter && (q.sentAt.After(q.since) || q.receivedAt.After(q.since)),
 				q.tx != nil && q.sent > renewSent:
@@ -392,14 +401,15 @@ func (s *Sessions) look(now time.Time) {
 		s.inquire(p, now)
 	}
 	s.mu.Unlock()
-	for _, n := range silent {
-		s.silence(n)
+	for n, leave := range silent {
+		s.silence(n, leave)
 	}
 	s.end(over)
 }
 
-// silence tells the data path that there is no session, unless there is one again.
-func (s *Sessions) silence(n pairName) {
+// silence tells the data path that there is no session, unless there is one again;
+// leave: nor anything that the peer has proven.
+func (s *Sessions) silence(n pairName, leave bool) {
 	s.mu.Lock()
 	p := s.partners[n.peer]
 	s.mu.Unlock()
@@ -412,7 +422,11 @@ func (s *Sessions) silence(n pairName) {
 	q := p.pairs[n.overlay]
 	none := q != nil && q.tx == nil
 	s.mu.Unlock()
-	if none {
+	switch {
+	case !none:
+	case leave:
+		s.cfg.Table.Leave(n.peer, n.overlay)
+	default:
 		s.cfg.Table.Send(n.peer, n.overlay, nil)
 	}
 }
@@ -572,6 +586,8 @@ func (s *Sessions) work(ctx context.Context, p *partner) {
 func (s *Sessions) try(ctx context.Context, p *partner, overlays []string) error {
 	ctx, cancel := context.WithTimeout(ctx, offerTimeout)
 	defer cancel()
+	// Without a key there is nothing to talk about: Rekeyed tells when it is there.
+	overlays = slices.DeleteFunc(overlays, func(overlay string) bool { _, ok := s.cfg.Key(overlay); return !ok })
 	for _, chunk := range chunks(overlays) {
 		if !s.offers(p.name) {
 			if _, err := s.cfg.Endpoint.Request(ctx, p.name, kindWanted, appendNames(nil, chunk)); err != nil {
@@ -590,6 +606,11 @@ func (s *Sessions) try(ctx context.Context, p *partner, overlays []string) error
 func (s *Sessions) note(p *partner, overlay string, q *pair, text string) {
 	if q.err != text {
 		q.err = text
+		now := time.Now()
+		if now.Sub(p.noted) < noteEvery { // it may change its mind as often as it likes
+			return
+		}
+		p.noted = now
 		s.cfg.Log.Warn("no session", "overlay", overlay, "peer", p.name, "err", text)
 	}
 }

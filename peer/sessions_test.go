@@ -29,6 +29,7 @@ type sealedNode struct {
 	unknown  bool   // the data path knows no peer
 	silent   func() // called with Send(nil)
 	stale    atomic.Int32
+	left     atomic.Int32
 	sent     atomic.Uint64 // as the peer told
 	lost     atomic.Uint64
 	log      bytes.Buffer
@@ -59,6 +60,13 @@ func (n *sealedNode) Send(peer, overlay string, tx *crypto.Sealer) {
 		n.silent()
 	}
 	n.sends[pairName{peer, overlay}] = tx
+}
+
+func (n *sealedNode) Leave(peer, overlay string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.sends, pairName{peer, overlay})
+	n.left.Add(1)
 }
 
 func (n *sealedNode) tx(peer string) *crypto.Sealer {
@@ -364,6 +372,9 @@ func TestSessionsEpoch(t *testing.T) {
 	if d := a.seal("n2"); b.tx("n1") != nil || b.open(d) == nil {
 		t.Error("a session of the former epoch goes on for ever")
 	}
+	if b.left.Load() == 0 {
+		t.Error("who stays behind counts as one who has proven the key")
+	}
 	a.setKey("blue", blue(2))
 	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
 	if l := a.s.List(); len(l) != 1 || l[0].Epoch != 2 {
@@ -432,7 +443,7 @@ func TestSessionsSilence(t *testing.T) {
 	a.s.mu.Lock()
 	p := a.s.partners["n2"]
 	a.s.mu.Unlock()
-	a.s.silence(pairName{"n2", "blue"}) // by now another was made
+	a.s.silence(pairName{"n2", "blue"}, false) // by now another was made
 	if a.tx("n2") == nil {
 		t.Error("the data path was told that there is no session")
 	}

@@ -108,6 +108,8 @@ func (b *booty) Receive(_, overlay string, _ *crypto.Opener) error {
 }
 
 func (b *booty) Forget(*crypto.Opener)              {}
+func (b *booty) Leave(string, string) {}
+
 func (b *booty) Send(_, _ string, _ *crypto.Sealer) {}
 
 // agree tries for some time to agree with a peer on sessions for overlays, whose

@@ -107,8 +107,8 @@ func (b *booty) Receive(_, overlay string, _ *crypto.Opener) error {
 	return nil
 }
 
-func (b *booty) Forget(*crypto.Opener)              {}
-func (b *booty) Leave(string, string) {}
+func (b *booty) Forget(*crypto.Opener) {}
+func (b *booty) Leave(string, string)  {}
 
 func (b *booty) Send(_, _ string, _ *crypto.Sealer) {}
 

@@ -27,7 +27,6 @@ type onTheCable struct {
 	*sealedWire
 	s        *sealed
 	from, to ether.MAC
-	base     map[string]uint64
 	inside   *fastCapture
 }
 

@@ -29,7 +29,10 @@ const (
 	// suspectAfter is how long a request waits before its peer is probed.
 	suspectAfter = 2 * time.Second
 	// probeTimeout is how long a peer may take to show that it lives: three
-	// datagrams lost in a row, before anything is known of the round trip.
+	// datagrams lost in a row, before anything is known of the round trip. A peer
+	// that restarted answers with a stateless reset at once, unless it died before
+	// it confirmed the handshake: until then a client repeats long headers only
+	// (RFC 9002, section 6.2.1), which no reset answers (RFC 9000, section 10.3).
 	probeTimeout = 5 * time.Second
 )
 

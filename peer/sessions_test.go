@@ -339,6 +339,16 @@ func TestSessionsRestart(t *testing.T) {
 			a, b := c.sealedAs(t, name, id), c.sealed(t, other, all)
 			meet(a, b)
 			eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+			// Both dialled; the session may stand before the second handshake is
+			// confirmed, and a peer that dies before that is known to be gone only
+			// after probeTimeout.
+			eventually(t, "all handshakes are done", func() bool {
+				x, y := &a.e.stats, &b.e.stats
+				return x.HandshakesDone.Load() == y.Dials.Load() && y.Conns.Load() == y.Dials.Load()+x.Dials.Load()
+			})
+			if _, err := b.e.Whoami(within(t, 5*time.Second), name); err != nil {
+				t.Fatal(err)
+			}
 			a.stop()
 			c.kill(name, a.e)
 			a = c.sealedAs(t, name, id)

@@ -87,11 +87,11 @@ func openPort(listen netip.AddrPort, advertise netip.Addr, sealed bool, serve fu
 		perPeer:      make(map[netip.Addr]int),
 	}
 	p.dials, p.hangUp = context.WithCancel(context.Background())
-	p.wg.Go(p.accept)
 	if sealed {
-		p.packets = make(chan *memberlist.Packet)
+		p.packets = make(chan *memberlist.Packet) // before accept, which looks at it
 		p.wg.Go(p.sift)
 	}
+	p.wg.Go(p.accept)
 	return p, nil
 }
 

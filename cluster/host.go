@@ -60,15 +60,7 @@ func (p *Place) membersToTell() []peer.Member {
 	if self := p.self.Load(); self != nil {
 		list = append([]peer.Member{*self}, list...)
 	}
-	slices.SortStableFunc(list, func(a, b peer.Member) int {
-		switch {
-		case a.Keeper == b.Keeper:
-			return 0
-		case a.Keeper:
-			return -1
-		}
-		return 1
-	})
+	keepersFirst(list)
 	return list
 }
 

@@ -116,10 +116,9 @@ func (p *Place) known() []peer.Member {
 	return list
 }
 
-// save keeps members in the state, if they are others than before.
-func (p *Place) save() error {
-	list := p.known()
-	// The keepers first: they can tell the rest.
+// keepersFirst orders members so that a list that is cut keeps the keepers: they
+// can tell the rest.
+func keepersFirst(list []peer.Member) {
 	slices.SortStableFunc(list, func(a, b peer.Member) int {
 		switch {
 		case a.Keeper == b.Keeper:
@@ -129,6 +128,12 @@ func (p *Place) save() error {
 		}
 		return 1
 	})
+}
+
+// save keeps members in the state, if they are others than before.
+func (p *Place) save() error {
+	list := p.known()
+	keepersFirst(list)
 	list = list[:min(len(list), maxRemembered)]
 	if len(list) == 0 {
 		return nil // a node that knows nobody keeps what it remembers

@@ -20,9 +20,6 @@ const (
 	floodMinimum  = floodNonceLen + 1 + 1 + 8 + TagLen // a name of one character
 )
 
-// FloodOverhead returns what sealing a flooded frame adds, in bytes: 50 to 112.
-func FloodOverhead(sender string) int { return floodMinimum - 1 + len(sender) }
-
 // FloodKey is the key that frames of an overlay's epoch are sealed with where
 // gossip floods them: HKDF-SHA-256 of the OverlayKey k, empty salt, info
 //
@@ -83,7 +80,7 @@ func NewFloodSealer(k Key, sender string, after uint64) (*FloodSealer, error) {
 	return s, nil
 }
 
-// Seal appends frame, sealed, to dst, FloodOverhead bytes more than it has.
+// Seal appends frame, sealed, to dst: 49 bytes and the sender's name more than it has.
 // additional is authenticated and not sent; the opener has to give the same. All
 // are borrowed, and none overlaps another.
 func (s *FloodSealer) Seal(dst, frame, additional []byte) []byte {

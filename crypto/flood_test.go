@@ -30,7 +30,7 @@ func TestFlood(t *testing.T) {
 	s, o := flooding(t, "n1", 1<<60, everybody)
 	frame, additional := []byte("frame"), []byte("vni 100")
 	first := s.Seal([]byte("before"), frame, additional)
-	if !bytes.HasPrefix(first, []byte("before")) || len(first) != 6+len(frame)+FloodOverhead("n1") {
+	if !bytes.HasPrefix(first, []byte("before")) || len(first) != 6+len(frame)+49+len("n1") {
 		t.Fatalf("Seal = %x", first)
 	}
 	first = first[6:]

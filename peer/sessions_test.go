@@ -163,11 +163,17 @@ func (a *sealedNode) reaches(b *sealedNode) bool {
 	return d != nil && b.open(d) == nil
 }
 
-func TestSessionsAgree(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
+// talking returns n1 and n2, with a session of blue in both directions.
+func talking(t *testing.T) (c *cluster, a, b *sealedNode) {
+	c = newCluster(t, peertest.NewNet(1))
+	a, b = c.sealed(t, "n1", all), c.sealed(t, "n2", all)
 	meet(a, b)
 	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	return c, a, b
+}
+
+func TestSessionsAgree(t *testing.T) {
+	_, a, b := talking(t)
 	for _, n := range []*sealedNode{a, b} {
 		l := n.s.List()
 		if len(l) != 1 || l[0].Overlay != "blue" || l[0].Cipher != crypto.ChaCha20Poly1305 || l[0].Epoch != 1 || l[0].Err != "" ||
@@ -303,10 +309,7 @@ func TestSessionsRenew(t *testing.T) {
 
 // A session that carries nothing is forgotten, the sending half first, and made again on demand, by either end.
 func TestSessionsIdle(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, b := talking(t)
 	for _, n := range []*sealedNode{a, b} {
 		n.s.look(time.Now())
 		n.s.look(time.Now().Add(idleSend + time.Second))
@@ -368,10 +371,7 @@ func TestSessionsRestart(t *testing.T) {
 
 // A new epoch moves all sessions; who has no key of it stays behind.
 func TestSessionsEpoch(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, b := talking(t)
 	b.setKey("blue", blue(2))
 	eventually(t, "the other learns of it", func() bool { return a.stale.Load() > 0 })
 	if !a.reaches(b) || !b.reaches(a) {
@@ -430,10 +430,7 @@ func TestSessionsEpochEndsUnfinished(t *testing.T) {
 
 // The key goes with its grant, and the sessions with the key.
 func TestSessionsEndWithKey(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, b := talking(t)
 	d := b.seal("n1")
 	a.mu.Lock()
 	delete(a.keys, "blue")
@@ -446,10 +443,7 @@ func TestSessionsEndWithKey(t *testing.T) {
 
 // The data path is never told that there is no session after it was told of one that stands.
 func TestSessionsSilence(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, _ := talking(t)
 	a.s.mu.Lock()
 	p := a.s.partners["n2"]
 	a.s.mu.Unlock()
@@ -475,10 +469,7 @@ func TestSessionsSilence(t *testing.T) {
 
 // A datagram of a session that nobody knows may be anybody's: it costs no session.
 func TestSessionsLostChangesNothing(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, b := talking(t)
 	d := a.seal("n2")
 	for range 100 {
 		b.s.Lost("n1")
@@ -536,10 +527,7 @@ func TestSessionsWantedAtOnce(t *testing.T) {
 // An offer that is not answered has the peer probed: nothing else may use the
 // connection, and one that leads nowhere would stay for as long as idle ones do.
 func TestSessionsOfferProbes(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, b := talking(t)
 	b.s.mu.Lock()
 	p := b.s.partners["n1"]
 	b.s.mu.Unlock()
@@ -556,10 +544,7 @@ func TestSessionsOfferProbes(t *testing.T) {
 
 // A peer that offers again and again fills no memory.
 func TestSessionsOffersBounded(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, b := talking(t)
 	a.s.mu.Lock()
 	p := a.s.partners["n2"]
 	a.s.mu.Unlock()
@@ -581,10 +566,7 @@ func TestSessionsOffersBounded(t *testing.T) {
 
 // A peer tells what arrived, and so what was lost.
 func TestSessionsArrived(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, b := talking(t)
 	ask := func() {
 		a.s.mu.Lock()
 		p := a.s.partners["n2"]
@@ -620,10 +602,7 @@ func TestSessionsArrived(t *testing.T) {
 // What was sent while an answer was on its way, and had arrived when it was given,
 // is not lost.
 func TestSessionsArrivedLate(t *testing.T) {
-	c := newCluster(t, peertest.NewNet(1))
-	a, b := c.sealed(t, "n1", all), c.sealed(t, "n2", all)
-	meet(a, b)
-	eventually(t, "both send", func() bool { return a.reaches(b) && b.reaches(a) })
+	_, a, b := talking(t)
 	a.s.mu.Lock()
 	p := a.s.partners["n2"]
 	a.s.mu.Unlock()

@@ -130,16 +130,17 @@ func (w *waiting) hold(b *Bridge, from *Port, to *place, f *tap.Frame, flow uint
 func (w *waiting) oldest() int {
 	most, at := 0, 0
 	for i := range w.frames {
+		if most > 0 && w.frames[i].to == w.frames[at].to {
+			continue
+		}
 		n := 0
-		first := i
 		for j := range w.frames {
 			if w.frames[j].to == w.frames[i].to {
 				n++
-				first = min(first, j)
 			}
 		}
-		if n > most {
-			most, at = n, first
+		if n > most { // the first of its place: a later one counts no more
+			most, at = n, i
 		}
 	}
 	return at

@@ -17,6 +17,9 @@ var imports = map[string][]string{
 	"keeper":            {"peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
 
+	"store":           {},
+	"store/storetest": {"store"},
+
 	"peer":          {"crypto"},
 	"peer/peertest": {},
 
@@ -55,6 +58,7 @@ var thirdParty = map[string][]string{
 	"github.com/goccy/go-yaml":      {"config", "cmd/tulle"},
 	"github.com/puzpuzpuz/xsync/v4": {"bridge"},
 	"golang.org/x/time/rate":        {"discovery"},
+	"go.etcd.io/":                   {"store"},
 	"golang.org/x/crypto":           {"crypto"},
 	"golang.org/x/sys/cpu":          {"ether", "crypto"},
 	"golang.org/x/sys/unix":         {"tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},

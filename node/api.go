@@ -27,10 +27,25 @@ import (
 //	GET    /v1/nodes                       Nodes
 //	POST   /v1/nodes/NAME/revoke           Changed
 //	DELETE /v1/nodes/NAME                  Changed
+//	POST   /v1/nodes/NAME/promote          PromoteRequest; answers Changed
+//	POST   /v1/nodes/NAME/demote           Changed
 //	POST   /v1/gossip/rotate-key           GossipKeyRotated
+//	GET    /v1/shared                      SharedOverlays
+//	POST   /v1/shared                      OverlayRequest; answers SharedOverlay
+//	GET    /v1/shared/NAME                 SharedOverlay
+//	PATCH  /v1/shared/NAME                 OverlayChange; answers SharedOverlay
+//	DELETE /v1/shared/NAME?force=true      Changed
+//	GET    /v1/endpoints                   Endpoints
+//	POST   /v1/exposed                     ExposeRequest; answers Endpoint
+//	DELETE /v1/exposed/OVERLAY             Endpoint, which is no more
+//	GET    /v1/ipam                        IPAM
+//	POST   /v1/ipam/check?repair=true      IPAMCheck
+//	GET    /v1/store                       StoreStatus
+//	GET    /v1/store/snapshot              application/octet-stream, for `tulle store restore`
+//	POST   /v1/store/recover               StoreStatus
 //
-// Tokens, nodes and keys are the cluster's: the node asks a keeper, which may
-// take seconds. In an open cluster they are 409 with Error.
+// Tokens, nodes, keys, shared overlays and addresses are the cluster's: the node
+// asks a keeper, which may take seconds. In an open cluster they are 409 with Error.
 
 // Status answers `tulle status`.
 type Status struct {
@@ -245,6 +260,162 @@ type OverlayKeyRotated struct {
 	Overlay string `json:"overlay"`
 	Epoch   uint32 `json:"epoch"` // of the new key
 	Changed
+}
+
+// PromoteRequest asks for a node to be made a keeper.
+type PromoteRequest struct {
+	// Replace is a keeper that is lost for good: it is removed from the cluster.
+	Replace string `json:"replace,omitempty"`
+}
+
+// SharedOverlays answers `tulle overlay ls`: the cluster's overlays that this
+// node may know of, and this node's static ones.
+type SharedOverlays struct {
+	Overlays []SharedOverlay `json:"overlays"`
+	// Stale is since when no keeper has told what is new; absent: all is known.
+	Stale time.Time `json:"stale,omitzero"`
+}
+
+// SharedOverlay is the definition of an overlay.
+type SharedOverlay struct {
+	Name       string         `json:"name"`
+	VNI        vxlan.VNI      `json:"vni"`
+	Subnets    []netip.Prefix `json:"subnets"`
+	Gateways   []netip.Addr   `json:"gateways"` // reserved for a gateway, one a subnet
+	Reserved   []netip.Prefix `json:"reserved"` // given out only when asked for
+	Encryption string         `json:"encryption"`
+	Cipher     string         `json:"cipher"` // empty with encryption none
+	MTU        int            `json:"mtu"`    // 0: what the underlay allows
+	Flood      string         `json:"flood"`
+	ClampMSS   bool           `json:"mss_clamp"`
+	// Shared is false for a static overlay of this node.
+	Shared  bool      `json:"shared"`
+	Created time.Time `json:"created,omitzero"`
+	By      string    `json:"by,omitempty"` // the node that asked for it
+	// Joined: this node carries it.
+	Joined bool `json:"joined"`
+	// Nodes have endpoints in it, as the keepers know; `tulle overlay inspect` only.
+	Nodes []string `json:"nodes,omitempty"`
+}
+
+// OverlayRequest asks for a shared overlay. A zero field stands for its default.
+type OverlayRequest struct {
+	Name string `json:"name"`
+	// Subnets: at most one of IPv4 and one of IPv6; default: a free /16 of 10.32.0.0/11.
+	Subnets    []netip.Prefix `json:"subnets,omitempty"`
+	Gateways   []netip.Addr   `json:"gateways,omitempty"` // default: the first address of each subnet
+	Reserved   []netip.Prefix `json:"reserved,omitempty"`
+	VNI        vxlan.VNI      `json:"vni,omitempty"`        // default: the first free one from 65536 up
+	Encryption string         `json:"encryption,omitempty"` // required (default) or none
+	Cipher     string         `json:"cipher,omitempty"`     // auto (default), chacha20-poly1305, aes-256-gcm
+	MTU        int            `json:"mtu,omitempty"`
+	Flood      string         `json:"flood,omitempty"` // unicast (default) or gossip
+	ClampMSS   bool           `json:"mss_clamp,omitempty"`
+}
+
+// OverlayChange changes a shared overlay; what is absent stays.
+type OverlayChange struct {
+	Cipher   *string         `json:"cipher,omitempty"`
+	MTU      *int            `json:"mtu,omitempty"`
+	Flood    *string         `json:"flood,omitempty"`
+	ClampMSS *bool           `json:"mss_clamp,omitempty"`
+	Reserved *[]netip.Prefix `json:"reserved,omitempty"`
+}
+
+// ExposeRequest makes this host an endpoint of a shared overlay.
+type ExposeRequest struct {
+	Overlay string `json:"overlay"`
+	// IPs are addresses to have, at most one of each family; empty: any.
+	IPs []netip.Addr `json:"ips,omitempty"`
+	Tap string       `json:"tap,omitempty"` // name of the device; default: the overlay's, cut to 15 bytes
+}
+
+// Endpoints answers `tulle endpoints`: those of this node.
+type Endpoints struct {
+	Endpoints []Endpoint `json:"endpoints"`
+}
+
+// Endpoint is what is attached to an overlay.
+type Endpoint struct {
+	Name    string         `json:"name"`
+	Overlay string         `json:"overlay"`
+	IPs     []netip.Prefix `json:"ips"` // with the subnet's length
+	MAC     ether.MAC      `json:"mac"`
+	Node    string         `json:"node"`
+	Tap     string         `json:"tap"`
+	// Up is false while its device cannot be made; Error says why.
+	Up    bool   `json:"up"`
+	Error string `json:"error,omitempty"`
+}
+
+// IPAM answers `tulle ipam`.
+type IPAM struct {
+	Overlays []OverlayIPAM `json:"overlays"`
+	// Expires is when this node must stop using its blocks, unless a keeper
+	// renews them; absent while it has none.
+	Expires time.Time `json:"expires,omitzero"`
+	// Stale: no keeper answered, so that only this node's own blocks are shown.
+	Stale bool `json:"stale"`
+}
+
+// OverlayIPAM is the addresses of an overlay.
+type OverlayIPAM struct {
+	Overlay string      `json:"overlay"`
+	Blocks  []IPAMBlock `json:"blocks"`
+	// Fixed addresses lie in another node's block.
+	Fixed []IPAMFixed `json:"fixed"`
+}
+
+// IPAMBlock is a block that a node has.
+type IPAMBlock struct {
+	Prefix netip.Prefix `json:"prefix"`
+	Node   string       `json:"node"`
+	// Used addresses; -1 where only the node that has the block knows.
+	Used int `json:"used"`
+	// Renewed is when its node last said that it is there.
+	Renewed time.Time `json:"renewed,omitzero"`
+}
+
+// IPAMFixed is a fixed address.
+type IPAMFixed struct {
+	Addr netip.Addr `json:"addr"`
+	Node string     `json:"node"`
+}
+
+// IPAMCheck answers `tulle ipam check`.
+type IPAMCheck struct {
+	Findings []IPAMFinding `json:"findings"` // empty is well
+}
+
+// IPAMFinding is something that should not be.
+type IPAMFinding struct {
+	Overlay  string `json:"overlay"`
+	What     string `json:"what"` // one sentence
+	Repaired bool   `json:"repaired"`
+}
+
+// StoreStatus answers `tulle store status`.
+type StoreStatus struct {
+	// Kind is embedded or external.
+	Kind string `json:"kind"`
+	// Quorum: the store can be read and changed.
+	Quorum  bool          `json:"quorum"`
+	Error   string        `json:"error,omitempty"` // why not
+	Members []StoreMember `json:"members"`
+	// Bytes that the data take on this keeper; 0 where that is not known.
+	Bytes    int64    `json:"bytes"`
+	Revision int64    `json:"revision"`
+	Alarms   []string `json:"alarms"` // of etcd; empty is well
+	// Asked is the keeper that answered.
+	Asked string `json:"asked"`
+}
+
+// StoreMember is one member of the store.
+type StoreMember struct {
+	Name    string `json:"name"`
+	Address string `json:"address"`
+	Role    string `json:"role"` // leader, follower, learner, unstarted
+	Healthy bool   `json:"healthy"`
 }
 
 // Doctor is the running node's part of `tulle doctor`, which prints it behind

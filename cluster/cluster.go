@@ -3,12 +3,13 @@
 //	state folder ──New──▶ Place ──Create (first node), Join (token)──▶ identity, gossip keys, revocations
 //	keeper ──Refresh, renewal, overlay keys──▶ Place ──▶ state folder, and whoever is told (Config.On…)
 //
-// On a keeper the Place also holds the CA's key, the root secret and the ledger,
-// and makes the keeper.Keeper that answers for the cluster.
+// On a keeper the Place also holds the CA's key and the root secret, and makes the
+// keeper.Keeper that answers for the cluster from a store that it is given (Keep).
 //
 // All that a node must know to start again without a keeper is in the state
 // folder: its identity, the gossip keys, the revocations, the keys of its
-// overlays, and where the others were. The package opens no socket and does not
+// overlays, the shared overlays' definitions, and where the others were. The
+// package opens no socket and does not
 // gossip; what it is told of members comes from there (SetMembers).
 package cluster
 
@@ -28,6 +29,7 @@ import (
 
 // The files that this package adds to a crypto.State.
 const (
+	// fileLedger is a cluster's first ledger, until it is in the store.
 	fileLedger   = "ledger"
 	fileMembers  = "members"
 	fileTokenKey = "token.key"
@@ -44,12 +46,14 @@ type Config struct {
 	// another; they must not block for long, nor call Create, Join or Run. Nil: nobody is told.
 	//
 	// OnRing: the gossip keys. OnRevoked: the list of revocations. OnIdentity: the
-	// certificate was renewed. OnKey: the key of an overlay is there, or of a newer
+	// certificate was renewed, or this node became a keeper or ceased to be one. OnKey: the key of an overlay is there, or of a newer
 	// epoch, or was taken away.
 	OnRing     func(*crypto.GossipRing)
 	OnRevoked  func()
 	OnIdentity func(*crypto.Identity)
 	OnKey      func(overlay string)
+	// OnShared: shared overlays are defined, changed or removed.
+	OnShared func()
 	// Log takes changes and what an operator should know; default none.
 	Log *slog.Logger
 }
@@ -68,8 +72,6 @@ type Place struct {
 	// mu serialises changes of the state, in memory and on disk.
 	mu    sync.Mutex
 	state *crypto.State // nil before Create or Join
-	// ledger is what the state has as text, on a keeper; nil: not read yet.
-	ledger *keeper.Ledger
 
 	// reissued: the keepers' ledger does not know this certificate yet.
 	reissued bool
@@ -78,7 +80,8 @@ type Place struct {
 	revoked  atomic.Pointer[crypto.Revocations]
 	ring     atomic.Pointer[crypto.GossipRing]
 	keeper   atomic.Pointer[keeper.Keeper]
-	telling  sync.Mutex // one OnRing at a time
+	keeping  chan struct{} // keeper is another
+	telling  sync.Mutex    // one OnRing at a time
 
 	outcast            atomic.Bool // the keepers do not believe this node
 	resetKey, tokenKey [32]byte
@@ -89,7 +92,8 @@ type Place struct {
 	remembered []peer.Member                           // of the last run, and what keepers told
 	addrs      atomic.Pointer[map[netip.Addr]struct{}] // of members that are there
 
-	keys keys
+	keys   keys
+	shared shared
 
 	self atomic.Pointer[peer.Member]
 	bell chan struct{} // pull the state
@@ -103,7 +107,7 @@ func New(cfg Config) (*Place, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	p := &Place{cfg: cfg, members: map[string]Member{}, bell: make(chan struct{}, 1)}
+	p := &Place{cfg: cfg, members: map[string]Member{}, bell: make(chan struct{}, 1), keeping: make(chan struct{}, 1)}
 	p.keys.init()
 	state, err := cfg.Dir.Load()
 	switch {
@@ -144,6 +148,7 @@ func (p *Place) load() error {
 	p.revoked.Store(revoked)
 	p.loadMembers()
 	p.keys.load(p.state, p.cfg.Log)
+	p.shared.load(p.state, p.cfg.Log)
 	id, err := p.state.Identity(p.Now())
 	if errors.Is(err, crypto.ErrExpired) && p.state.Files[crypto.FileCAKey] != nil {
 		id, err = p.reissue()
@@ -152,7 +157,7 @@ func (p *Place) load() error {
 		return err
 	}
 	p.identity.Store(id)
-	return p.makeKeeper()
+	return nil
 }
 
 // reissue gives a keeper that was off until its certificate was over the next
@@ -298,7 +303,8 @@ func (p *Place) begin(s *crypto.State) error {
 	return p.load()
 }
 
-// Create makes a cluster of which this node is the first member and keeper.
+// Create makes a cluster of which this node is the first member and, once it is
+// given a store (Keep), keeper.
 func (p *Place) Create() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -18,6 +18,7 @@ import (
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/peer/peertest"
+	"github.com/tulle-net/tulle/store/storetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -28,6 +29,7 @@ type site struct {
 	net   *peertest.Net
 	dirs  map[string]string
 	nodes map[string]*machine
+	store *storetest.Memory
 }
 
 // machine is one that runs.
@@ -42,7 +44,7 @@ type machine struct {
 }
 
 func newSite(t *testing.T) *site {
-	return &site{t: t, net: peertest.NewNet(1), dirs: map[string]string{}, nodes: map[string]*machine{}}
+	return &site{t: t, net: peertest.NewNet(1), dirs: map[string]string{}, nodes: map[string]*machine{}, store: storetest.New()}
 }
 
 func addrOf(name string) netip.AddrPort {
@@ -73,6 +75,11 @@ func (s *site) connect(name string, m *machine, create bool) {
 	s.t.Helper()
 	if create && !m.Joined() {
 		if err := m.Create(); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	if m.HoldsCA() {
+		if err := m.Keep(s.t.Context(), Keeping{Store: s.store}); err != nil {
 			s.t.Fatal(err)
 		}
 	}
@@ -340,8 +347,8 @@ func TestKeeperAwayForTooLong(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := p.Identity().Certificate()
-	if !p.IsKeeper() || c.Key != key || !c.Keeper || !c.NotAfter.After(later.Now()) || !p.reissued {
-		t.Errorf("keeper %v, certificate %+v", p.IsKeeper(), c)
+	if !p.HoldsCA() || c.Key != key || !c.Keeper || !c.NotAfter.After(later.Now()) || !p.reissued {
+		t.Errorf("holds the CA %v, certificate %+v", p.HoldsCA(), c)
 	}
 	if p, err = back("n1"); err != nil || p.Identity().Certificate().Serial != c.Serial {
 		t.Errorf("once more: %v", err) // it was kept
@@ -397,7 +404,7 @@ func TestGrants(t *testing.T) {
 	}
 	// The key goes with its grant.
 	for file := range b.state.Files {
-		if strings.Contains(file, "red") {
+		if strings.HasSuffix(file, ".red") {
 			t.Errorf("the state has %s", file)
 		}
 	}

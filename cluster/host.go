@@ -2,26 +2,55 @@ package cluster
 
 import (
 	"context"
-	"errors"
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/keeper"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/store"
 )
 
 // maxPushes are under way at once.
 const maxPushes = 64
 
-// makeKeeper makes the part that answers for the cluster, if the state has what
-// it takes. Called before anybody else knows p.
-func (p *Place) makeKeeper() error {
-	ca, err := p.state.CA()
-	if errors.Is(err, crypto.ErrNotKeeper) {
-		return nil
+// HoldsCA reports whether this node can answer for the cluster: it has the CA's
+// key and the root secret.
+func (p *Place) HoldsCA() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state != nil && p.state.Files[crypto.FileCAKey] != nil
+}
+
+// Keeping is what a keeper answers from.
+type Keeping struct {
+	Store store.Store
+	// Quorum is who takes part in it; nil: it is external.
+	Quorum keeper.Quorum
+	// Grace is how long a node that is away keeps its addresses; 0: the default.
+	Grace time.Duration
+}
+
+// Founding reports whether this node is the first of a cluster that is not in a
+// store yet.
+func (p *Place) Founding() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state != nil && p.state.Files[fileLedger] != nil
+}
+
+// Keep makes this node answer for the cluster. The first node of a cluster
+// writes its first ledger, for which the store must be available; any other
+// keeper needs nothing of it yet.
+func (p *Place) Keep(ctx context.Context, from Keeping) error {
+	if err := p.found(ctx, from.Store); err != nil {
+		return err
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	ca, err := p.state.CA()
 	if err != nil {
 		return err
 	}
@@ -30,24 +59,98 @@ func (p *Place) makeKeeper() error {
 		return err
 	}
 	k, err := keeper.New(keeper.Config{
-		Name: p.cfg.Name, CA: ca, Roots: p.identity.Load().Roots(), Root: root, Store: ledgerStore{p},
+		Name: p.cfg.Name, CA: ca, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(from.Store), Shared: from.Store, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace,
 		Members: p.membersToTell, Addrs: p.keeperAddrs, Ring: p.Ring, SetRing: p.setRing, Push: p.push,
 		Now: p.Now, Log: p.cfg.Log,
 	})
 	if err != nil {
 		return err
 	}
-	p.keeper.Store(k)
+	p.answerAs(k)
 	return nil
 }
 
-// Joiner admits nodes where this node is a keeper; nil elsewhere.
-func (p *Place) Joiner() peer.Joiner {
-	if k := p.keeper.Load(); k != nil {
-		return k
-	}
-	return nil
+// alive reports whether gossip shows a node to be there.
+func (p *Place) alive(name string) bool {
+	p.membersMu.Lock()
+	defer p.membersMu.Unlock()
+	return p.members[name].Alive
 }
+
+// tell asks another node.
+func (p *Place) tell(ctx context.Context, node string, k peer.Kind, payload []byte) ([]byte, error) {
+	return p.e.Request(ctx, node, k, payload)
+}
+
+// GoAlone makes this keeper the only one in the ledger.
+func (p *Place) GoAlone(ctx context.Context) error {
+	k := p.keeper.Load()
+	if k == nil {
+		return peer.ErrNotKeeper
+	}
+	return k.GoAlone(ctx)
+}
+
+// found writes a cluster's first ledger into the store; the state has it until then.
+func (p *Place) found(ctx context.Context, st store.Store) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	seed := p.state.Files[fileLedger]
+	if seed == nil {
+		return nil
+	}
+	first, err := keeper.ParseLedger(seed)
+	if err != nil {
+		return err
+	}
+	if err := keeper.Found(ctx, st, first); err != nil {
+		return err
+	}
+	return p.updateLocked(func(s *crypto.State) error { delete(s.Files, fileLedger); return nil })
+}
+
+// answerAs has k answer from now on; nil: this node is no keeper any more.
+func (p *Place) answerAs(k *keeper.Keeper) {
+	p.keeper.Store(k)
+	if self := p.self.Load(); self != nil {
+		p.SetSelf(*self)
+	}
+	ring(p.keeping)
+}
+
+// answer runs the keeper, while there is one, until ctx ends.
+func (p *Place) answer(ctx context.Context) {
+	for ctx.Err() == nil {
+		run, cancel := context.WithCancel(ctx)
+		var running sync.WaitGroup
+		k := p.keeper.Load()
+		if k != nil {
+			running.Go(func() { _ = k.Run(run) }) // returns nil
+		}
+		for ctx.Err() == nil && p.keeper.Load() == k {
+			select {
+			case <-p.keeping:
+			case <-ctx.Done():
+			}
+		}
+		cancel()
+		running.Wait()
+	}
+}
+
+// Join implements peer.Joiner where this node is a keeper.
+func (j joiner) Join(ctx context.Context, r peer.JoinRequest) (*peer.JoinResult, error) {
+	if k := j.p.keeper.Load(); k != nil {
+		return k.Join(ctx, r)
+	}
+	return nil, peer.ErrNotKeeper
+}
+
+// joiner admits nodes as the keeper of now.
+type joiner struct{ p *Place }
+
+// Joiner admits nodes where this node is a keeper, and tells elsewhere that it is none.
+func (p *Place) Joiner() peer.Joiner { return joiner{p} }
 
 // SetSelf says where this node is, for tokens and for those that join.
 func (p *Place) SetSelf(m peer.Member) {
@@ -109,7 +212,7 @@ func (p *Place) TellRing() {
 // have made a change that concerns itself.
 func (p *Place) push(ctx context.Context, except []string) []string {
 	unreached := []string{}
-	if err := p.Refresh(ctx); err != nil {
+	if err := p.refresh(ctx, p.client()); err != nil {
 		unreached = append(unreached, p.cfg.Name)
 	}
 	var names []string
@@ -144,49 +247,49 @@ func (p *Place) push(ctx context.Context, except []string) []string {
 	return unreached
 }
 
-// ledgerStore keeps the ledger in the state folder of the one keeper.
-type ledgerStore struct{ p *Place }
-
-var errNoLedger = errors.New("cluster: this keeper's state has no ledger: restore the folder from a backup")
-
-func (l ledgerStore) Read(context.Context) (*keeper.Ledger, error) {
-	l.p.mu.Lock()
-	defer l.p.mu.Unlock()
-	return l.parse()
-}
-
-// parse returns the ledger of the state, which is read once for each change.
-func (l ledgerStore) parse() (*keeper.Ledger, error) {
-	if l.p.state == nil || l.p.state.Files[fileLedger] == nil {
-		return nil, errNoLedger
+// TakeOffice keeps what makes this node a keeper: the CA's key (PKCS #8) and the
+// root secret, both borrowed. Keep has it answer.
+func (p *Place) TakeOffice(caKey, root []byte) error {
+	key, err := crypto.ParsePrivateKey(caKey)
+	if err != nil {
+		return err
 	}
-	if l.p.ledger == nil {
-		var err error
-		if l.p.ledger, err = keeper.ParseLedger(l.p.state.Files[fileLedger]); err != nil {
-			return nil, err
+	secret, err := crypto.KeyFrom(root)
+	if err != nil {
+		return err
+	}
+	return p.update(func(s *crypto.State) error {
+		if err := s.SetCAKey(key); err != nil {
+			return err
 		}
-	}
-	return l.p.ledger, nil
+		s.SetKey(crypto.FileRootSecret, secret)
+		return nil
+	})
 }
 
-func (l ledgerStore) Update(_ context.Context, f func(*keeper.Ledger) error) error {
-	l.p.mu.Lock()
-	defer l.p.mu.Unlock()
-	old, err := l.parse()
+// LeaveOffice has this node answer no more, and forgets what made it a keeper.
+func (p *Place) LeaveOffice() error {
+	p.answerAs(nil)
+	return p.update(func(s *crypto.State) error {
+		delete(s.Files, crypto.FileCAKey)
+		delete(s.Files, crypto.FileRootSecret)
+		delete(s.Files, fileLedger)
+		return nil
+	})
+}
+
+// StoreCertificate makes what this keeper's member of the store at addr shows:
+// certificate and key, and whom it believes, all PEM.
+func (p *Place) StoreCertificate(addr netip.Addr) (certificate, key, roots []byte, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state == nil {
+		return nil, nil, nil, peer.ErrNoIdentity
+	}
+	ca, err := p.state.CA()
 	if err != nil {
-		return err
+		return nil, nil, nil, err
 	}
-	next := old.Clone()
-	if err := f(next); err != nil {
-		return err
-	}
-	b, err := next.Encode()
-	if err != nil {
-		return err
-	}
-	if err := l.p.updateLocked(func(s *crypto.State) error { s.Files[fileLedger] = b; return nil }); err != nil {
-		return err
-	}
-	l.p.ledger = next
-	return nil
+	certificate, key, err = ca.IssueStore(addr, p.Now())
+	return certificate, key, p.identity.Load().Roots().PEM(), err
 }

@@ -28,14 +28,16 @@ const (
 	clockEvery = 10 * time.Minute
 	// minRenew is the least time between two tries to renew the certificate.
 	minRenew = time.Minute
-	// extraBytes of a passport: revocations' number (8) | gossip keys' epoch (8).
-	extraBytes = 16
+	// extraBytes of a passport: revocations' number (8) | gossip keys' epoch (8) |
+	// shared overlays' revision (8).
+	extraBytes = 24
 )
 
 // Extra is what this node's passport says of its news: others that have less pull it.
 func (p *Place) Extra() []byte {
 	b := binary.BigEndian.AppendUint64(make([]byte, 0, extraBytes), p.revoked.Load().Number())
-	return binary.BigEndian.AppendUint64(b, p.ring.Load().Epoch)
+	b = binary.BigEndian.AppendUint64(b, p.ring.Load().Epoch)
+	return binary.BigEndian.AppendUint64(b, p.shared.known())
 }
 
 // Notice takes what another's passport says of its news.
@@ -43,7 +45,8 @@ func (p *Place) Notice(_ string, extra []byte) {
 	if len(extra) < extraBytes {
 		return
 	}
-	if binary.BigEndian.Uint64(extra) > p.revoked.Load().Number() || binary.BigEndian.Uint64(extra[8:]) > p.ring.Load().Epoch {
+	if binary.BigEndian.Uint64(extra) > p.revoked.Load().Number() || binary.BigEndian.Uint64(extra[8:]) > p.ring.Load().Epoch ||
+		p.shared.notice(binary.BigEndian.Uint64(extra[16:])) {
 		ring(p.bell)
 	}
 }
@@ -59,8 +62,13 @@ func (p *Place) client() keeper.Client {
 // Client asks a keeper in this node's name.
 func (p *Place) Client() keeper.Client { return p.client() }
 
-// Refresh pulls the cluster's state from a keeper.
-func (p *Place) Refresh(ctx context.Context) error { return p.refresh(ctx, p.client()) }
+// Refresh pulls the cluster's state from a keeper, and the shared overlays.
+func (p *Place) Refresh(ctx context.Context) error {
+	if err := p.refresh(ctx, p.client()); err != nil {
+		return err
+	}
+	return p.pullShared(ctx, p.client())
+}
 
 func (p *Place) refresh(ctx context.Context, c keeper.Client) error {
 	if !p.Joined() {
@@ -141,6 +149,9 @@ func (p *Place) refreshed(ctx context.Context, from peer.Peer, _ []byte) ([]byte
 	if err := p.refresh(ctx, c); err != nil {
 		return nil, err
 	}
+	if err := p.pullShared(ctx, c); err != nil {
+		return nil, err
+	}
 	p.keys.again() // one of them may be of a newer epoch
 	return nil, nil
 }
@@ -148,9 +159,7 @@ func (p *Place) refreshed(ctx context.Context, from peer.Peer, _ []byte) ([]byte
 // Run keeps everything up to date until ctx ends.
 func (p *Place) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	if k := p.keeper.Load(); k != nil {
-		wg.Go(func() { _ = k.Run(ctx) }) // returns nil
-	}
+	wg.Go(func() { p.answer(ctx) })
 	wg.Go(func() { p.keepState(ctx) })
 	wg.Go(func() { p.keepKeys(ctx) })
 	wg.Go(func() { p.renew(ctx) })

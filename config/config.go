@@ -95,9 +95,29 @@ type Config struct {
 	NoGSO, NoGRO bool
 	// KeyLog is the path of a file that the session keys are appended to, for
 	// debugging: whoever reads it can decrypt what was captured. Default none.
-	KeyLog   string
+	KeyLog string
+	// Store says where a keeper keeps what the cluster knows; on a node that is
+	// none it has no effect.
+	Store    Store
 	Overlays []Overlay
 }
+
+// Store is a keeper's store: a member of etcd of its own, or an etcd cluster that
+// is there. The zero value is the former.
+type Store struct {
+	// Etcd are the URLs of an external etcd cluster, https://HOST:PORT.
+	Etcd []string
+	// CA is the path of the certificates, PEM, that sign that cluster's, Cert and
+	// Key those of what the keeper shows; default: the system's, and nothing.
+	CA, Cert, Key string
+	// Prefix of the keys in it; default /tulle/ and the cluster's id.
+	Prefix string
+	// PeerPort and ClientPort of a member of its own, TCP; default 7947 and 7948.
+	PeerPort, ClientPort uint16
+}
+
+// External reports whether the store is an etcd cluster that is there.
+func (s Store) External() bool { return len(s.Etcd) > 0 }
 
 // Overlay is one static overlay.
 type Overlay struct {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -70,6 +71,37 @@ var nodeFields = []field[Config]{
 	{key: "gso", set: offSwitch(func(c *Config) *bool { return &c.NoGSO })},
 	{key: "gro", set: offSwitch(func(c *Config) *bool { return &c.NoGRO })},
 	{key: "keylog", set: text(func(c *Config) *string { return &c.KeyLog })},
+}
+
+// storeFields are the keys of "store".
+var storeFields = []field[Store]{
+	{key: "etcd", clear: func(s *Store) { s.Etcd = nil }, set: func(s *Store, t string) error {
+		u, err := url.Parse(t)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
+			return errors.New("want the URL of a member, as in https://192.0.2.9:2379")
+		}
+		s.Etcd = append(s.Etcd, t)
+		return nil
+	}},
+	{key: "ca", set: text(func(s *Store) *string { return &s.CA })},
+	{key: "cert", set: text(func(s *Store) *string { return &s.Cert })},
+	{key: "key", set: text(func(s *Store) *string { return &s.Key })},
+	{key: "prefix", set: func(s *Store, t string) error {
+		if !strings.HasPrefix(t, "/") || len(t) < 2 {
+			return errors.New("want a path, as in /tulle/home")
+		}
+		s.Prefix = strings.TrimSuffix(t, "/") + "/"
+		return nil
+	}},
+	{key: "peer-port", set: port(func(s *Store) *uint16 { return &s.PeerPort })},
+	{key: "client-port", set: port(func(s *Store) *uint16 { return &s.ClientPort })},
+}
+
+func port[T any](at func(*T) *uint16) func(*T, string) error {
+	return func(t *T, s string) (err error) {
+		*at(t), err = parsePort(s)
+		return err
+	}
 }
 
 // overlayFields are the keys of one overlay, in a file and in --overlay.

@@ -67,10 +67,14 @@ func (d *decoder) fault(at ast.Node, format string, args ...any) {
 
 // node decodes the top level.
 func (d *decoder) node(c *Config, body ast.Node) {
-	keys := append(keysOf(nodeFields), "overlays")
+	keys := append(keysOf(nodeFields), "overlays", "store")
 	for key, v := range d.entries(body, "settings as KEY: VALUE") {
 		if key.text == "overlays" {
 			d.overlays(c, v)
+			continue
+		}
+		if key.text == "store" {
+			d.store(c, v)
 			continue
 		}
 		if f := find(nodeFields, key.text); f != nil {
@@ -96,6 +100,16 @@ func (d *decoder) overlays(c *Config, n ast.Node) {
 			d.fault(key.node, "%w", unknown(key.text, keysOf(overlayFields)))
 		}
 		c.Overlays = append(c.Overlays, o)
+	}
+}
+
+func (d *decoder) store(c *Config, n ast.Node) {
+	for key, v := range d.entries(n, "what the store is, as in etcd: [https://192.0.2.9:2379]") {
+		if f := find(storeFields, key.text); f != nil {
+			decodeField(d, &c.Store, f, v)
+			continue
+		}
+		d.fault(key.node, "%w", unknown(key.text, keysOf(storeFields)))
 	}
 }
 

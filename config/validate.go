@@ -111,6 +111,13 @@ func (v *validator) node() {
 	if len(c.Socket) > maxSocketPath {
 		v.fault("socket: the path has %d bytes, and may have %d: take a shorter one", len(c.Socket), maxSocketPath)
 	}
+	if s := c.Store; !s.External() && (s.CA != "" || s.Cert != "" || s.Key != "" || s.Prefix != "") {
+		v.fault("store: ca, cert, key and prefix are of an etcd cluster that is there: say where, with etcd")
+	} else if s.External() && (s.PeerPort != 0 || s.ClientPort != 0) {
+		v.fault("store: peer-port and client-port are of a member of its own: leave them out beside etcd")
+	} else if (s.Cert == "") != (s.Key == "") {
+		v.fault("store: cert and key belong together: give both or none")
+	}
 	for _, s := range c.Join {
 		if _, _, err := ParseHostPort(s, GossipPort); err != nil {
 			v.fault("join %q: %w", s, err)

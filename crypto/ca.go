@@ -191,6 +191,11 @@ func (ca *CA) Issue(request []byte, rights Rights, now time.Time) (*Issued, erro
 // Reissue renews old, which the caller has verified (it is what the peer's TLS
 // connection shows): the same name, key and rights, whatever the request says.
 func (ca *CA) Reissue(old *Certificate, request []byte, now time.Time) (*Issued, error) {
+	return ca.ReissueAs(old, request, old.Keeper, now)
+}
+
+// ReissueAs is Reissue for a node that has become a keeper, or is none any more.
+func (ca *CA) ReissueAs(old *Certificate, request []byte, keeper bool, now time.Time) (*Issued, error) {
 	r, err := ParseRequest(request)
 	switch {
 	case err != nil:
@@ -202,7 +207,9 @@ func (ca *CA) Reissue(old *Certificate, request []byte, now time.Time) (*Issued,
 	case r.Key != old.Key:
 		return nil, fmt.Errorf("crypto: renew %q: %w: remove the node (tulle node rm %s) and join with a token", old.Name, ErrOtherKey, old.Name)
 	}
-	return ca.issue(r, old.Rights, now)
+	rights := old.Rights
+	rights.Keeper = keeper
+	return ca.issue(r, rights, now)
 }
 
 func (ca *CA) issue(r Request, rights Rights, now time.Time) (*Issued, error) {

@@ -233,6 +233,23 @@ func (s *State) SetCA(ca *CA) {
 	s.Files[FileCAKey] = pemOf(pemKey, der)
 }
 
+// SetCAKey puts the CA's key as another keeper gave it. The error wraps
+// ErrDamaged if it is the key of none of the CA certificates; nothing is put then.
+func (s *State) SetCAKey(key *PrivateKey) error {
+	before, had := s.Files[FileCAKey]
+	der := key.Marshal()
+	defer clear(der)
+	s.Files[FileCAKey] = pemOf(pemKey, der)
+	if _, err := s.CA(); err != nil {
+		delete(s.Files, FileCAKey)
+		if had {
+			s.Files[FileCAKey] = before
+		}
+		return err
+	}
+	return nil
+}
+
 // CA returns the cluster's CA, on a keeper; elsewhere the error wraps ErrNotKeeper.
 func (s *State) CA() (*CA, error) {
 	if _, ok := s.Files[FileCAKey]; !ok {

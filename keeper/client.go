@@ -9,6 +9,7 @@ import (
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/store"
 )
 
 // Client asks a keeper; each method until ctx ends. Errors wrap those of
@@ -186,4 +187,75 @@ func (c Client) RotateOverlay(ctx context.Context, overlay string) (*Outcome, er
 // RotateGossip changes the gossip keys.
 func (c Client) RotateGossip(ctx context.Context) (*Outcome, error) {
 	return ask[Outcome](ctx, c, SubRotateGossip, rotateGossipBody{current})
+}
+
+// Shared is what is new of the shared overlays.
+type Shared struct {
+	Revision int64
+	// Whole: Put is all there is, and what is not in it is gone.
+	Whole   bool
+	Put     []SharedOverlay
+	Removed []string
+	// Digest is SharedDigest of what the node has with this applied; if it is
+	// not, ask again since 0.
+	Digest []byte
+}
+
+// SharedOverlay is a definition and the revision at which it was put.
+type SharedOverlay struct {
+	*store.Overlay
+	Revision int64
+}
+
+// Shared returns what is new since a revision of those overlays that the node
+// may know of; 0: everything.
+func (c Client) Shared(ctx context.Context, since int64) (*Shared, error) {
+	a, err := ask[sharedAnswer](ctx, c, SubShared, sharedBody{current, since})
+	if err != nil {
+		return nil, err
+	}
+	s := &Shared{Revision: a.Revision, Whole: a.Whole, Removed: a.Removed, Digest: a.Digest}
+	for _, i := range a.Put {
+		o, err := store.ParseOverlay(i.Overlay)
+		if err != nil {
+			return nil, fmt.Errorf("keeper: %w", err)
+		}
+		s.Put = append(s.Put, SharedOverlay{o, i.Revision})
+	}
+	return s, nil
+}
+
+// CreateOverlay defines a shared overlay; what o leaves out is filled in. It
+// returns the definition, and the nodes that have not heard of it yet.
+func (c Client) CreateOverlay(ctx context.Context, o store.Overlay) (*store.Overlay, []string, error) {
+	return overlay(ask[overlayAnswer](ctx, c, SubCreateOverlay, createOverlayBody{current, fmt.Sprintf("%016x", rand.Uint64()), o}))
+}
+
+// SetOverlay changes a definition.
+func (c Client) SetOverlay(ctx context.Context, name string, ch OverlayChange) (*store.Overlay, []string, error) {
+	return overlay(ask[overlayAnswer](ctx, c, SubSetOverlay, setOverlayBody{current, name, ch}))
+}
+
+func overlay(a *overlayAnswer, err error) (*store.Overlay, []string, error) {
+	if err != nil {
+		return nil, nil, err
+	}
+	o, err := store.ParseOverlay(a.Overlay)
+	return o, a.Unreached, err
+}
+
+// RemoveOverlay removes a shared overlay; with endpoints in it only by force.
+func (c Client) RemoveOverlay(ctx context.Context, name string, force bool) (*Outcome, error) {
+	return ask[Outcome](ctx, c, SubRemoveOverlay, removeOverlayBody{current, name, force})
+}
+
+// Promote makes a node a keeper; replace, if not "", is one that is lost for
+// good and ceases to be one.
+func (c Client) Promote(ctx context.Context, name, replace string) (*Outcome, error) {
+	return ask[Outcome](ctx, c, SubPromote, promoteBody{current, name, replace})
+}
+
+// Demote makes a keeper an ordinary node.
+func (c Client) Demote(ctx context.Context, name string) (*Outcome, error) {
+	return ask[Outcome](ctx, c, SubDemote, nodeBody{current, name})
 }

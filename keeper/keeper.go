@@ -26,11 +26,14 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/store"
 )
 
 const (
@@ -66,6 +69,17 @@ type Config struct {
 	// Root is the root secret, from which overlay keys are derived.
 	Root  crypto.Key
 	Store Store
+	// Shared holds the shared overlays and their addresses; nil: this keeper
+	// has none, and says that it is unavailable.
+	Shared store.Store
+	// Grace is how long a node that is away keeps its addresses; default 24 h.
+	Grace time.Duration
+	// Alive reports whether gossip shows a member to be there; nil: all are.
+	Alive func(name string) bool
+	// Quorum is who takes part in the store; nil: it is external.
+	Quorum Quorum
+	// Tell asks another node; nil: nobody can be reached.
+	Tell func(ctx context.Context, node string, k peer.Kind, payload []byte) ([]byte, error)
 	// Members are some nodes to begin with, the keepers first; a machine that
 	// joins is told the first 256, a node 4,096.
 	Members func() []peer.Member
@@ -109,6 +123,8 @@ type Keeper struct {
 	// rotating has room for the one who changes the gossip keys.
 	rotating chan struct{}
 	pace     pace
+	shared   catalogue
+	registry *ipam.Registry // nil: no Shared
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -152,6 +168,10 @@ func New(cfg Config) (*Keeper, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	k := &Keeper{cfg: cfg, rotating: make(chan struct{}, 1), pace: pace{spent: map[string]spent{}}}
+	k.shared.init()
+	if err := k.makeRegistry(); err != nil {
+		return nil, err
+	}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	return k, nil
 }
@@ -164,6 +184,17 @@ func (k *Keeper) Stats() *Stats { return &k.stats }
 // returns nil and must be called once.
 func (k *Keeper) Run(ctx context.Context) error {
 	defer k.cancel()
+	var following sync.WaitGroup
+	defer following.Wait()
+	if k.cfg.Shared != nil {
+		following.Go(func() {
+			_ = k.cfg.Shared.Follow(ctx, store.KindOverlay+"/", func(c store.Change) { // returns nil
+				k.shared.take(c)
+				k.cfg.Changed()
+			})
+		})
+		following.Go(func() { k.reclaim(ctx) })
+	}
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
 	for {

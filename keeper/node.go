@@ -31,18 +31,18 @@ func (c *call) state(_ context.Context, b *stateBody) (any, error) {
 	return answer, nil
 }
 
-// renew issues the asker's next certificate, with the rights of the one that
-// it shows.
+// renew issues the asker's next certificate, with the grants of the one that it
+// shows. Whether it is a keeper its record says: that may have changed.
 func (c *call) renew(ctx context.Context, b *renewBody) (any, error) {
 	var issued *crypto.Issued
 	err := c.change(ctx, func(l *Ledger, a asker) error {
 		n := a.record
-		if !a.cert.Overlays.Within(n.Grants) || a.cert.Keeper && !n.Keeper {
+		if !a.cert.Overlays.Within(n.Grants) {
 			return peer.Errorf(peer.CodeDenied, "the certificate of %s allows more than the node may by now: renew with its last one, or join again with a token", a.cert.Name)
 		}
 		now := c.k.now()
 		var err error
-		if issued, err = c.k.cfg.CA.Reissue(a.cert, b.Request, now); err != nil {
+		if issued, err = c.k.cfg.CA.ReissueAs(a.cert, b.Request, n.Keeper, now); err != nil {
 			return badRequest(err)
 		}
 		if err := c.k.certify(&n, issued, now); err != nil {
@@ -136,6 +136,7 @@ func (c *call) revoke(ctx context.Context, b *nodeBody) (any, error) {
 		return nil, err
 	}
 	c.k.cfg.Log.Info("keeper: revoked node "+b.Name, "peer", c.cert.Name)
+	c.dismiss(ctx, b.Name)
 	out := c.k.spread(ctx, wanted, b.Name)
 	out.TokensRemoved = removed
 	return out, nil
@@ -180,9 +181,24 @@ func (c *call) remove(ctx context.Context, b *nodeBody) (any, error) {
 		return nil, err
 	}
 	c.k.cfg.Log.Info("keeper: removed node "+b.Name, "peer", c.cert.Name)
+	c.dismiss(ctx, b.Name)
+	c.forgetLeases(ctx, b.Name)
 	out := c.k.spread(ctx, wanted, b.Name)
 	out.TokensRemoved = removed
 	return out, nil
+}
+
+// dismiss takes a node that is out of the cluster out of the store, if it was a
+// keeper. The ledger does not let it in any more, whatever becomes of this.
+func (c *call) dismiss(ctx context.Context, name string) {
+	if !c.ledger.Nodes[name].Keeper {
+		return
+	}
+	ctx, cancel := c.k.detached(ctx)
+	defer cancel()
+	if err := c.k.expel(ctx, name); err != nil {
+		c.k.cfg.Log.Error("keeper: a node that is out still has its vote in the store: promote another one with --replace", "peer", name, "err", err)
+	}
 }
 
 // dispensable returns the record of a node that the cluster, and this keeper,

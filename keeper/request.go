@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net/netip"
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/store"
 )
 
 // What a keeper is asked (the sub-kinds of peer.KindKeeper). Body and answer
@@ -26,6 +28,18 @@ const (
 	SubRemove        uint16 = 9
 	SubRotateOverlay uint16 = 10
 	SubRotateGossip  uint16 = 11
+	SubShared        uint16 = 12
+	SubCreateOverlay uint16 = 13
+	SubSetOverlay    uint16 = 14
+	SubRemoveOverlay uint16 = 15
+	SubPromote       uint16 = 16
+	SubDemote        uint16 = 17
+	SubTakeBlock     uint16 = 18
+	SubRenewBlocks   uint16 = 19
+	SubReturnBlocks  uint16 = 20
+	SubFixAddress    uint16 = 21
+	SubUnfixAddress  uint16 = 22
+	SubAddresses     uint16 = 23
 )
 
 const (
@@ -46,6 +60,10 @@ const (
 	CodeLimit                              // there are too many already
 	CodeLastKeeper                         // the cluster would have no keeper
 	CodeInvalid                            // it makes no sense; the text says why
+	CodeExists                             // the name or the number is taken
+	CodeInUse                              // it is used, and cannot go
+	CodeFull                               // no block of addresses is free
+	CodeTaken                              // somebody has the address
 )
 
 // What callers branch on, with errors.Is.
@@ -55,6 +73,10 @@ var (
 	ErrLimit      = &peer.Error{Code: CodeLimit, Text: "there are too many"}
 	ErrLastKeeper = &peer.Error{Code: CodeLastKeeper, Text: "the cluster would be without a keeper"}
 	ErrInvalid    = &peer.Error{Code: CodeInvalid, Text: "this makes no sense"}
+	ErrExists     = &peer.Error{Code: CodeExists, Text: "it is taken"}
+	ErrInUse      = &peer.Error{Code: CodeInUse, Text: "it is used"}
+	ErrFull       = &peer.Error{Code: CodeFull, Text: "no block of addresses is free"}
+	ErrTaken      = &peer.Error{Code: CodeTaken, Text: "somebody has the address"}
 )
 
 // version stands at the head of each body.
@@ -175,6 +197,18 @@ type nodeBody struct {
 	Name string `json:"name"`
 }
 
+type promoteBody struct {
+	version
+	Name    string `json:"name"`
+	Replace string `json:"replace,omitempty"`
+}
+
+// leaseBody asks for addresses, in the asker's name.
+type leaseBody[Q any] struct {
+	version
+	Request Q `json:"request"`
+}
+
 type rotateOverlayBody struct {
 	version
 	Nonce   uint64 `json:"nonce,string"`
@@ -182,6 +216,60 @@ type rotateOverlayBody struct {
 }
 
 type rotateGossipBody struct{ version }
+
+type sharedBody struct {
+	version
+	// Since is the revision up to which the asker has everything; 0: nothing.
+	Since int64 `json:"since,string"`
+}
+
+type sharedAnswer struct {
+	Revision int64 `json:"revision,string"`
+	// Whole: Put is all there is, and what is not in it is gone.
+	Whole   bool         `json:"whole,omitempty"`
+	Put     []sharedItem `json:"put,omitempty"`
+	Removed []string     `json:"removed,omitempty"`
+	// Digest is SharedDigest of what the asker has with this applied.
+	Digest []byte `json:"digest"`
+}
+
+type sharedItem struct {
+	Revision int64           `json:"revision,string"`
+	Overlay  json.RawMessage `json:"overlay"`
+}
+
+type createOverlayBody struct {
+	version
+	// ID is the asker's choice: a request that comes twice has the same.
+	ID      string        `json:"id"`
+	Overlay store.Overlay `json:"overlay"`
+}
+
+type setOverlayBody struct {
+	version
+	Name string `json:"name"`
+	OverlayChange
+}
+
+// OverlayChange is what Client.SetOverlay changes; nil stays.
+type OverlayChange struct {
+	Cipher   *string         `json:"cipher,omitempty"`
+	MTU      *int            `json:"mtu,omitempty"`
+	Flood    *string         `json:"flood,omitempty"`
+	ClampMSS *bool           `json:"mss_clamp,omitempty"`
+	Reserved *[]netip.Prefix `json:"reserved,omitempty"`
+}
+
+type overlayAnswer struct {
+	Overlay   json.RawMessage `json:"overlay"`
+	Unreached []string        `json:"unreached,omitempty"`
+}
+
+type removeOverlayBody struct {
+	version
+	Name  string `json:"name"`
+	Force bool   `json:"force,omitempty"`
+}
 
 // Outcome is what became of a change that all nodes have to hear of.
 type Outcome struct {

@@ -12,6 +12,7 @@ import (
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/keeper"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/store"
 )
 
 // bodies are one of each kind of request, as Client writes them.
@@ -34,6 +35,11 @@ func bodies(t testing.TB) map[uint16][]byte {
 	_, _ = c.Remove(ctx, "n1")
 	_, _ = c.RotateOverlay(ctx, "blue")
 	_, _ = c.RotateGossip(ctx)
+	_, _ = c.Shared(ctx, 7)
+	_, _, _ = c.CreateOverlay(ctx, store.Overlay{Name: "blue"})
+	mtu := 1400
+	_, _, _ = c.SetOverlay(ctx, "blue", keeper.OverlayChange{MTU: &mtu})
+	_, _ = c.RemoveOverlay(ctx, "blue", true)
 	return all
 }
 
@@ -41,14 +47,17 @@ func bodies(t testing.TB) map[uint16][]byte {
 func TestBodies(t *testing.T) {
 	all := bodies(t)
 	for sub, want := range map[uint16]string{
-		keeper.SubState:        `{"version":1,"ring":"1","revocations":"1152921504606846976"}`,
-		keeper.SubOverlayKeys:  `{"version":1,"overlays":["blue","red"]}`,
-		keeper.SubTokens:       `{"version":1}`,
-		keeper.SubRemoveToken:  `{"version":1,"id":"0100000000000000"}`,
-		keeper.SubNodes:        `{"version":1}`,
-		keeper.SubRevoke:       `{"version":1,"name":"n1"}`,
-		keeper.SubRemove:       `{"version":1,"name":"n1"}`,
-		keeper.SubRotateGossip: `{"version":1}`,
+		keeper.SubState:         `{"version":1,"ring":"1","revocations":"1152921504606846976"}`,
+		keeper.SubOverlayKeys:   `{"version":1,"overlays":["blue","red"]}`,
+		keeper.SubTokens:        `{"version":1}`,
+		keeper.SubRemoveToken:   `{"version":1,"id":"0100000000000000"}`,
+		keeper.SubNodes:         `{"version":1}`,
+		keeper.SubRevoke:        `{"version":1,"name":"n1"}`,
+		keeper.SubRemove:        `{"version":1,"name":"n1"}`,
+		keeper.SubRotateGossip:  `{"version":1}`,
+		keeper.SubShared:        `{"version":1,"since":"7"}`,
+		keeper.SubSetOverlay:    `{"version":1,"name":"blue","mtu":1400}`,
+		keeper.SubRemoveOverlay: `{"version":1,"name":"blue","force":true}`,
 	} {
 		if string(all[sub]) != want {
 			t.Errorf("request %d is %s, want %s", sub, all[sub], want)
@@ -58,12 +67,13 @@ func TestBodies(t *testing.T) {
 		keeper.SubRenew:         `{"version":1,"request":"MI`,
 		keeper.SubCreateToken:   `{"version":1,"nonce":"`,
 		keeper.SubRotateOverlay: `{"version":1,"nonce":"`,
+		keeper.SubCreateOverlay: `{"version":1,"id":"`,
 	} {
 		if !strings.HasPrefix(string(all[sub]), want) {
 			t.Errorf("request %d is %s, want %s…", sub, all[sub], want)
 		}
 	}
-	if len(all) != 11 {
+	if len(all) != 15 {
 		t.Errorf("%d kinds", len(all))
 	}
 }
@@ -97,7 +107,7 @@ func TestBadRequests(t *testing.T) {
 			}
 		}
 	}
-	for _, sub := range []uint16{0, 12, 65535} {
+	for _, sub := range []uint16{0, 999, 65535} {
 		if _, err := ask(ctx, sub, []byte(`{"version":1}`)); !errors.Is(err, peer.ErrKind) {
 			t.Errorf("request %d: %v", sub, err)
 		}

@@ -76,6 +76,18 @@ var kinds = map[uint16]kind{
 	SubRemove:        of(maxSmallBody, (*call).remove),
 	SubRotateOverlay: of(maxSmallBody, (*call).rotateOverlay),
 	SubRotateGossip:  of(maxSmallBody, (*call).rotateGossip),
+	SubShared:        of(maxSmallBody, (*call).sharedOverlays),
+	SubCreateOverlay: of(maxBody, (*call).createOverlay),
+	SubSetOverlay:    of(maxBody, (*call).setOverlay),
+	SubRemoveOverlay: of(maxSmallBody, (*call).removeOverlay),
+	SubPromote:       of(maxSmallBody, (*call).promote),
+	SubDemote:        of(maxSmallBody, (*call).demote),
+	SubTakeBlock:     of(maxSmallBody, takeBlock),
+	SubRenewBlocks:   of(maxBody, renewBlocks),
+	SubReturnBlocks:  of(maxBody, returnBlocks),
+	SubFixAddress:    of(maxSmallBody, fixAddress),
+	SubUnfixAddress:  of(maxSmallBody, unfixAddress),
+	SubAddresses:     of(maxSmallBody, (*call).addresses),
 }
 
 // serve answers a node whose certificate the caller has verified.

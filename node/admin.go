@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/keeper"
 	"github.com/tulle-net/tulle/peer"
 )
@@ -56,10 +57,13 @@ func unasked(err error) error {
 // statusOf is the HTTP status of a keeper's error.
 func statusOf(err error) int {
 	switch {
-	case errors.Is(err, keeper.ErrNoSuch):
+	case errors.Is(err, keeper.ErrNoSuch), errors.Is(err, errAbsent):
 		return http.StatusNotFound
-	case errors.Is(err, peer.ErrDenied), errors.Is(err, keeper.ErrRevoked):
+	case errors.Is(err, peer.ErrDenied), errors.Is(err, keeper.ErrRevoked), errors.Is(err, errDenied):
 		return http.StatusForbidden
+	case errors.Is(err, keeper.ErrExists), errors.Is(err, keeper.ErrInUse), errors.Is(err, errExists),
+		errors.Is(err, ipam.ErrTaken), errors.Is(err, ipam.ErrFull):
+		return http.StatusConflict
 	case errors.Is(err, keeper.ErrInvalid), errors.Is(err, keeper.ErrLimit), errors.Is(err, keeper.ErrLastKeeper), errors.Is(err, errRequest):
 		return http.StatusBadRequest
 	}

@@ -107,7 +107,7 @@ func (p patient) MTUs() []doctor.MTU {
 	if err != nil {
 		return nil
 	}
-	for _, o := range p.n.overlays {
+	for _, o := range p.n.list() {
 		m := doctor.MTU{Overlay: o.cfg.Name, Fits: p.n.largestMTU(dev, append(o.br.FloodList(), o.cfg.Peers...), o.sealed(), paths)}
 		if a := o.tap.Load(); a != nil {
 			m.Device = a.dev.MTU()

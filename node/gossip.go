@@ -145,7 +145,7 @@ func (n *Node) fit(to netip.Addr, dev string) bool {
 	if to.Is4() != n.addr().Is4() {
 		return false
 	}
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		if a := o.tap.Load(); a != nil && a.dev.Name() == dev || o.cfg.Tap == dev {
 			return false
 		}

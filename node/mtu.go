@@ -97,7 +97,7 @@ func (n *Node) followDevice() {
 // flood lists from the last sync.
 func (n *Node) followMTU() {
 	paths := map[netip.Addr]int{}
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		a := o.tap.Load()
 		if a == nil {
 			continue

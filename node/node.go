@@ -12,13 +12,16 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/config"
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/store"
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
@@ -36,6 +39,7 @@ type Node struct {
 	// Bells: a path's MTU may have shrunk; a port's device has gone; a peer or
 	// this node is elsewhere; there is news for this node's passport.
 	tooBig, portLost, moved, news chan struct{}
+	redefined                     chan struct{} // shared overlays are
 
 	state  *stateDir
 	conn   underlay.Conn
@@ -45,7 +49,11 @@ type Node struct {
 	secure *secure                                 // nil in an open cluster
 	api    *apiServer
 
-	overlays []*overlay // fixed after New
+	// overlays is a snapshot; only New and Run's goroutine replace it.
+	overlays atomic.Pointer[[]*overlay]
+	todo     chan func()   // what Run's goroutine does for others
+	stopped  chan struct{} // closed when it does nothing any more
+	hosted   *hosted     // this host's endpoints in shared overlays; nil in an open cluster
 
 	// at is where this node is: the address that it advertises.
 	at atomic.Pointer[netip.Addr]
@@ -68,8 +76,13 @@ type Node struct {
 // there is one.
 type overlay struct {
 	cfg config.Overlay
-	br  *bridge.Bridge
-	tap atomic.Pointer[attachment]
+	// addrs are this host's own, on the TAP.
+	addrs   []netip.Prefix
+	ciphers crypto.Ciphers // sealed ones
+	// shared is the definition that it was made from; nil: it is static.
+	shared *store.Overlay
+	br     *bridge.Bridge
+	tap    atomic.Pointer[attachment]
 }
 
 func (o *overlay) sealed() bool { return o.cfg.Encryption == "required" }
@@ -87,8 +100,9 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 	n := &Node{
 		cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
 		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), moved: make(chan struct{}, 1),
-		news: make(chan struct{}, 1),
+		news: make(chan struct{}, 1), redefined: make(chan struct{}, 1), todo: make(chan func()), stopped: make(chan struct{}),
 	}
+	n.overlays.Store(&[]*overlay{})
 	defer func() {
 		if err != nil {
 			_ = n.close() // the first error is the one to tell
@@ -99,6 +113,11 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 	}
 	if n.secure, err = n.openPlace(ctx); err != nil {
 		return nil, err
+	}
+	if n.secure != nil {
+		if n.hosted, err = n.openHosted(); err != nil {
+			return nil, err
+		}
 	}
 	at, err := n.advertise(ctx)
 	if err != nil {
@@ -111,22 +130,29 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 	if n.api, err = claimSocket(cfg.Socket); err != nil {
 		return nil, err
 	}
-	if err = n.openUnderlay(); err != nil {
+	if err = n.openUnderlay(ctx); err != nil {
 		return nil, err
 	}
 	if err = n.openGossip(); err != nil {
 		return nil, err
 	}
 	for _, o := range cfg.Overlays {
-		if err := n.addOverlay(o); err != nil {
+		ov := &overlay{cfg: o}
+		if o.Address.IsValid() {
+			ov.addrs = []netip.Prefix{o.Address}
+		}
+		if err := n.addOverlay(ov); err != nil {
 			return nil, err
 		}
+	}
+	if n.hosted != nil {
+		n.hosted.restore()
 	}
 	return n, n.disc.Load().SetOverlays(n.carried())
 }
 
 // openUnderlay makes sockets and tunnel, and in a secure cluster QUIC on them.
-func (n *Node) openUnderlay() (err error) {
+func (n *Node) openUnderlay(ctx context.Context) (err error) {
 	n.conn, err = underlay.Open(underlay.Config{
 		Listen:      n.cfg.Listen,
 		Source:      n.addr(),
@@ -147,7 +173,7 @@ func (n *Node) openUnderlay() (err error) {
 		Unfinished: unfinishedChecksums(n.cfg.UnfinishedChecksums, n.addr()),
 	}
 	if n.secure != nil {
-		if err := n.secure.listen(n); err != nil {
+		if err := n.secure.listen(ctx, n); err != nil {
 			return err
 		}
 		n.secure.hook(n, &tc)
@@ -184,11 +210,20 @@ func unfinishedChecksums(mode string, underlayAddr netip.Addr) bool {
 	return underlay.IsVirtual(underlayAddr)
 }
 
-// addOverlay makes bridge and TAP of one overlay.
-func (n *Node) addOverlay(o config.Overlay) error {
+// list returns the overlays of now.
+func (n *Node) list() []*overlay { return *n.overlays.Load() }
+
+// addOverlay makes bridge and TAP of one overlay. After an error nothing is left.
+func (n *Node) addOverlay(ov *overlay) error {
+	o := ov.cfg
 	mtu, err := n.fitMTU(o)
 	if err != nil {
 		return err
+	}
+	if ov.sealed() && n.secure != nil {
+		if ov.ciphers, err = crypto.OfferCiphers(o.Cipher); err != nil {
+			return fmt.Errorf("node: overlay %s: %w", o.Name, err)
+		}
 	}
 	bc := bridge.Config{
 		Name: o.Name, VNI: o.VNI, Peers: o.Peers,
@@ -207,12 +242,23 @@ func (n *Node) addOverlay(o config.Overlay) error {
 	case "gossip":
 		bc.FloodGossip = func(vni vxlan.VNI, frame []byte) bool { return n.disc.Load().Flood(vni, frame) }
 	}
-	ov := &overlay{cfg: o}
 	if ov.br, err = n.tunnel.Add(bc); err != nil {
 		return err
 	}
-	n.overlays = append(n.overlays, ov)
-	return n.openTap(ov, mtu)
+	if err := n.openTap(ov, mtu); err != nil {
+		return errors.Join(err, ov.br.Close())
+	}
+	next := append(slices.Clone(n.list()), ov)
+	n.overlays.Store(&next)
+	return nil
+}
+
+// removeOverlay ends bridge and TAP of one.
+func (n *Node) removeOverlay(ov *overlay) error {
+	next := slices.DeleteFunc(slices.Clone(n.list()), func(o *overlay) bool { return o == ov })
+	n.overlays.Store(&next)
+	ov.tap.Store(nil)
+	return ov.br.Close()
 }
 
 // openTap makes the overlay's device and attaches it.
@@ -222,9 +268,7 @@ func (n *Node) openTap(ov *overlay, mtu int) error {
 		Name: o.Tap, MAC: o.MAC, MTU: mtu, Queues: o.Queues,
 		Driver: o.Driver, Netns: o.Netns, Log: n.log,
 		NoTSO: o.NoTSO, NoUSO: o.NoUSO, NoGRO: o.NoGRO,
-	}
-	if o.Address.IsValid() {
-		tc.Addresses = []netip.Prefix{o.Address}
+		Addresses: ov.addrs,
 	}
 	dev, err := tap.Open(tc)
 	if err != nil {
@@ -243,7 +287,7 @@ func (n *Node) openTap(ov *overlay, mtu int) error {
 // them again. An overlay without a device is not carried.
 func (n *Node) mendPorts() {
 	changed := false
-	for _, ov := range n.overlays {
+	for _, ov := range n.list() {
 		if a := ov.tap.Load(); a != nil {
 			if !a.port.Lost() {
 				continue
@@ -265,9 +309,28 @@ func (n *Node) mendPorts() {
 		changed = true
 	}
 	if changed {
-		if err := n.disc.Load().SetOverlays(n.carried()); err != nil {
-			n.log.Error("cannot tell the others which overlays this node carries", "err", err)
-		}
+		n.tellCarried()
+	}
+}
+
+func (n *Node) tellCarried() {
+	if err := n.disc.Load().SetOverlays(n.carried()); err != nil {
+		n.log.Error("cannot tell the others which overlays this node carries", "err", err)
+	}
+}
+
+var errStopped = errors.New("node: it is stopping")
+
+// do has Run's goroutine call f, and waits; an error if ctx ends before.
+func (n *Node) do(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	select {
+	case n.todo <- func() { done <- f() }:
+		return <-done
+	case <-n.stopped:
+		return errStopped
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
@@ -309,6 +372,7 @@ func (n *Node) Run(ctx context.Context) error {
 		n.wantKeys()
 		lower.Go(func() { n.secure.run(lowerCtx) })
 		lower.Go(func() { n.spread(lowerCtx) })
+		lower.Go(func() { _ = n.hosted.pool.Run(lowerCtx) }) // returns nil
 	}
 	gossip := make(chan error, 1)
 	go func() { gossip <- n.runGossip(ctx) }()
@@ -330,6 +394,7 @@ func (n *Node) Run(ctx context.Context) error {
 
 // follow keeps everything in step until gossip ends.
 func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-chan error) error {
+	defer close(n.stopped)
 	resync := time.NewTicker(resyncEvery)
 	defer resync.Stop()
 	n.sync()
@@ -344,7 +409,10 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.sync()
 		case <-resync.C:
 			n.mendPorts()
+			n.hosted.follow()
 			n.sync()
+		case <-n.redefined:
+			n.hosted.follow()
 		case <-changes:
 			n.followAddress(ctx)
 			n.followDevice()
@@ -353,6 +421,8 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.followMTU()
 		case <-n.portLost:
 			n.mendPorts()
+		case f := <-n.todo:
+			f()
 		}
 	}
 }
@@ -363,10 +433,10 @@ func (n *Node) close() error {
 	if n.api != nil {
 		errs = append(errs, n.api.close())
 	}
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		errs = append(errs, o.br.Close())
 	}
-	n.overlays = nil
+	n.overlays.Store(&[]*overlay{})
 	if d := n.disc.Load(); d != nil {
 		d.Close()
 	}
@@ -384,8 +454,8 @@ func (n *Node) close() error {
 
 // carried is what this node tells others of its overlays: those with a device.
 func (n *Node) carried() []discovery.Overlay {
-	list := make([]discovery.Overlay, 0, len(n.overlays))
-	for _, o := range n.overlays {
+	list := make([]discovery.Overlay, 0, len(n.list()))
+	for _, o := range n.list() {
 		if o.tap.Load() != nil {
 			list = append(list, discovery.Overlay{VNI: o.cfg.VNI, Name: o.cfg.Name, Encryption: o.cfg.Encryption})
 		}

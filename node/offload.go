@@ -43,7 +43,7 @@ func (n *Node) switchOffloads(name string, off []string) (status int, err error)
 	if name == "underlay" {
 		return http.StatusInternalServerError, n.conn.SetOffload(has("gso"), has("gro"))
 	}
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		if a := o.tap.Load(); a != nil && a.dev.Name() == name {
 			return http.StatusInternalServerError, a.dev.SetOffload(has("tso"), has("uso"), has("gro"))
 		}

@@ -51,7 +51,7 @@ func (n *Node) status() Status {
 
 func (n *Node) offloads() OffloadStatus {
 	s := OffloadStatus{Underlay: n.conn.Offloads(), Taps: map[string]tap.Offloads{}}
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		if a := o.tap.Load(); a != nil {
 			s.Taps[a.dev.Name()] = a.dev.Offloads()
 		}
@@ -72,7 +72,7 @@ func (n *Node) drops() map[string]uint64 {
 	d["tx_full"] = s.TxFull.Load()
 	d["tx_error"] = s.TxError.Load()
 	d["tap_overflow"] = 0
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		if a := o.tap.Load(); a != nil {
 			d["tap_overflow"] += a.dev.Dropped()
 		}
@@ -85,8 +85,8 @@ func (n *Node) drops() map[string]uint64 {
 }
 
 func (n *Node) overlayStatus() []OverlayStatus {
-	list := make([]OverlayStatus, 0, len(n.overlays))
-	for _, o := range n.overlays {
+	list := make([]OverlayStatus, 0, len(n.list()))
+	for _, o := range n.list() {
 		s := OverlayStatus{
 			Name: o.cfg.Name, VNI: o.cfg.VNI, Encryption: o.cfg.Encryption, Flood: o.cfg.Flood,
 			Subnets: []netip.Prefix{},
@@ -99,9 +99,11 @@ func (n *Node) overlayStatus() []OverlayStatus {
 		if a := o.tap.Load(); a != nil {
 			s.MTU, s.Up = a.dev.MTU(), true
 		}
-		if o.cfg.Address.IsValid() {
-			s.Address = o.cfg.Address.String()
-			s.Subnets = append(s.Subnets, o.cfg.Address.Masked())
+		for i, a := range o.addrs {
+			if i == 0 {
+				s.Address = a.String()
+			}
+			s.Subnets = append(s.Subnets, a.Masked())
 		}
 		list = append(list, s)
 	}
@@ -113,7 +115,7 @@ func (n *Node) peers() Peers {
 	p := Peers{Peers: []PeerStatus{}, Foreign: []ForeignStatus{}}
 	byVTEP := map[netip.AddrPort]*TrafficStatus{}
 	foreign := map[netip.AddrPort]*ForeignStatus{}
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		o.br.VTEPCounters(func(vtep netip.AddrPort, member bool, c *bridge.Counters) {
 			if !member {
 				f := foreign[vtep]
@@ -164,7 +166,7 @@ func (n *Node) sessionStatus() map[string][]SessionStatus {
 	}
 	type key struct{ peer, overlay string }
 	refused, queued := map[key]uint64{}, map[key]int{}
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		o.br.EachPeer(func(peer string, plaintextRefused uint64, waiting int) {
 			refused[key{peer, o.cfg.Name}], queued[key{peer, o.cfg.Name}] = plaintextRefused, waiting
 		})
@@ -191,7 +193,7 @@ func (t *TrafficStatus) add(c *bridge.Counters) {
 }
 
 func (n *Node) fdb(name string) (FDB, bool) {
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		if o.cfg.Name != name {
 			continue
 		}

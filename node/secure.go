@@ -30,6 +30,8 @@ const (
 	// joinRemind is how often a join that still fails is logged again.
 	joinRemind = time.Minute
 	probeTime  = 2 * time.Second
+	// maxOrder bounds what a keeper tells a node to do.
+	maxOrder = 16 << 10
 )
 
 var errNoKeeper = errors.New("no keeper is known yet")
@@ -41,9 +43,9 @@ type secure struct {
 	expired  error // why the identity that is in the state cannot be used
 	endpoint *peer.Endpoint
 	sessions *peer.Sessions
+	keeping  *keeping
 	keyLog   *os.File
-	ciphers  map[string]crypto.Ciphers // by overlay
-	created  bool                      // this run made the cluster
+	created  bool // this run made the cluster
 }
 
 // openPlace finds out which kind of cluster this node is in: nil means open.
@@ -56,7 +58,7 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &secure{ciphers: map[string]crypto.Ciphers{}}
+	s := &secure{keeping: &keeping{n: n}}
 	if n.cfg.Token != "" {
 		if s.token, err = crypto.ParseToken(string(n.cfg.Token)); err != nil {
 			return nil, err
@@ -68,6 +70,7 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 		OnRevoked:  n.newRevocations,
 		OnIdentity: func(*crypto.Identity) { n.announce() },
 		OnKey:      func(overlay string) { n.newKey(overlay) },
+		OnShared:   func() { ring(n.redefined) },
 	})
 	switch {
 	case errors.Is(err, crypto.ErrExpired) && s.token != nil:
@@ -87,13 +90,6 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 	case !joined && s.token == nil && len(n.cfg.Join) > 0:
 		return nil, fmt.Errorf("node: this machine is no member of a secure cluster yet, and --join alone does not make it one: " +
 			"give it --token, made with `tulle token create` on a node that is (or say encryption=none on every overlay, for an open cluster)")
-	}
-	for _, o := range n.cfg.Overlays {
-		if o.Encryption == "required" {
-			if s.ciphers[o.Name], err = crypto.OfferCiphers(o.Cipher); err != nil {
-				return nil, fmt.Errorf("node: overlay %s: %w", o.Name, err)
-			}
-		}
 	}
 	seeds, err := n.seeds(ctx)
 	if err != nil {
@@ -146,12 +142,20 @@ func (s *secure) hosts() []string {
 
 // listen makes this node's end of QUIC, and whatever speaks over it. The first
 // node of a cluster makes the cluster now: its sockets are open.
-func (s *secure) listen(n *Node) (err error) {
+func (s *secure) listen(ctx context.Context, n *Node) (err error) {
 	if !s.place.Joined() && s.token == nil {
+		if err := canKeep(); err != nil && !n.cfg.Store.External() {
+			return fmt.Errorf("node: %w", err)
+		}
 		if err := s.place.Create(); err != nil {
 			return err
 		}
 		s.created = true
+	}
+	if s.place.HoldsCA() {
+		if err := s.keeping.open(ctx, ""); err != nil {
+			return err
+		}
 	}
 	s.tellSelf(n)
 	s.endpoint, err = peer.New(peer.Config{
@@ -167,6 +171,8 @@ func (s *secure) listen(n *Node) (err error) {
 	s.endpoint.Handle(peer.KindOverlays, 0, func(_ context.Context, from peer.Peer, _ []byte) ([]byte, error) {
 		return n.listFor(from)
 	})
+	s.endpoint.Handle(peer.KindKeep, maxOrder, s.keeping.ordered)
+	s.endpoint.Handle(peer.KindCede, maxOrder, n.ceded)
 	var keyLog func([]byte)
 	if n.cfg.KeyLog != "" {
 		s.keyLog, err = os.OpenFile(n.cfg.KeyLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
@@ -183,10 +189,21 @@ func (s *secure) listen(n *Node) (err error) {
 		Endpoint: s.endpoint, Table: table{n}, Stale: s.place.Stale, Arrived: n.conn.NoteLoss, KeyLog: keyLog, Log: n.log,
 		Key: func(overlay string) (peer.OverlayKey, bool) {
 			k, ok := s.place.Key(overlay)
-			return peer.OverlayKey{Key: k.Key, Epoch: k.Epoch, Ciphers: s.ciphers[overlay]}, ok
+			return peer.OverlayKey{Key: k.Key, Epoch: k.Epoch, Ciphers: n.ciphers(overlay)}, ok
 		},
 	})
 	return nil
+}
+
+// ciphers returns what this node takes for an overlay.
+func (n *Node) ciphers(overlay string) crypto.Ciphers {
+	for _, o := range n.list() {
+		if o.cfg.Name == overlay {
+			return o.ciphers
+		}
+	}
+	var none crypto.Ciphers
+	return none
 }
 
 // table is the tunnel as the sessions' table: it is made after them.
@@ -320,6 +337,7 @@ func (s *secure) close() error {
 	if s.endpoint != nil {
 		errs = append(errs, s.endpoint.Close())
 	}
+	errs = append(errs, s.keeping.close())
 	if s.keyLog != nil {
 		if err := s.keyLog.Close(); !errors.Is(err, os.ErrClosed) {
 			errs = append(errs, err)
@@ -364,7 +382,7 @@ func (n *Node) spread(ctx context.Context) {
 
 // newKey takes the key of an overlay into use, or out of it.
 func (n *Node) newKey(overlay string) {
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		if o.cfg.Name != overlay || !o.sealed() || o.cfg.Flood != "gossip" {
 			continue
 		}
@@ -418,7 +436,7 @@ func (s *secure) conflicts() []string {
 // wantKeys says which overlays' keys this node needs, and uses those that it has.
 func (n *Node) wantKeys() {
 	var names []string
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		if o.sealed() {
 			names = append(names, o.cfg.Name)
 		}

@@ -76,12 +76,25 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("GET /v1/nodes", n.listNodes)
 	mux.HandleFunc("POST /v1/nodes/{name}/revoke", n.revokeNode)
 	mux.HandleFunc("DELETE /v1/nodes/{name}", n.removeNode)
+	mux.HandleFunc("POST /v1/nodes/{name}/promote", n.promoteNode)
+	mux.HandleFunc("POST /v1/nodes/{name}/demote", n.demoteNode)
+	mux.HandleFunc("GET /v1/ipam", n.ipam)
+	mux.HandleFunc("GET /v1/store", n.storeStatus)
+	mux.HandleFunc("POST /v1/store/recover", n.recoverStore)
 	mux.HandleFunc("POST /v1/gossip/rotate-key", n.rotateGossip)
 	mux.HandleFunc("POST /v1/overlays/{name}/rotate-key", n.rotateOverlay)
+	mux.HandleFunc("GET /v1/shared", n.listShared)
+	mux.HandleFunc("POST /v1/shared", n.createShared)
+	mux.HandleFunc("GET /v1/shared/{name}", n.inspectShared)
+	mux.HandleFunc("PATCH /v1/shared/{name}", n.setShared)
+	mux.HandleFunc("DELETE /v1/shared/{name}", n.removeShared)
+	mux.HandleFunc("GET /v1/endpoints", func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, n.endpoints()) })
+	mux.HandleFunc("POST /v1/exposed", n.expose)
+	mux.HandleFunc("DELETE /v1/exposed/{overlay}", n.unexpose)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusNotFound, Error{"no such resource: " + r.Method + " " + r.URL.Path})
 	})
-	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: adminTimeout + 5*time.Second}
+	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: promoteTimeout + 5*time.Second}
 	go s.http.Serve(s.ln) // ends with close
 	if err := os.Rename(s.path+".new", s.path); err != nil {
 		return fmt.Errorf("node: socket: %w", err)

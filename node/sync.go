@@ -23,7 +23,7 @@ func (n *Node) sync() {
 	n.tell(v.conflicts)
 	n.tunnel.SetMembers(v.vteps)
 	shared := map[string][]string{}
-	for _, o := range n.overlays {
+	for _, o := range n.list() {
 		if !o.sealed() {
 			o.br.SetMembers(v.flood[o.cfg.VNI], v.refused[o.cfg.VNI])
 			continue

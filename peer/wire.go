@@ -26,6 +26,10 @@ const (
 	kindArrived Kind = 9
 	// KindRefresh tells a node to pull the cluster's state from the keeper that asks.
 	KindRefresh Kind = 8
+	// KindKeep tells a node to become a keeper, or to be none any more.
+	KindKeep Kind = 10
+	// KindCede asks a node to give up an address of its blocks.
+	KindCede Kind = 11
 	// kindJoin asks to be admitted; only over tulle-join/1, where nothing else goes.
 	kindJoin Kind = 4
 )

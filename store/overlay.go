@@ -74,3 +74,105 @@ func (o Overlay) Encode() ([]byte, error) {
 	o.Schema = overlaySchema
 	return Join(overlayJSON(o), o.extra)
 }
+
+// Bounds of a definition.
+const (
+	MaxVNI      = 1<<24 - 1
+	minMTU      = 68   // RFC 791: what every IPv4 link carries
+	minMTU6     = 1280 // RFC 8200, section 5
+	maxMTU      = 65_535
+	maxReserved = 64
+	// A subnet has at least 2 bits of hosts, at most 24 of IPv4 and 80 of IPv6.
+	minHostBits  = 2
+	maxHostBits4 = 24
+	maxHostBits6 = 80
+)
+
+// Check returns all faults of a definition, each with what to do.
+func (o *Overlay) Check() error {
+	var faults []error
+	fault := func(format string, a ...any) {
+		faults = append(faults, fmt.Errorf("overlay %.70q: %w", o.Name, fmt.Errorf(format, a...)))
+	}
+	if o.VNI == 0 || o.VNI > MaxVNI {
+		fault("VNI %d: want 1 to %d", o.VNI, MaxVNI)
+	}
+	families := map[bool]bool{}
+	for _, s := range o.Subnets {
+		if err := checkSubnet(s); err != nil {
+			fault("subnet %s: %w", s, err)
+		}
+		if families[s.Addr().Is4()] {
+			fault("subnet %s: one subnet of each family at most", s)
+		}
+		families[s.Addr().Is4()] = true
+	}
+	if len(o.Subnets) == 0 {
+		fault("no subnet is given")
+	}
+	for _, g := range o.Gateways {
+		if o.Within(g) == (netip.Prefix{}) {
+			fault("gateway %s lies in none of its subnets", g)
+		}
+	}
+	if len(o.Gateways) > len(o.Subnets) {
+		fault("%d gateways: one a subnet at most", len(o.Gateways))
+	}
+	for _, r := range o.Reserved {
+		if r != r.Masked() || o.Within(r.Addr()) == (netip.Prefix{}) || r.Bits() < o.Within(r.Addr()).Bits() {
+			fault("reserved range %s: want a prefix within one of its subnets", r)
+		}
+	}
+	if len(o.Reserved) > maxReserved {
+		fault("%d reserved ranges: %d at most", len(o.Reserved), maxReserved)
+	}
+	switch {
+	case o.Encryption != "required" && o.Encryption != "none":
+		fault("encryption %q: want required or none", o.Encryption)
+	case o.Encryption == "none" && o.Cipher != "":
+		fault("cipher %q: with encryption none there is none", o.Cipher)
+	case o.Encryption == "required" && o.Cipher != "auto" && o.Cipher != "chacha20-poly1305" && o.Cipher != "aes-256-gcm":
+		fault("cipher %q: want auto, chacha20-poly1305 or aes-256-gcm", o.Cipher)
+	}
+	if o.Flood != "unicast" && o.Flood != "gossip" {
+		fault("flood %q: want unicast or gossip", o.Flood)
+	}
+	least := minMTU
+	if families[false] {
+		least = minMTU6
+	}
+	if o.MTU != 0 && (o.MTU < least || o.MTU > maxMTU) {
+		fault("MTU %d: want %d to %d, or 0 for what the underlay allows", o.MTU, least, maxMTU)
+	}
+	return errors.Join(faults...)
+}
+
+func checkSubnet(s netip.Prefix) error {
+	a := s.Addr()
+	switch {
+	case !s.IsValid() || a.Is4In6() || a.Zone() != "":
+		return errors.New("want a prefix such as 10.32.0.0/16 or fd00:32::/64")
+	case s != s.Masked():
+		return fmt.Errorf("its host bits are not zero: is %s meant?", s.Masked())
+	case a.IsMulticast() || a.IsLoopback() || a.IsUnspecified() || a.IsLinkLocalUnicast():
+		return errors.New("want unicast addresses that are neither loopback nor link-local")
+	}
+	hosts, most := a.BitLen()-s.Bits(), maxHostBits6
+	if a.Is4() {
+		most = maxHostBits4
+	}
+	if hosts < minHostBits || hosts > most {
+		return fmt.Errorf("want a length of /%d to /%d", a.BitLen()-most, a.BitLen()-minHostBits)
+	}
+	return nil
+}
+
+// Within returns the subnet that has the address; zero: none.
+func (o *Overlay) Within(a netip.Addr) netip.Prefix {
+	for _, s := range o.Subnets {
+		if s.Contains(a) {
+			return s
+		}
+	}
+	return netip.Prefix{}
+}

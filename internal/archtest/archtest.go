@@ -10,11 +10,11 @@ var imports = map[string][]string{
 	"cmd/tulle": {"config", "node", "doctor", "internal/demo", "internal/version"},
 
 	"node":    {"config", "cluster", "keeper", "doctor", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
-	"cluster": {"keeper", "peer", "crypto"},
+	"cluster": {"keeper", "store", "peer", "crypto"},
 	"config":  {"tap", "vxlan", "ether"},
 	"doctor":  {"crypto", "tap", "underlay"},
 
-	"keeper":            {"peer", "crypto"},
+	"keeper":            {"store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
 
 	"store":           {},

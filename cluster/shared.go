@@ -1,0 +1,190 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/keeper"
+	"github.com/tulle-net/tulle/store"
+)
+
+// fileShared is the shared overlays that this node may know of.
+const fileShared = "shared"
+
+var (
+	errSharedBehind = errors.New("cluster: the keeper knows less of the shared overlays than this node")
+	errSharedDigest = errors.New("cluster: the keeper's list of shared overlays contradicts itself")
+)
+
+// shared is the definitions of the shared overlays, as of the last answer of a keeper.
+type shared struct {
+	pulling sync.Mutex // one pull at a time
+
+	mu       sync.Mutex
+	revision int64
+	noticed  uint64 // the highest revision that anybody told of
+	defined  map[string]keeper.SharedOverlay
+	asked    time.Time // when a keeper last answered
+}
+
+// sharedFile is the text of fileShared.
+type sharedFile struct {
+	Schema   int         `json:"schema"`
+	Revision int64       `json:"revision,string"`
+	Overlays []savedItem `json:"overlays"`
+}
+
+type savedItem struct {
+	Revision int64           `json:"revision,string"`
+	Overlay  json.RawMessage `json:"overlay"`
+}
+
+// load takes what an earlier run saved; what cannot be read is asked for again.
+func (s *shared) load(st *crypto.State, log *slog.Logger) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.revision, s.defined = 0, map[string]keeper.SharedOverlay{}
+	b := st.Files[fileShared]
+	if b == nil {
+		return
+	}
+	var f sharedFile
+	if err := json.Unmarshal(b, &f); err != nil || f.Schema != 1 {
+		log.Warn("what this node knew of the shared overlays cannot be read; asking for it again", "err", err)
+		return
+	}
+	for _, i := range f.Overlays {
+		o, err := store.ParseOverlay(i.Overlay)
+		if err != nil {
+			log.Warn("the definition of an overlay cannot be read; asking for all again", "err", err)
+			f.Revision = 0
+			continue
+		}
+		s.defined[o.Name] = keeper.SharedOverlay{Overlay: o, Revision: i.Revision}
+	}
+	s.revision = f.Revision
+}
+
+func (s *shared) known() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return uint64(s.revision)
+}
+
+// notice reports whether a revision is higher than all that were told of before.
+func (s *shared) notice(revision uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if revision <= s.noticed || revision <= uint64(s.revision) {
+		return false
+	}
+	s.noticed = revision
+	return true
+}
+
+// Shared returns the shared overlays that this node may know of, by name, and
+// when a keeper last told of them; zero: not since the start.
+func (p *Place) Shared() ([]*store.Overlay, time.Time) {
+	p.shared.mu.Lock()
+	defer p.shared.mu.Unlock()
+	list := make([]*store.Overlay, 0, len(p.shared.defined))
+	for _, name := range slices.Sorted(maps.Keys(p.shared.defined)) {
+		list = append(list, p.shared.defined[name].Overlay)
+	}
+	return list, p.shared.asked
+}
+
+// SharedOverlay returns the definition of one; nil: there is none.
+func (p *Place) SharedOverlay(name string) *store.Overlay {
+	p.shared.mu.Lock()
+	defer p.shared.mu.Unlock()
+	return p.shared.defined[name].Overlay
+}
+
+// pullShared pulls what is new of the shared overlays.
+func (p *Place) pullShared(ctx context.Context, c keeper.Client) error {
+	p.shared.pulling.Lock()
+	defer p.shared.pulling.Unlock()
+	p.shared.mu.Lock()
+	since := p.shared.revision
+	p.shared.mu.Unlock()
+	changed, err := p.takeShared(ctx, c, since)
+	if errors.Is(err, errSharedDigest) && since != 0 {
+		changed, err = p.takeShared(ctx, c, 0)
+	}
+	if err != nil {
+		return err
+	}
+	if changed && p.cfg.OnShared != nil {
+		p.cfg.OnShared()
+	}
+	return nil
+}
+
+// takeShared asks once, and keeps what is new: on disk, then in memory.
+func (p *Place) takeShared(ctx context.Context, c keeper.Client, since int64) (changed bool, err error) {
+	a, err := c.Shared(ctx, since)
+	if err != nil {
+		return false, err
+	}
+	s := &p.shared
+	s.mu.Lock()
+	next := maps.Clone(s.defined)
+	s.mu.Unlock()
+	if a.Whole {
+		clear(next)
+	}
+	for _, o := range a.Put {
+		next[o.Name] = o
+	}
+	for _, name := range a.Removed {
+		delete(next, name)
+	}
+	have := map[string]int64{}
+	for name, o := range next {
+		have[name] = o.Revision
+	}
+	if !bytes.Equal(keeper.SharedDigest(have), a.Digest) {
+		return false, errSharedDigest
+	}
+	s.mu.Lock()
+	changed = !maps.EqualFunc(s.defined, next, func(a, b keeper.SharedOverlay) bool { return a.Revision == b.Revision })
+	revision, before := max(a.Revision, s.revision), s.revision
+	s.mu.Unlock()
+	if changed && a.Revision < before {
+		return false, errSharedBehind // it will know more, or another one does
+	}
+	if changed || revision != before {
+		if err := p.saveShared(revision, next); err != nil {
+			return false, err
+		}
+	}
+	s.mu.Lock()
+	s.revision, s.defined, s.asked = revision, next, time.Now()
+	s.mu.Unlock()
+	return changed, nil
+}
+
+func (p *Place) saveShared(revision int64, defined map[string]keeper.SharedOverlay) error {
+	f := sharedFile{Schema: 1, Revision: revision}
+	for _, name := range slices.Sorted(maps.Keys(defined)) {
+		b, err := defined[name].Encode()
+		if err != nil {
+			return err
+		}
+		f.Overlays = append(f.Overlays, savedItem{defined[name].Revision, b})
+	}
+	b, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	return p.update(func(st *crypto.State) error { st.Files[fileShared] = b; return nil })
+}

@@ -148,5 +148,5 @@ func restore(rc snapshot.RestoreConfig, cfg MemberConfig) (err error) {
 		}
 	}()
 	quiet()
-	return snapshot.NewV3(zapLogger(cfg.Log)).Restore(rc)
+	return snapshot.NewV3(zapLogger(cfg.Log, nil)).Restore(rc)
 }

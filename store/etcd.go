@@ -81,11 +81,15 @@ func (e *Etcd) Close() error {
 
 // bound gives ctx a deadline, and has a server that sees no leader say so at once.
 func bound(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx = clientv3.WithRequireLeader(ctx)
+	return deadline(clientv3.WithRequireLeader(ctx), opTimeout)
+}
+
+// deadline gives ctx one, unless it has one.
+func deadline(ctx context.Context, after time.Duration) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
 		return context.WithCancel(ctx)
 	}
-	return context.WithTimeout(ctx, opTimeout)
+	return context.WithTimeout(ctx, after)
 }
 
 // View implements Store. Where etcd forgets the state while f reads it, the

@@ -53,7 +53,7 @@ func OpenExternal(cfg External) (*Etcd, error) {
 		Endpoints:            cfg.Endpoints,
 		DialKeepAliveTime:    aliveEvery,
 		DialKeepAliveTimeout: aliveTimeout,
-		Logger:               zapLogger(cfg.Log),
+		Logger:               zapLogger(cfg.Log, nil),
 	}
 	if secure {
 		if conf.TLS, err = cfg.tls(); err != nil {

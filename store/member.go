@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -17,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -106,6 +108,7 @@ type Member struct {
 	cfg    MemberConfig
 	server *embed.Etcd
 	client *clientv3.Client
+	muted  *atomic.Bool // etcd has nothing more to say
 	close  sync.Once
 }
 
@@ -142,14 +145,12 @@ func start(ctx context.Context, cfg MemberConfig, force bool) (*Member, error) {
 	if err := cfg.prepare(); err != nil {
 		return nil, err
 	}
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, startTimeout)
-		defer cancel()
-	}
+	ctx, cancel := deadline(ctx, startTimeout)
+	defer cancel()
 	quiet()
-	conf := cfg.embed()
+	conf, muted := cfg.embed(), &atomic.Bool{}
 	conf.ForceNewCluster = force
+	conf.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zapLogger(cfg.Log, muted))
 	type result struct {
 		server *embed.Etcd
 		err    error
@@ -164,9 +165,10 @@ func start(ctx context.Context, cfg MemberConfig, force bool) (*Member, error) {
 		if r.err != nil {
 			return nil, cfg.explain(r.err)
 		}
-		return &Member{cfg: cfg, server: r.server, client: v3client.New(r.server.Server)}, nil
+		return &Member{cfg: cfg, server: r.server, client: v3client.New(r.server.Server), muted: muted}, nil
 	case <-ctx.Done():
 		go func() { // etcd cannot be told to give up
+			muted.Store(true)
 			if r := <-done; r.err == nil {
 				stop(r.server)
 			}
@@ -245,6 +247,9 @@ func (cfg *MemberConfig) writeTLS(t TLS) error {
 	if _, err := tls.X509KeyPair(t.Cert, t.Key); err != nil {
 		return fmt.Errorf("store: the member's certificate and key: %w", err)
 	}
+	if !x509.NewCertPool().AppendCertsFromPEM(t.CA) {
+		return errors.New("store: the member's CA has no certificate in PEM")
+	}
 	both := append(append([]byte{}, t.Cert...), '\n')
 	if err := replace(cfg.certFile(), append(both, t.Key...)); err != nil {
 		return err
@@ -312,7 +317,6 @@ func (cfg *MemberConfig) embed() *embed.Config {
 	c.AutoCompactionMode, c.AutoCompactionRetention = embed.CompactorModePeriodic, compactEvery
 	c.BootstrapDefragThresholdMegabytes = defragMB
 	c.EnableGRPCGateway, c.EnablePprof = false, false
-	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zapLogger(cfg.Log))
 	return c
 }
 
@@ -358,6 +362,7 @@ func (m *Member) SetTLS(t TLS) error { return m.cfg.writeTLS(t) }
 func (m *Member) Close() error {
 	var err error
 	m.close.Do(func() {
+		m.muted.Store(true)
 		err = ignoreCanceled(m.client.Close())
 		stop(m.server)
 	})

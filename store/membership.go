@@ -21,10 +21,13 @@ import (
 const (
 	// probeTimeout is how long a member may take to show that it is there.
 	probeTimeout = 2 * time.Second
-	// promoteEvery is how often Promote looks whether the learner has caught
-	// up, promoteTimeout how long if its context has no deadline.
-	promoteEvery   = 250 * time.Millisecond
+	// changeEvery is how often a change of members that etcd refused is tried
+	// again; promoteTimeout bounds Promote if its context has no deadline.
+	changeEvery    = 250 * time.Millisecond
 	promoteTimeout = time.Minute
+	// changeTimeout bounds a change of members whose context has no deadline:
+	// etcd refuses one until this member has been connected to a majority for 5 s.
+	changeTimeout = 15 * time.Second
 	// namesPrefix is where the names of members are that have not started yet,
 	// which etcd does not know: member/ID, outside any cluster's prefix.
 	namesPrefix = "/tulle-members/"
@@ -131,9 +134,12 @@ func info(p *etcdserverpb.Member, added string, leader uint64) MemberInfo {
 
 // AddLearner lets the node name join, at addr and this member's PeerPort. It
 // returns what to give it as MemberConfig.InitialCluster. A node that was added
-// and has not started since is added anew.
+// and has not started since is added anew. There is one learner at a time.
+//
+// AddLearner and Remove may have to wait until the members have been connected
+// for 5 s; so do not give them less, but 15 s, as is the default.
 func (m *Member) AddLearner(ctx context.Context, name string, addr netip.Addr) (initialCluster string, err error) {
-	ctx, cancel := bound(ctx)
+	ctx, cancel := deadline(ctx, changeTimeout)
 	defer cancel()
 	if err := m.awaitLeader(ctx); err != nil {
 		return "", err
@@ -154,12 +160,15 @@ func (m *Member) AddLearner(ctx context.Context, name string, addr netip.Addr) (
 			return "", err
 		}
 	}
-	resp, err := m.client.MemberAddAsLearner(ctx, []string{at.String()})
-	switch {
-	case errors.Is(err, rpctypes.ErrTooManyLearners):
+	var resp *clientv3.MemberAddResponse
+	err = patiently(ctx, "add "+name, func() (err error) {
+		resp, err = m.client.MemberAddAsLearner(ctx, []string{at.String()})
+		return err
+	})
+	if errors.Is(err, rpctypes.ErrTooManyLearners) {
 		return "", fmt.Errorf("store: another node is about to become a member: wait until it is one, or remove it: %w", err)
-	case err != nil:
-		return "", membershipFault("add "+name, err)
+	} else if err != nil {
+		return "", err
 	}
 	b, err := json.Marshal(nameJSON{1, name})
 	if err != nil {
@@ -176,6 +185,22 @@ func (m *Member) AddLearner(ctx context.Context, name string, addr netip.Addr) (
 		cluster = append(cluster, cmp.Or(i.Name, fmt.Sprintf("member-%x", i.ID))+"="+i.PeerURL)
 	}
 	return strings.Join(cluster, ","), nil
+}
+
+// patiently makes a change of members, again while etcd refuses it for now: the
+// members must have been connected for a while; and one that was removed cannot
+// be added at the same address within the same second, as its id would be the same.
+func patiently(ctx context.Context, doing string, change func() error) error {
+	pace := backoff{next: changeEvery, most: changeEvery}
+	for {
+		err := change()
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, rpctypes.ErrUnhealthy) && !errors.Is(err, rpctypes.ErrMemberNotFound) || !pace.wait(ctx) {
+			return membershipFault(doing, err)
+		}
+	}
 }
 
 // membershipFault says what to do about a change of members that etcd refused.
@@ -206,12 +231,9 @@ func (m *Member) named(ctx context.Context, name string) (MemberInfo, []MemberIn
 // Promote gives a learner its vote, as soon as it has caught up: it tries until
 // ctx ends, or for a minute if ctx has no deadline. One that has its vote is fine.
 func (m *Member) Promote(ctx context.Context, name string) error {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, promoteTimeout)
-		defer cancel()
-	}
-	pace := backoff{next: promoteEvery, most: promoteEvery}
+	ctx, cancel := deadline(ctx, promoteTimeout)
+	defer cancel()
+	pace := backoff{next: changeEvery, most: changeEvery}
 	for {
 		i, _, err := m.named(ctx, name)
 		if err == nil && !i.Learner {
@@ -244,7 +266,7 @@ func passing(err error) bool {
 
 // Remove takes a member out; it stops. The last one with a vote stays.
 func (m *Member) Remove(ctx context.Context, name string) error {
-	ctx, cancel := bound(ctx)
+	ctx, cancel := deadline(ctx, changeTimeout)
 	defer cancel()
 	i, all, err := m.named(ctx, name)
 	if err != nil {
@@ -263,16 +285,19 @@ func (m *Member) remove(ctx context.Context, i MemberInfo) error {
 			return fault("remove "+i.Name, err)
 		}
 	}
-	if _, err := m.client.MemberRemove(ctx, i.ID); err != nil {
-		return membershipFault("remove "+i.Name, err)
-	}
-	return nil
+	return patiently(ctx, "remove "+i.Name, func() error {
+		_, err := m.client.MemberRemove(ctx, i.ID)
+		if errors.Is(err, rpctypes.ErrMemberNotFound) {
+			return nil // somebody else was faster
+		}
+		return err
+	})
 }
 
 // Move tells the cluster that this member is to be found at addr. It listens
 // there from its next start, with MemberConfig.Advertise.
 func (m *Member) Move(ctx context.Context, addr netip.Addr) error {
-	ctx, cancel := bound(ctx)
+	ctx, cancel := deadline(ctx, changeTimeout)
 	defer cancel()
 	if err := m.awaitLeader(ctx); err != nil {
 		return err

@@ -14,6 +14,7 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 )
 
@@ -96,6 +97,15 @@ const (
 	KindRenewal = "renewal" // renewal/NODE: when a node last renewed its blocks: package ipam
 	KindKeeper  = "keeper"  // keeper/NAME: a keeper that is there; gone with it
 )
+
+// CheckPrefix returns an error unless prefix ends in "/", as List and Follow
+// want it: "ipam/blue" would be the beginning of another overlay's keys, too.
+func CheckPrefix(prefix string) error {
+	if !strings.HasSuffix(prefix, "/") {
+		return fmt.Errorf("store: prefix %q does not end in /", prefix)
+	}
+	return nil
+}
 
 // Domain returns the domain of a key: ledger, vni and keeper are each one;
 // an overlay's definition, blocks and addresses are one; so is each node's renewal.

@@ -59,6 +59,8 @@ var thirdParty = map[string][]string{
 	"github.com/puzpuzpuz/xsync/v4": {"bridge"},
 	"golang.org/x/time/rate":        {"discovery"},
 	"go.etcd.io/":                   {"store"},
+	"go.uber.org/zap":               {"store"},
+	"google.golang.org/grpc":        {"store"},
 	"golang.org/x/crypto":           {"crypto"},
 	"golang.org/x/sys/cpu":          {"ether", "crypto"},
 	"golang.org/x/sys/unix":         {"tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},

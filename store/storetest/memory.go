@@ -2,6 +2,7 @@
 package storetest
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -49,7 +50,7 @@ func (m *Memory) View(ctx context.Context, f func(store.Reader) error) error {
 	if err != nil {
 		return err
 	}
-	return f(t)
+	return cmp.Or(f(t), t.err)
 }
 
 func (m *Memory) begin(ctx context.Context, domains []string) (*txn, error) {
@@ -73,6 +74,9 @@ func (m *Memory) begin(ctx context.Context, domains []string) (*txn, error) {
 
 // Update implements store.Store.
 func (m *Memory) Update(ctx context.Context, domains []string, f func(store.Txn) error) error {
+	if domains == nil {
+		domains = []string{} // nil is a View's
+	}
 	for {
 		t, err := m.begin(ctx, domains)
 		if err != nil {
@@ -134,6 +138,9 @@ func (m *Memory) commit(t *txn) (bool, error) {
 
 // Follow implements store.Store.
 func (m *Memory) Follow(ctx context.Context, prefix string, f func(store.Change)) error {
+	if err := store.CheckPrefix(prefix); err != nil {
+		return err
+	}
 	at := -1
 	for {
 		m.mu.Lock()
@@ -204,6 +211,10 @@ func (t *txn) Get(key string) ([]byte, error) {
 }
 
 func (t *txn) List(prefix string) ([]store.Item, error) {
+	if err := store.CheckPrefix(prefix); err != nil {
+		t.err = cmp.Or(t.err, err)
+		return nil, err
+	}
 	if err := t.check(prefix); err != nil {
 		return nil, err
 	}

@@ -66,6 +66,9 @@ func (p *Place) Keep(ctx context.Context, from Keeping) error {
 	if err != nil {
 		return err
 	}
+	if err := p.takeName(ctx, k); err != nil {
+		return err
+	}
 	p.answerAs(k)
 	return nil
 }

@@ -131,11 +131,16 @@ type ledgerJSON struct {
 // NewLedger returns that of a cluster whose first node has this certificate.
 func NewLedger(first *crypto.Certificate) *Ledger {
 	l := &Ledger{Nodes: map[string]Node{}, Tokens: map[crypto.TokenID]Token{}, Overlays: map[string]Overlay{}}
-	l.Nodes[first.Name] = Node{
-		Key: first.Key, Serial: first.Serial, Expires: first.NotAfter.UTC(), Grants: first.Overlays,
-		Keeper: first.Keeper, Joined: first.NotBefore.Add(crypto.Skew).UTC(),
-	}
+	l.Nodes[first.Name] = recordOf(first)
 	return l
+}
+
+// recordOf returns the record of a node that no token let in.
+func recordOf(c *crypto.Certificate) Node {
+	return Node{
+		Key: c.Key, Serial: c.Serial, Expires: c.NotAfter.UTC(), Grants: c.Overlays,
+		Keeper: c.Keeper, Joined: c.NotBefore.Add(crypto.Skew).UTC(),
+	}
 }
 
 // Clone returns a copy that can be changed without l changing.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/store"
 )
@@ -248,6 +249,37 @@ func (k *Keeper) GoAlone(ctx context.Context) error {
 	})
 	if err != nil {
 		return fmt.Errorf("keeper: be the only one: %w", err)
+	}
+	return nil
+}
+
+// TakeOver gives a name, in the ledger of a store that was restored, to the
+// keeper whose certificate it is, and makes it the only keeper. A machine that
+// had the name before is believed no more.
+func (k *Keeper) TakeOver(ctx context.Context, cert *crypto.Certificate) error {
+	err := k.cfg.Store.Update(ctx, func(l *Ledger) error {
+		for name, n := range l.Nodes {
+			if n.Keeper {
+				n.Keeper = false
+				l.Nodes[name] = n
+			}
+		}
+		now := k.now()
+		if old, taken := l.Nodes[cert.Name]; taken && old.Key != cert.Key {
+			err := k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation {
+				return append(list, crypto.Revocation{Key: old.Key, Until: until(old, now)})
+			})
+			if err != nil {
+				return err
+			}
+		}
+		n := recordOf(cert)
+		n.Joined = now
+		l.Nodes[cert.Name] = n
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("keeper: take over a restored store: %w", err)
 	}
 	return nil
 }

@@ -53,7 +53,7 @@ type Node struct {
 	overlays atomic.Pointer[[]*overlay]
 	todo     chan func()   // what Run's goroutine does for others
 	stopped  chan struct{} // closed when it does nothing any more
-	hosted   *hosted     // this host's endpoints in shared overlays; nil in an open cluster
+	hosted   *hosted       // this host's endpoints in shared overlays; nil in an open cluster
 
 	// at is where this node is: the address that it advertises.
 	at atomic.Pointer[netip.Addr]

@@ -80,6 +80,7 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("POST /v1/nodes/{name}/demote", n.demoteNode)
 	mux.HandleFunc("GET /v1/ipam", n.ipam)
 	mux.HandleFunc("GET /v1/store", n.storeStatus)
+	mux.HandleFunc("GET /v1/store/snapshot", n.snapshot)
 	mux.HandleFunc("POST /v1/store/recover", n.recoverStore)
 	mux.HandleFunc("POST /v1/gossip/rotate-key", n.rotateGossip)
 	mux.HandleFunc("POST /v1/overlays/{name}/rotate-key", n.rotateOverlay)

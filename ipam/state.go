@@ -223,7 +223,7 @@ func (s *state) check(ep *endpoint) error {
 		if other := s.used[usedKey{ep.OverlayID, p.Addr()}]; other != nil {
 			return fmt.Errorf("endpoints %s and %s both have %s", other.Owner, ep.Owner, p.Addr())
 		}
-		if !s.owns(ep.OverlayID, p.Addr()) {
+		if !s.covers(ep.OverlayID, p.Addr()) {
 			return fmt.Errorf("endpoint %s has %s, which is in no block", ep.Owner, p.Addr())
 		}
 	}
@@ -248,7 +248,13 @@ func (s *state) fixedOf(overlayID string, a netip.Addr) *fixedEntry {
 	return nil
 }
 
-// owns: the node may use the address, as long as it may use anything.
+// covers: the address is in a block, or fixed: an endpoint that has it keeps it,
+// though it be a hole that somebody asks for in vain.
+func (s *state) covers(overlayID string, a netip.Addr) bool {
+	return s.blockOf(overlayID, a) != nil || s.fixedOf(overlayID, a) != nil
+}
+
+// owns: the node may give the address to an endpoint.
 func (s *state) owns(overlayID string, a netip.Addr) bool {
 	if f := s.fixedOf(overlayID, a); f != nil && f.held() {
 		return true

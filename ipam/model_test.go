@@ -1,0 +1,581 @@
+package ipam
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/store"
+	"github.com/tulle-net/tulle/store/storetest"
+	"pgregory.net/rapid"
+)
+
+// The model: nodes that crash, lose power, keep wrong time, lose their disks, are
+// cut off and are removed; two keepers with clocks of their own; a store that is
+// away; requests whose answers are lost, that arrive twice, late, or while others
+// are under way. After each step no address may be in use twice.
+//
+//	TULLE_IPAM_HISTORIES=100000 go test -run TestModel -timeout 1h ./ipam     a soak
+//	go test -run TestModel -rapid.seed=N ./ipam                              one again
+
+const (
+	modelHistories = 2500
+	modelNodes     = 4
+	modelKeepers   = 2
+)
+
+var errCrashed = errors.New("the process was killed")
+
+type modelWorld struct {
+	t       *rapid.T
+	mem     *storetest.Memory
+	away    bool
+	now     time.Duration // true time
+	keepers []*modelKeeper
+	nodes   []*modelNode
+	late    []func() // requests that arrive once more
+	depth   int
+	ids     int
+	steps   int
+	history []string
+	ended   bool // faults are over
+}
+
+type modelKeeper struct {
+	w       *modelWorld
+	r       *Registry
+	rate    float64
+	boot    int
+	since   time.Duration // since its boot
+	wall    time.Duration // of its clock, from the true time
+	restart func()
+}
+
+func (k *modelKeeper) Boot() (string, time.Duration) {
+	return "keeper-" + strconv.Itoa(k.boot), k.since
+}
+func (k *modelKeeper) Wall() (time.Time, bool) { return k.w.time().Add(k.wall), true }
+
+type modelNode struct {
+	w       *modelWorld
+	name    string
+	pool    *Pool // nil: no process
+	disk    []byte
+	rate    float64
+	boot    int
+	since   time.Duration
+	wall    time.Duration
+	sync    bool
+	cut     bool // from the keepers
+	life    int  // counts processes; what an old one does has no effect
+	crashIn int  // Saves and requests until it is killed; 0: not
+	lost    map[string]bool
+}
+
+func (n *modelNode) Boot() (string, time.Duration) {
+	return n.name + "-" + strconv.Itoa(n.boot), n.since
+}
+func (n *modelNode) Wall() (time.Time, bool) { return n.w.time().Add(n.wall), n.sync }
+
+func (w *modelWorld) time() time.Time {
+	return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC).Add(w.now)
+}
+
+// trace tells the steps of a history that fails.
+func (w *modelWorld) trace(format string, args ...any) {
+	w.history = append(w.history, fmt.Sprintf("%v ", w.now)+fmt.Sprintf(format, args...))
+}
+
+func (w *modelWorld) fatal(format string, args ...any) {
+	w.t.Helper()
+	for _, line := range w.history {
+		w.t.Log(line)
+	}
+	w.t.Fatalf(format, args...)
+}
+
+func (w *modelWorld) id() string {
+	w.ids++
+	return "id-" + strconv.Itoa(w.ids)
+}
+
+func (w *modelWorld) pick(n int, what string) int { return rapid.IntRange(0, n-1).Draw(w.t, what) }
+
+func (w *modelWorld) chance(percent int, what string) bool {
+	return !w.ended && rapid.IntRange(1, 100).Draw(w.t, what) > 100-percent
+}
+
+func (w *modelWorld) pass(d time.Duration) {
+	w.now += d
+	for _, k := range w.keepers {
+		k.since += time.Duration(float64(d) * k.rate)
+	}
+	for _, n := range w.nodes {
+		n.since += time.Duration(float64(d) * n.rate)
+	}
+}
+
+// point is an instant at which the process may be killed, and others may act.
+func (n *modelNode) point(life int) error {
+	if n.life != life {
+		return errCrashed
+	}
+	if n.crashIn > 0 {
+		if n.crashIn--; n.crashIn == 0 {
+			n.kill()
+			return errCrashed
+		}
+	}
+	return nil
+}
+
+func (n *modelNode) kill() {
+	n.life++
+	n.pool, n.crashIn = nil, 0
+}
+
+func (n *modelNode) start() {
+	if n.pool != nil {
+		return
+	}
+	n.life++
+	life := n.life
+	n.lost = map[string]bool{}
+	p, err := NewPool(PoolConfig{
+		Node: n.name, Source: modelSource{n, life}, Clock: n,
+		Load: func() ([]byte, error) { return n.disk, nil },
+		Save: func(b []byte) error {
+			// Killed before the file is there, or after.
+			if err := n.point(life); err != nil {
+				return err
+			}
+			n.disk = slices.Clone(b)
+			return n.point(life)
+		},
+		Lost: func(owner string) { n.lost[owner] = true },
+		Back: func(owner string) { delete(n.lost, owner) },
+	})
+	if err != nil {
+		n.w.fatal("%s does not start: %v", n.name, err)
+	}
+	p.id = n.w.id
+	n.pool = p
+}
+
+// modelSource is the network between a node's process and a keeper.
+type modelSource struct {
+	n    *modelNode
+	life int
+}
+
+func send[A any](s modelSource, what string, f func(r *Registry) (A, error)) (A, error) {
+	var zero A
+	w := s.n.w
+	if err := s.n.point(s.life); err != nil {
+		return zero, err
+	}
+	if s.n.cut {
+		return zero, errors.New("no keeper answers")
+	}
+	if w.chance(8, "request lost") {
+		if w.chance(50, "but arrives late") {
+			w.late = append(w.late, func() { f(w.keeper()) })
+		}
+		return zero, errors.New("the request was lost")
+	}
+	if w.chance(8, "request twice") {
+		w.late = append(w.late, func() { f(w.keeper()) })
+	}
+	w.meanwhile()
+	out, err := f(w.keeper())
+	w.trace("%s %s: %+v, %v", s.n.name, what, out, err)
+	w.meanwhile()
+	if perr := s.n.point(s.life); perr != nil {
+		return zero, perr
+	}
+	if w.chance(8, "answer lost") {
+		return zero, errors.New("the answer was lost")
+	}
+	return out, err
+}
+
+func (s modelSource) Take(ctx context.Context, q TakeRequest) (Block, error) {
+	return send(s, "take", func(r *Registry) (Block, error) { return r.Take(ctx, s.n.name, q) })
+}
+func (s modelSource) Renew(ctx context.Context, q RenewRequest) (RenewAnswer, error) {
+	return send(s, "renew", func(r *Registry) (RenewAnswer, error) { return r.Renew(ctx, s.n.name, q) })
+}
+func (s modelSource) Return(ctx context.Context, q ReturnRequest) error {
+	_, err := send(s, "return", func(r *Registry) (int, error) { return 0, r.Return(ctx, s.n.name, q) })
+	return err
+}
+func (s modelSource) Fix(ctx context.Context, q FixRequest) error {
+	_, err := send(s, "fix", func(r *Registry) (int, error) { return 0, r.Fix(ctx, s.n.name, q) })
+	return err
+}
+func (s modelSource) Unfix(ctx context.Context, q UnfixRequest) error {
+	_, err := send(s, "unfix", func(r *Registry) (int, error) { return 0, r.Unfix(ctx, s.n.name, q) })
+	return err
+}
+
+func (w *modelWorld) keeper() *Registry { return w.keepers[w.pick(len(w.keepers), "keeper")].r }
+
+// cede is the request that a keeper sends to a node.
+func (w *modelWorld) cede(_ context.Context, owner string, q CedeRequest) error {
+	w.meanwhile()
+	for _, n := range w.nodes {
+		if n.name != owner {
+			continue
+		}
+		if n.pool == nil || n.cut || w.chance(8, "cede lost") {
+			return errors.New("the node does not answer")
+		}
+		p := n.pool
+		if w.chance(5, "cede late") {
+			w.late = append(w.late, func() { p.Cede(q) })
+		}
+		err := p.Cede(q)
+		w.trace("%s cedes %s: %v", n.name, q.Addr, err)
+		w.meanwhile()
+		if n.pool != p || w.chance(8, "ceded, answer lost") {
+			return errors.New("the answer was lost")
+		}
+		return err
+	}
+	return errors.New("no such node")
+}
+
+// meanwhile lets something else happen while a request is under way.
+func (w *modelWorld) meanwhile() {
+	if w.depth >= 2 || !w.chance(15, "meanwhile") {
+		return
+	}
+	w.depth++
+	w.act()
+	w.depth--
+}
+
+func newModel(t *rapid.T) *modelWorld {
+	w := &modelWorld{t: t, mem: storetest.New()}
+	for i := range modelKeepers {
+		k := &modelKeeper{w: w, rate: 1 + 0.01*float64(i*2-1), wall: time.Duration(i) * -300 * time.Hour}
+		k.restart = func() {
+			k.boot++
+			k.since = 0
+			r, err := NewRegistry(RegistryConfig{Store: w.mem, Now: func() time.Time { return w.time().Add(k.wall) }, Clock: k, Cede: w.cede})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.id = w.id
+			k.r = r
+		}
+		k.restart()
+		w.keepers = append(w.keepers, k)
+	}
+	for i := range modelNodes {
+		n := &modelNode{w: w, name: "n" + strconv.Itoa(i), rate: 1 + 0.01*float64(i-2), sync: true}
+		n.start()
+		w.nodes = append(w.nodes, n)
+	}
+	w.define("blue")
+	return w
+}
+
+// modelOverlay: few small blocks, so that everything meets everything.
+func modelOverlay(id string) *store.Overlay {
+	return &store.Overlay{Schema: 1, Name: "blue", VNI: 65536, Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/28"), netip.MustParsePrefix("fd00::/124")},
+		Reserved: []netip.Prefix{netip.MustParsePrefix("10.0.0.8/30")}, Encryption: "required", Flood: "unicast", ID: id}
+}
+
+func (w *modelWorld) define(name string) {
+	o := modelOverlay(w.id())
+	b, err := o.Encode()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	err = w.mem.Update(context.Background(), []string{"overlay/" + name}, func(t store.Txn) error {
+		t.Put(store.OverlayKey(name), b)
+		return DropOverlay(t, name)
+	})
+	if err != nil && !errors.Is(err, store.ErrUnavailable) {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *modelWorld) overlay() *store.Overlay {
+	var o *store.Overlay
+	w.mem.SetAway(false)
+	w.mem.View(context.Background(), func(t store.Reader) error {
+		b, err := t.Get(store.OverlayKey("blue"))
+		if err != nil {
+			return err
+		}
+		o, err = store.ParseOverlay(b)
+		return err
+	})
+	w.mem.SetAway(w.away)
+	return o
+}
+
+// act is one step.
+func (w *modelWorld) act() {
+	w.steps++
+	ctx := context.Background()
+	n := w.nodes[w.pick(len(w.nodes), "node")]
+	owner := "e" + strconv.Itoa(w.pick(5, "endpoint"))
+	p := n.pool
+	kind := rapid.IntRange(0, 99).Draw(w.t, "step")
+	w.trace("%s %s step %d depth %d", n.name, owner, kind, w.depth)
+	if p == nil && kind < 55 {
+		n.start()
+		return
+	}
+	talks := func() bool { return len(p.talk) > 0 } // it would wait for itself
+	switch {
+	case kind < 22:
+		if !talks() {
+			q := Request{Overlay: w.overlay(), Owner: owner, Families: [][]int{nil, {4}, {6}}[w.pick(3, "families")]}
+			w.assigned(n, p, q, ctx)
+		}
+	case kind < 32:
+		if !talks() {
+			a := netip.AddrFrom4([4]byte{10, 0, 0, byte(2 + w.pick(13, "address"))})
+			if w.chance(30, "six") {
+				a = netip.MustParseAddr(fmt.Sprintf("fd00::%x", 2+w.pick(14, "address")))
+			}
+			w.assigned(n, p, Request{Overlay: w.overlay(), Owner: owner, Want: []netip.Addr{a}, Families: []int{familyOf(a)}}, ctx)
+		}
+	case kind < 43:
+		p.Release(owner)
+	case kind < 55:
+		if !talks() {
+			p.stop()
+			p.tick(ctx)
+		}
+	case kind < 63:
+		w.pass(time.Duration(rapid.IntRange(1, 90).Draw(w.t, "minutes")) * time.Minute)
+	case kind < 69:
+		w.pass(time.Duration(rapid.IntRange(2, 60).Draw(w.t, "hours")) * time.Hour)
+	case kind < 72:
+		n.crashIn = 1 + w.pick(12, "killed in")
+	case kind < 74:
+		n.kill()
+	case kind < 77:
+		w.reboot(n)
+	case kind < 81:
+		n.cut = !n.cut
+	case kind < 83:
+		w.away = !w.away
+		w.mem.SetAway(w.away)
+	case kind < 85:
+		n.wall += time.Duration(rapid.IntRange(-100, 100).Draw(w.t, "jump")) * time.Hour
+		n.sync = n.wall == 0
+	case kind < 87:
+		k := w.keepers[w.pick(len(w.keepers), "keeper")]
+		if w.depth == 0 && w.chance(40, "keeper restarts") {
+			k.restart()
+		}
+		k.wall += time.Duration(rapid.IntRange(-100, 100).Draw(w.t, "jump")) * time.Hour
+	case kind < 93:
+		w.reclaim()
+	case kind < 96:
+		if len(w.late) > 0 {
+			i := w.pick(len(w.late), "late")
+			f := w.late[i]
+			w.late = slices.Delete(w.late, i, i+1)
+			f()
+		}
+	case kind < 97: // node rm
+		w.keeper().Forget(ctx, n.name, false)
+	case kind < 98: // node rm of a machine that is off, whose disk is wiped
+		n.kill()
+		n.disk = nil
+		w.keeper().Forget(ctx, n.name, true)
+	case kind < 99: // the disk is lost
+		n.kill()
+		n.disk = nil
+	default:
+		if w.depth == 0 && !w.away {
+			w.define("blue")
+		}
+	}
+}
+
+// assigned asks for an assignment and checks what comes.
+func (w *modelWorld) assigned(n *modelNode, p *Pool, q Request, ctx context.Context) {
+	life := n.life
+	out, err := p.Assign(ctx, q)
+	w.trace("%s assigns to %s, wanted %v: %v, %v", n.name, q.Owner, q.Want, out.Prefixes, err)
+	if err != nil || n.life != life {
+		return
+	}
+	delete(n.lost, q.Owner)
+	on, err := parseState(n.disk)
+	if err != nil {
+		w.fatal("%s: %v", n.name, err)
+	}
+	if ep := on.endpoints[q.Owner]; ep == nil || !slices.Equal(ep.Prefixes, out.Prefixes) {
+		w.fatal("%s assigned %v to %s, which is not on its disk", n.name, out.Prefixes, q.Owner)
+	}
+	for _, a := range q.Want {
+		if !slices.ContainsFunc(out.Prefixes, func(p netip.Prefix) bool { return p.Addr() == a }) {
+			w.fatal("%s asked for %s and got %v", n.name, a, out.Prefixes)
+		}
+	}
+}
+
+// reboot: a machine that loses power; its clock is right, or wrong and not
+// synchronised.
+func (w *modelWorld) reboot(n *modelNode) {
+	n.kill()
+	n.boot++
+	n.since = 0
+	n.wall, n.sync = 0, true
+	if w.chance(50, "no real-time clock") {
+		n.sync = false
+		n.wall = time.Duration(rapid.IntRange(-300, 300).Draw(w.t, "wrong by")) * time.Hour
+	}
+	w.pass(time.Duration(w.pick(30, "minutes off")) * time.Minute)
+	n.since = time.Duration(w.pick(60, "since")) * time.Second
+	n.start()
+}
+
+func (w *modelWorld) reclaim() {
+	k := w.keepers[w.pick(len(w.keepers), "keeper")]
+	k.r.Reclaim(context.Background(), func(node string) bool {
+		for _, n := range w.nodes {
+			if n.name == node {
+				return n.pool != nil && !n.cut
+			}
+		}
+		return false
+	})
+}
+
+// check: no address is in use twice. In use is what a Pool says it may use now,
+// and has not told the owner to stop using.
+func (w *modelWorld) check() {
+	used := map[string]string{}
+	for _, n := range w.nodes {
+		if n.pool == nil || !n.pool.Usable() {
+			continue
+		}
+		for _, ep := range n.pool.Status().Endpoints {
+			if n.lost[ep.Owner] {
+				continue
+			}
+			for _, p := range ep.Prefixes {
+				key := ep.OverlayID + " " + p.Addr().String()
+				me := n.name + "/" + ep.Owner
+				if other := used[key]; other != "" {
+					w.fatal("%s is in use by %s and %s", p.Addr(), other, me)
+				}
+				used[key] = me
+			}
+		}
+	}
+}
+
+// heal ends all faults and all endpoints; then nothing may be leased.
+func (w *modelWorld) heal() {
+	ctx := context.Background()
+	w.ended = true
+	for _, f := range w.late {
+		f()
+		w.check()
+	}
+	w.late = nil
+	w.away = false
+	w.mem.SetAway(false)
+	for _, n := range w.nodes {
+		n.cut, n.crashIn = false, 0
+		n.start()
+	}
+	for range 3 {
+		for _, n := range w.nodes {
+			n.pool.stop()
+			n.pool.tick(ctx) // may begin anew
+			for _, o := range n.pool.Owners() {
+				if err := n.pool.Release(o); err != nil {
+					w.t.Fatal(err)
+				}
+			}
+		}
+		w.check()
+		w.pass(time.Hour)
+		for range 2 {
+			w.reclaim()
+		}
+	}
+	// States that were lost, and nodes that were removed, are reclaimed in time.
+	for range 14 {
+		w.pass(2 * time.Hour)
+		for _, n := range w.nodes {
+			if err := n.pool.tick(ctx); err != nil {
+				w.fatal("%s cannot renew: %v", n.name, err)
+			}
+		}
+		for _, k := range w.keepers {
+			if err := k.r.Reclaim(ctx, func(string) bool { return true }); err != nil {
+				w.t.Fatal(err)
+			}
+		}
+	}
+	w.check()
+	var left []string
+	w.mem.View(ctx, func(t store.Reader) error {
+		items, err := t.List("ipam/")
+		for _, i := range items {
+			left = append(left, i.Key+" "+string(i.Value))
+		}
+		return err
+	})
+	if len(left) > 0 {
+		w.fatal("leaked: %q", left)
+	}
+	for _, n := range w.nodes {
+		if s := n.pool.Status(); len(s.Blocks)+len(s.Fixed)+len(s.Endpoints) > 0 {
+			w.fatal("%s still has %+v", n.name, s)
+		}
+	}
+}
+
+func TestModel(t *testing.T) {
+	histories := modelHistories
+	if s := os.Getenv("TULLE_IPAM_HISTORIES"); s != "" {
+		var err error
+		if histories, err = strconv.Atoi(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	steps, assigned := 0, 0
+	began := time.Now()
+	done := 0
+	for round := 0; done < histories; round++ {
+		rapid.Check(t, func(t *rapid.T) {
+			w := newModel(t)
+			for range rapid.IntRange(10, 80).Draw(t, "steps") {
+				w.act()
+				w.check()
+			}
+			for _, n := range w.nodes {
+				if n.pool != nil {
+					assigned += len(n.pool.Owners())
+				}
+			}
+			w.heal()
+			steps += w.steps
+			done++
+		})
+		if t.Failed() {
+			return
+		}
+	}
+	t.Logf("%d histories, %d steps, %d endpoints at their ends, %v", done, steps, assigned, time.Since(began))
+}

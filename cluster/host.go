@@ -270,6 +270,9 @@ func (p *Place) TakeOffice(caKey, root []byte) error {
 	})
 }
 
+// Resign has this node answer no more, although it has what makes a keeper.
+func (p *Place) Resign() { p.answerAs(nil) }
+
 // LeaveOffice has this node answer no more, and forgets what made it a keeper.
 func (p *Place) LeaveOffice() error {
 	p.answerAs(nil)

@@ -51,12 +51,22 @@ func (p *Place) Notice(_ string, extra []byte) {
 	}
 }
 
-// client asks the keepers, or the one that is here.
+// client asks the keepers: first the one that is here.
 func (p *Place) client() keeper.Client {
-	if k := p.keeper.Load(); k != nil {
-		return k.Local(func() *crypto.Certificate { return p.identity.Load().Certificate() })
+	k := p.keeper.Load()
+	if k == nil {
+		return keeper.Client{Ask: p.e.Ask}
 	}
-	return keeper.Client{Ask: p.e.Ask}
+	local := k.Local(func() *crypto.Certificate { return p.identity.Load().Certificate() })
+	return keeper.Client{Ask: func(ctx context.Context, sub uint16, body []byte) ([]byte, error) {
+		b, err := local.Ask(ctx, sub, body)
+		if errors.Is(err, peer.ErrUnavailable) && len(p.Keepers()) > 0 && ctx.Err() == nil {
+			if b, err := p.e.Ask(ctx, sub, body); err == nil {
+				return b, nil
+			}
+		}
+		return b, err
+	}}
 }
 
 // Client asks a keeper in this node's name.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/store"
 )
 
 // Handle makes e answer what nodes ask a keeper: with the Keeper that of returns,
@@ -123,11 +124,18 @@ func (k *Keeper) answer(ctx context.Context, cert *crypto.Certificate, sub uint1
 	return kd.answer(ctx, c, body)
 }
 
+// errNoMajority is what is told while the store is away.
+var errNoMajority = &peer.Error{Code: peer.CodeUnavailable, Text: "the keepers' store does not answer: too few keepers are there, or its etcd is away; `tulle store status` on a keeper says more, and traffic goes on without"}
+
 // told is what the asker may know of err: a store's error may wrap anything,
 // so that nothing is told but what was made to be.
 func (k *Keeper) told(ctx context.Context, cert *crypto.Certificate, err error) error {
 	if e, ok := errors.AsType[*peer.Error](err); ok {
 		return e
+	}
+	if errors.Is(err, store.ErrUnavailable) {
+		k.cfg.Log.Debug("keeper: the store does not answer", "peer", cert.Name, "err", err)
+		return errNoMajority
 	}
 	if ctx.Err() != nil {
 		return peer.ErrTimeout

@@ -12,7 +12,8 @@ import (
 // TestFit: the first address that a host has left may be the overlay's own.
 func TestFit(t *testing.T) {
 	at := netip.MustParseAddr("192.0.2.1")
-	n := &Node{overlays: []*overlay{{cfg: config.Overlay{Name: "blue", Tap: "blue0"}}}}
+	n := &Node{}
+	n.overlays.Store(&[]*overlay{{cfg: config.Overlay{Name: "blue", Tap: "blue0"}}})
 	n.at.Store(&at)
 	for _, c := range []struct {
 		to, dev string

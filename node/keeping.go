@@ -22,6 +22,9 @@ import (
 
 const (
 	dirStore = "store"
+	// promoteTimeout bounds what may take as long as a promotion: another keeper
+	// gets all of the data.
+	promoteTimeout = 55 * time.Second
 	// storeReady bounds the wait for a new cluster's store, and for one that is restored.
 	storeReady = 30 * time.Second
 	// presenceTTL is how long the store lists a keeper that is gone.
@@ -93,7 +96,16 @@ func (k *keeping) open(ctx context.Context, initial string) error {
 			return errors.Join(fmt.Errorf("node: the store does not start: %w", wait.Err()), m.Close())
 		}
 	}
-	return k.use(ctx, m, m.Store(store.DefaultPrefix(k.clusterID())))
+	return k.useOwn(ctx, m)
+}
+
+// useOwn is use with the store of this node's own member. Called with k.mu.
+func (k *keeping) useOwn(ctx context.Context, m *store.Member) error {
+	e, err := m.Store(store.DefaultPrefix(k.clusterID()))
+	if err != nil {
+		return errors.Join(err, m.Close())
+	}
+	return k.use(ctx, m, e)
 }
 
 func (k *keeping) clusterID() string {
@@ -159,6 +171,12 @@ func (k *keeping) attend(ctx context.Context, done chan struct{}, m *store.Membe
 				t := time.NewTimer(storeRenewEvery)
 				select {
 				case <-t.C:
+				case <-m.Done():
+					t.Stop()
+					if ctx.Err() == nil {
+						go k.expelled()
+					}
+					return
 				case <-ctx.Done():
 					t.Stop()
 					return
@@ -174,6 +192,22 @@ func (k *keeping) attend(ctx context.Context, done chan struct{}, m *store.Membe
 		})
 	}
 	wg.Wait()
+}
+
+// expelled is for a member that stopped by itself: the others have taken it out.
+// The node asks them what it is now.
+func (k *keeping) expelled() {
+	k.n.log.Warn("the other keepers have taken this one's member out of the store: it answers no more")
+	p := k.n.secure.place
+	p.Resign()
+	k.renewed()
+	if p.Identity().Certificate().Keeper {
+		k.n.log.Error("this node's certificate says that it is a keeper, and it has no store: promote it again (`tulle node promote`), or demote it")
+		return
+	}
+	if err := k.end(context.Background()); err != nil {
+		k.n.log.Error("cannot forget what made this node a keeper", "err", err)
+	}
 }
 
 // keeperPresence stands under keeper/NAME while the keeper is there.
@@ -330,7 +364,7 @@ func (k *keeping) recover(ctx context.Context) error {
 	case <-wait.Done():
 		return errors.Join(fmt.Errorf("node: the store does not start alone: %w", wait.Err()), m.Close())
 	}
-	if err := k.use(ctx, m, m.Store(store.DefaultPrefix(k.clusterID()))); err != nil {
+	if err := k.useOwn(ctx, m); err != nil {
 		return err
 	}
 	k.n.log.Warn("this keeper goes on alone: the others must not start again with what they have")
@@ -397,7 +431,7 @@ func (n *Node) recoverStore(w http.ResponseWriter, r *http.Request) {
 }
 
 func (n *Node) promoteNode(w http.ResponseWriter, r *http.Request) {
-	n.admin(w, r, func(ctx context.Context, c keeper.Client) (any, error) {
+	n.admin(w, r, func(_ context.Context, c keeper.Client) (any, error) {
 		want := &PromoteRequest{}
 		if r.ContentLength != 0 {
 			var err error
@@ -405,6 +439,8 @@ func (n *Node) promoteNode(w http.ResponseWriter, r *http.Request) {
 				return nil, err
 			}
 		}
+		ctx, cancel := context.WithTimeout(r.Context(), promoteTimeout)
+		defer cancel()
 		return changed(c.Promote(ctx, r.PathValue("name"), want.Replace))
 	})
 }

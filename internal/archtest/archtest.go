@@ -9,12 +9,12 @@ const module = "github.com/tulle-net/tulle/"
 var imports = map[string][]string{
 	"cmd/tulle": {"config", "node", "doctor", "internal/demo", "internal/version"},
 
-	"node":    {"config", "cluster", "keeper", "doctor", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
+	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
 	"cluster": {"keeper", "store", "peer", "crypto"},
 	"config":  {"tap", "vxlan", "ether"},
 	"doctor":  {"crypto", "tap", "underlay"},
 
-	"keeper":            {"store", "peer", "crypto"},
+	"keeper":            {"ipam", "store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
 
 	"store":           {},

@@ -13,10 +13,11 @@ import (
 func nodeCommand() *cobra.Command {
 	return parent(&cobra.Command{
 		Use:   "node",
-		Short: "List, revoke and remove the nodes of the secure cluster",
+		Short: "List, promote, demote, revoke and remove the nodes of the secure cluster",
 		Long: `Shows and changes who is in the secure cluster. The node that runs here asks a keeper.
 ` + "`tulle peers`" + ` shows who is there at the moment and what passes between them.`,
 		Example: `  tulle node ls
+  tulle node promote pi4
   tulle node revoke pi4`,
 	}, query(&cobra.Command{
 		Use:   "ls",
@@ -24,8 +25,75 @@ func nodeCommand() *cobra.Command {
 		Example: `  tulle node ls
   tulle node ls -o json | jq -r '.nodes[] | select(.revoked) | .name'`,
 		Args: noArgs,
-	}, clusterClient, at("/v1/nodes"), nodesTable), nodeRevokeCommand(), nodeRemoveCommand())
+	}, clusterClient, at("/v1/nodes"), nodesTable), nodePromoteCommand(), nodeDemoteCommand(), nodeRevokeCommand(), nodeRemoveCommand())
 }
+
+func nodePromoteCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "promote NAME",
+		Short: "Make a node a keeper",
+		Long: `Makes a node a keeper: it gets the cluster's keys and a member of the store, lets nodes join
+and answers what others ask. It must be there, and run on amd64 or arm64.
+
+The store goes on while more than half of the keepers are there: one or two can lose none,
+three can lose one, five two. Traffic goes on without any.
+
+--replace names a keeper that is lost for good: the node takes its place, and it is removed
+from the cluster.`,
+		Example: `  tulle node promote pi4
+  tulle node promote pi5 --replace pi4`,
+		Args: nodeArg("want the name of one node, as in `tulle node promote pi4`; `tulle node ls` lists them"),
+
+		ValidArgsFunction: completeArg(nodeNamesOf(func(n *node.ClusterNode) bool { return !n.Keeper })),
+	}
+	replace := cmd.Flags().String("replace", "", "a keeper that is lost for good and goes")
+	completeFlag(cmd, "replace", nodeNamesOf(isKeeper))
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		name := args[0]
+		if cmd.Flags().Changed("replace") {
+			if *replace == name {
+				return usageError{fmt.Errorf("--replace %s: that is the node to promote: give the name of the keeper that is lost", name)}
+			}
+			if err := checkNode(*replace); err != nil {
+				return usageError{fmt.Errorf("--replace: %w", err)}
+			}
+		}
+		body, err := keeperClient(cmd).post(cmd.Context(), nodePath(name)+"/promote", node.PromoteRequest{Replace: *replace})
+		if err != nil {
+			return err
+		}
+		done, err := decode[node.Changed](body)
+		if err != nil {
+			return err
+		}
+		if *replace != "" {
+			return tell(cmd, *done, "node %s is a keeper, and %s is removed", name, *replace)
+		}
+		return tell(cmd, *done, "node %s is a keeper", name)
+	}
+	return cmd
+}
+
+func nodeDemoteCommand() *cobra.Command {
+	return change(&cobra.Command{
+		Use:   "demote NAME",
+		Short: "Make a keeper a node as any other",
+		Long: `Takes the cluster's keys and the member of the store from a keeper; it stays in the cluster.
+The last keeper cannot be demoted: promote another node first.
+
+A keeper that is lost for good cannot be told: ` + "`tulle node promote NAME --replace KEEPER`" + `.`,
+		Example: `  tulle node demote pi4`,
+		Args:    nodeArg("want the name of one keeper, as in `tulle node demote pi4`; `tulle node ls` lists them"),
+
+		ValidArgsFunction: completeArg(nodeNamesOf(isKeeper)),
+	}, func(cmd *cobra.Command, _ *client, arg string) ([]byte, error) {
+		return keeperClient(cmd).post(cmd.Context(), nodePath(arg)+"/demote", nil)
+	}, "node %s is no keeper any more")
+}
+
+func isKeeper(n *node.ClusterNode) bool { return n.Keeper }
+
+func nodePath(name string) string { return "/v1/nodes/" + url.PathEscape(name) }
 
 func nodeRevokeCommand() *cobra.Command {
 	return change(&cobra.Command{
@@ -40,7 +108,7 @@ It knows the keys of the overlays that it was in: ` + "`tulle overlay rotate-key
 
 		ValidArgsFunction: completeArg(nodeNames),
 	}, func(cmd *cobra.Command, c *client, arg string) ([]byte, error) {
-		return c.post(cmd.Context(), "/v1/nodes/"+url.PathEscape(arg)+"/revoke", nil)
+		return c.post(cmd.Context(), nodePath(arg)+"/revoke", nil)
 	}, "node %s is revoked")
 }
 
@@ -56,7 +124,7 @@ that it still has: ` + "`tulle node revoke`" + ` removes those first, this does 
 
 		ValidArgsFunction: completeArg(nodeNames),
 	}, func(cmd *cobra.Command, c *client, arg string) ([]byte, error) {
-		return c.remove(cmd.Context(), "/v1/nodes/"+url.PathEscape(arg))
+		return c.remove(cmd.Context(), nodePath(arg))
 	}, "node %s is removed, and its name is free")
 }
 
@@ -84,36 +152,6 @@ lost; one that is away gets the key when it is back. Revoking a node does the sa
 		Use:     "gossip",
 		Short:   "Change what gossip is encrypted with",
 		Example: `  tulle gossip rotate-key`,
-	}, cmd)
-}
-
-func overlayCommand() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "rotate-key NAME",
-		Short: "Change the key of an overlay",
-		Long: `Moves the overlay to its next key, while traffic flows. Nodes that may no longer join the
-overlay do not get it and stay behind.`,
-		Example: `  tulle overlay rotate-key blue`,
-		Args:    oneArg("want the name of one overlay, as in `tulle overlay rotate-key blue`; `tulle overlays` lists them"),
-
-		ValidArgsFunction: completeArg(overlayNames),
-	}
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		body, err := clusterClient(cmd).post(cmd.Context(), "/v1/overlays/"+url.PathEscape(args[0])+"/rotate-key", nil)
-		if err != nil {
-			return err
-		}
-		done, err := decode[node.OverlayKeyRotated](body)
-		if err != nil {
-			return err
-		}
-		return tell(cmd, done.Changed, "overlay %s uses key %d", clean(done.Overlay), done.Epoch)
-	}
-	return parent(&cobra.Command{
-		Use:     "overlay",
-		Short:   "Change an overlay of the secure cluster",
-		Long:    "`tulle overlays` lists those of this node.",
-		Example: `  tulle overlay rotate-key blue`,
 	}, cmd)
 }
 

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -158,12 +159,17 @@ func aNode() fakeAPI {
 			{Name: "n2", Status: "left", VTEP: ap("[2001:db8::2]:4789"), Overlays: []string{"blue", "team-*"}, Joined: then, Expires: then.Add(720 * time.Hour)},
 			{Name: "n3", Status: "unknown", Overlays: []string{}, Joined: then, Expires: then.Add(720 * time.Hour), Revoked: true},
 		}},
-	}
+	}.with(aCluster())
+}
+
+func (f fakeAPI) with(more fakeAPI) fakeAPI {
+	maps.Copy(f, more)
+	return f
 }
 
 func TestTables(t *testing.T) {
 	socket := serve(t, aNode())
-	for _, args := range []string{"status", "peers", "overlays", "fdb blue", "token ls", "node ls"} {
+	for _, args := range []string{"status", "peers", "overlays", "fdb blue", "token ls", "node ls", "overlay ls", "endpoints", "ipam", "store status"} {
 		out, errOut, status := tulle(t, append(strings.Fields(args), "--socket", socket)...)
 		if status != exitDone || errOut != "" {
 			t.Errorf("tulle %s = %d, stderr %q", args, status, errOut)
@@ -187,7 +193,8 @@ func TestSecureStatus(t *testing.T) {
 func TestEmptyTables(t *testing.T) {
 	socket := serve(t, fakeAPI{
 		"/v1/status": node.Status{Drops: map[string]uint64{"short": 0}}, "/v1/peers": node.Peers{}, "/v1/overlays": node.Overlays{}, "/v1/overlays/blue/fdb": node.FDB{Overlay: "blue"},
-		"/v1/tokens": node.Tokens{}, "/v1/nodes": node.Nodes{},
+		"/v1/tokens": node.Tokens{}, "/v1/nodes": node.Nodes{}, "/v1/shared": node.SharedOverlays{Stale: then}, "/v1/shared/blue": node.SharedOverlay{},
+		"/v1/endpoints": node.Endpoints{}, "/v1/ipam": node.IPAM{Stale: true}, "POST /v1/ipam/check": node.IPAMCheck{}, "/v1/store": node.StoreStatus{},
 	})
 	for _, tt := range []struct{ args, want string }{
 		{"status", "no drops\n"},
@@ -196,6 +203,12 @@ func TestEmptyTables(t *testing.T) {
 		{"token ls", "no token is open; `tulle token create` makes one\n"},
 		{"node ls", "NAME  STATUS  ROLE"},
 		{"fdb blue", "no MAC is known yet in overlay blue\n"},
+		{"overlay ls", "no overlay is known; `tulle overlay create` makes one\nno keeper has answered since 2026-12-01 12:30 UTC: what has changed since is not shown\n"},
+		{"overlay inspect blue", "subnets     -\n"},
+		{"endpoints", "no endpoint is here; `tulle expose OVERLAY` makes this host one\n"},
+		{"ipam", "no overlay has addresses given out\nno keeper answered: only this node's own blocks are shown\n"},
+		{"ipam check", "nothing is wrong\n"},
+		{"store status", "quorum  no: no reason is known\n"},
 	} {
 		out, _, status := tulle(t, append(strings.Fields(tt.args), "--socket", socket)...)
 		if status != exitDone || !strings.Contains(out, tt.want) {
@@ -268,7 +281,7 @@ func TestUsage(t *testing.T) {
 		{"token creat", "tulle: unknown command \"creat\" of `tulle token`; did you mean \"create\"?\n"},
 		{"token creat --ttl 1h", "tulle: unknown command \"creat\" of `tulle token`; did you mean \"create\"?\n"},
 		{"help token creat", "tulle: unknown command \"creat\" of `tulle token`; did you mean \"create\"?\n"},
-		{"node promote n1", "tulle: unknown command \"promote\" of `tulle node`; see `tulle node --help`\n"},
+		{"node elect n1", "tulle: unknown command \"elect\" of `tulle node`; see `tulle node --help`\n"},
 		{"gossip rotate", "tulle: unknown command \"rotate\" of `tulle gossip`; did you mean \"rotate-key\"?\n"},
 		{"overlay --nope", "tulle: unknown flag: --nope; see `tulle overlay --help`\n"},
 		{"token create now", "tulle: unexpected \"now\"; see `tulle token create --help`\n"},
@@ -282,6 +295,66 @@ func TestUsage(t *testing.T) {
 		{"node rm a b", "tulle: want the name of one node, as in `tulle node rm pi4`"},
 		{"gossip rotate-key now", "tulle: unexpected \"now\"; see `tulle gossip rotate-key --help`\n"},
 		{"overlay rotate-key", "tulle: want the name of one overlay, as in `tulle overlay rotate-key blue`"},
+		{"overlay create", "tulle: want the name of the overlay to make, as in `tulle overlay create blue`\n"},
+		{"overlay create a_b", "tulle: config: overlay a_b: name \"a_b\": want 1 to 63 letters, digits and -, the first no -\n"},
+		{"overlay create blue red", "tulle: want the name of the overlay to make"},
+		{"overlay create blue --subnet 10.40.0.1/16", "tulle: --subnet \"10.40.0.1/16\": that is one address of 10.40.0.0/16: if that prefix is meant, give it so\n"},
+		{"overlay create blue --subnet 10.40.0.0", "tulle: --subnet \"10.40.0.0\": the prefix length is missing: give it as in 10.40.0.0/16\n"},
+		{"overlay create blue --subnet ten", "tulle: --subnet \"ten\": want a prefix, as in 10.40.0.0/16 or fd00:40::/64\n"},
+		{"overlay create blue --subnet ::ffff:10.40.0.0/112", "tulle: --subnet \"::ffff:10.40.0.0/112\": want a prefix"},
+		{"overlay create blue --subnet 10.40.0.0/16,10.41.0.0/16", "tulle: --subnet: 10.40.0.0/16 and 10.41.0.0/16 are of one family: "},
+		{"overlay create blue --gateway 10.40.0.1", "tulle: --gateway and --reserve are about a subnet: give it as well, as in --subnet 10.40.0.0/16\n"},
+		{"overlay create blue --subnet 10.40.0.0/16 --gateway 10.41.0.1", "tulle: --gateway 10.41.0.1: want an address within 10.40.0.0/16\n"},
+		{"overlay create blue --subnet 10.40.0.0/16 --gateway 10.40.0.1/16", "tulle: --gateway \"10.40.0.1/16\": give it without the prefix length, which the subnet has: 10.40.0.1\n"},
+		{"overlay create blue --subnet 10.40.0.0/16 --gateway gw", "tulle: --gateway \"gw\": want an IP address, as in "},
+		{"overlay create blue --subnet 10.40.0.0/16 --gateway 10.40.0.1 --gateway 10.40.0.2", "tulle: --gateway: 10.40.0.1 and 10.40.0.2 are of one family: a subnet has one gateway\n"},
+		{"overlay create blue --subnet 10.40.0.0/16 --reserve 10.41.0.0/24", "tulle: --reserve 10.41.0.0/24: want a part of 10.40.0.0/16\n"},
+		{"overlay create blue --subnet 10.40.0.0/16 --subnet fd00::/64 --reserve 10.0.0.0/8", "tulle: --reserve 10.0.0.0/8: want a part of 10.40.0.0/16 or fd00::/64\n"},
+		{"overlay create blue --vni 0", "tulle: --vni=0: 0 is reserved by Tulle: take one from 1 to 16777215\n"},
+		{"overlay create blue --vni 16777216", "tulle: config: overlay blue: vni 16777216: a VNI has 24 bits: take one from 1 to 16777215\n"},
+		{"overlay create blue --vni -1", "tulle: invalid argument \"-1\" for \"--vni\" flag: "},
+		{"overlay create blue --mtu 20", "tulle: config: overlay blue: mtu 20: want 68 to 65535\n"},
+		{"overlay create blue --encryption maybe", "tulle: invalid argument \"maybe\" for \"--encryption\" flag: want required or none; "},
+		{"overlay create blue --encryption none --cipher aes-256-gcm", "tulle: config: overlay blue: cipher \"aes-256-gcm\": with encryption=none nothing is sealed"},
+		{"overlay create blue --flood multicast", "tulle: invalid argument \"multicast\" for \"--flood\" flag: want unicast or gossip; "},
+		{"overlay ls blue", "tulle: unexpected \"blue\"; see `tulle overlay ls --help`\n"},
+		{"overlay inspect", "tulle: want the name of one overlay, as in `tulle overlay inspect blue`; `tulle overlay ls` lists them\n"},
+		{"overlay inspect a/b", "tulle: config: overlay a/b: name \"a/b\": want "},
+		{"overlay set", "tulle: want the name of one overlay, as in `tulle overlay set blue --mtu 1400`"},
+		{"overlay set blue", "tulle: nothing to change: give --cipher, --mtu, --flood, --mss-clamp or --reserve\n"},
+		{"overlay set blue -o json", "tulle: nothing to change: "},
+		{"overlay set blue --mss-clamp false", "tulle: unexpected \"false\"; a switch is written --mss-clamp=false\n"},
+		{"overlay set blue --mtu 20", "tulle: config: overlay blue: mtu 20: want 68 to 65535\n"},
+		{"overlay set blue --reserve 10.40.0.1/24", "tulle: --reserve \"10.40.0.1/24\": that is one address of 10.40.0.0/24: "},
+		{"overlay set blue --vni 7", "tulle: unknown flag: --vni; see `tulle overlay set --help`\n"},
+		{"overlay rm", "tulle: want the name of one overlay, as in `tulle overlay rm blue`"},
+		{"overlay rm -- -a", "tulle: config: overlay -a: name \"-a\": want "},
+		{"expose", "tulle: want the name of one overlay, as in `tulle expose blue`; `tulle overlay ls` lists them\n"},
+		{"expose a_b", "tulle: config: overlay a_b: name \"a_b\": want "},
+		{"expose blue --ip 10.40.0.7/16", "tulle: --ip \"10.40.0.7/16\": give it without the prefix length, which the subnet has: 10.40.0.7\n"},
+		{"expose blue --ip fe80::1%eth0", "tulle: --ip \"fe80::1%eth0\": want an IP address, as in 10.40.0.7 or fd00:40::7\n"},
+		{"expose blue --ip 10.40.0.7,10.40.0.8", "tulle: --ip: 10.40.0.7 and 10.40.0.8 are of one family: "},
+		{"expose blue --tap a-name-of-16-byte", "tulle: config: overlay blue: tap \"a-name-of-16-byte\": a device's name has 1 to 15 bytes\n"},
+		{"unexpose", "tulle: want the name of one overlay, as in `tulle unexpose blue`; `tulle endpoints` lists where this host is\n"},
+		{"unexpose a_b", "tulle: config: overlay a_b: name \"a_b\": want "},
+		{"endpoints blue", "tulle: unexpected \"blue\"; see `tulle endpoints --help`\n"},
+		{"ipam chek", "tulle: unknown command \"chek\" of `tulle ipam`; did you mean \"check\"?\n"},
+		{"ipam chek --repair", "tulle: unknown command \"chek\" of `tulle ipam`; did you mean \"check\"?\n"},
+		{"ipam --watch 5s", "tulle: unexpected \"5s\"; an interval is written --watch=5s\n"},
+		{"ipam check blue", "tulle: unexpected \"blue\"; see `tulle ipam check --help`\n"},
+		{"store snap", "tulle: unknown command \"snap\" of `tulle store`; did you mean \"snapshot\"?\n"},
+		{"store status now", "tulle: unexpected \"now\"; see `tulle store status --help`\n"},
+		{"store snapshot", "tulle: want the file to write, as in `tulle store snapshot tulle.snapshot`, or - for standard output\n"},
+		{"store snapshot a b", "tulle: want the file to write"},
+		{"store recover", "tulle: this makes this keeper the only one, and whatever only the others had is gone: if they are lost for good, say so with --yes\n"},
+		{"store recover n1 --yes", "tulle: unexpected \"n1\"; see `tulle store recover --help`\n"},
+		{"node promote", "tulle: want the name of one node, as in `tulle node promote pi4`; `tulle node ls` lists them\n"},
+		{"node promote a_b", "tulle: config: name \"a_b\": want 1 to 63 letters, digits and -, the first no -\n"},
+		{"node promote n1 --replace n1", "tulle: --replace n1: that is the node to promote: give the name of the keeper that is lost\n"},
+		{"node promote n1 --replace a_b", "tulle: --replace: config: name \"a_b\": want "},
+		{"node promote n1 --replace=", "tulle: --replace: want the name of a node; `tulle node ls` lists them\n"},
+		{"node demote", "tulle: want the name of one keeper, as in `tulle node demote pi4`; `tulle node ls` lists them\n"},
+		{"node demote a_b", "tulle: config: name \"a_b\": want "},
 		{"doctor --listen nowhere", "tulle: config: listen \"nowhere\": want "},
 		{"doctor -o xml", "tulle: invalid argument \"xml\" for \"-o, --output\" flag: want table, json or yaml;"},
 		{"--nope", "tulle: unknown flag: --nope; see `tulle --help`\n"},
@@ -420,6 +493,9 @@ func TestHelp(t *testing.T) {
 		if !cmd.HasSubCommands() {
 			continue
 		}
+		if cmd.Name() == "ipam" { // holds a command, and is one
+			continue
+		}
 		if bare, errOut, status := tulle(t, path...); status != exitDone || errOut != "" || bare != out {
 			t.Errorf("tulle %s = %d, %q, stderr %q, want its help", path, status, bare, errOut)
 		}
@@ -453,12 +529,29 @@ func TestCompletion(t *testing.T) {
 		{"fdb --socket " + socket + " ", "blue\nred\n:4\n"},
 		{"fdb --socket " + socket + " blue ", ":4\n"},
 		{"fdb --socket " + socket + "x ", ":4\n"},
-		{"overlay rotate-key --socket " + socket + " ", "blue\nred\n:4\n"},
+		{"overlay rotate-key --socket " + socket + " ", "blue\nlab\nold\n:4\n"},
+		{"overlay inspect --socket " + socket + " ", "blue\nlab\nold\n:4\n"},
+		{"overlay set --socket " + socket + " ", "blue\nlab\n:4\n"},
+		{"overlay rm --socket " + socket + " ", "blue\nlab\n:4\n"},
+		{"overlay rm --socket " + socket + "x ", ":4\n"},
+		{"overlay create --socket " + socket + " ", ":4\n"},
+		{"overlay create --subnet ", ":4\n"},
+		{"overlay create --encryption ", "required\nnone\n:4\n"},
+		{"overlay set --cipher ", "auto\nchacha20-poly1305\naes-256-gcm\n:4\n"},
+		{"expose --socket " + socket + " ", "blue\nlab\n:4\n"},
+		{"expose --ip ", "auto\n:4\n"},
+		{"unexpose --socket " + socket + " ", "blue\nlab\n:4\n"},
+		{"node promote --socket " + socket + " ", "n2\nn3\n:4\n"},
+		{"node promote --socket " + socket + " n2 --replace ", "n1\n:4\n"},
+		{"node demote --socket " + socket + " ", "n1\n:4\n"},
+		{"ipam check -o ", "table\njson\nyaml\n:4\n"},
+		{"store snapshot ", ":0\n"},
+		{"store snapshot f ", ":4\n"},
 		{"token rm --socket " + socket + " ", "0123456789abcdef\nfedcba9876543210\n:4\n"},
 		{"node revoke --socket " + socket + " ", "n1\nn2\nn3\n:4\n"},
 		{"node rm --socket " + socket + " n1 ", ":4\n"},
 		{"node rm --socket " + socket + "x ", ":4\n"},
-		{"token create --socket " + socket + " --overlays ", "blue\nred\n:4\n"},
+		{"token create --socket " + socket + " --overlays ", "blue\nlab\nold\n:4\n"},
 		{"doctor -o ", "table\njson\nyaml\n:4\n"},
 		{"status -o ", "table\njson\nyaml\n:4\n"},
 		{"up --log-level ", "info\ndebug\nwarn\nerror\n:4\n"},

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,8 +24,12 @@ const (
 	// clusterTimeout is for what the node has to ask others about: a keeper,
 	// and each node that a new gossip key has to be brought to.
 	clusterTimeout = 30 * time.Second
+	// keeperTimeout is for what changes who keeps the store.
+	keeperTimeout = 60 * time.Second
 	// maxBody holds an FDB of a million entries.
 	maxBody = 256 << 20
+	// maxRefusal holds an Error.
+	maxRefusal = 64 << 10
 )
 
 var (
@@ -75,6 +80,15 @@ func (c *client) post(ctx context.Context, path string, what any) ([]byte, error
 	return c.do(ctx, http.MethodPost, path, bytes.NewReader(body))
 }
 
+// patch sends what is to change and returns the answer's body.
+func (c *client) patch(ctx context.Context, path string, what any) ([]byte, error) {
+	body, err := json.Marshal(what)
+	if err != nil {
+		return nil, err
+	}
+	return c.do(ctx, http.MethodPatch, path, bytes.NewReader(body))
+}
+
 // remove deletes what is at path and returns the answer's body.
 func (c *client) remove(ctx context.Context, path string) ([]byte, error) {
 	return c.do(ctx, http.MethodDelete, path, nil)
@@ -104,16 +118,79 @@ func (c *client) do(ctx context.Context, method, path string, send io.Reader) ([
 		return nil, c.explain(err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		var e node.Error
-		if json.Unmarshal(body, &e) == nil && e.Error != "" {
-			return nil, errors.New(e.Error)
-		}
-		return nil, fmt.Errorf("the node at %s answers %s: is it a Tulle of this version?", c.socket, resp.Status)
+		return nil, c.refusal(resp.Status, body)
 	}
 	if len(body) > maxBody || !json.Valid(body) {
 		return nil, fmt.Errorf("what answers at %s is no Tulle: give the node's --socket PATH", c.socket)
 	}
 	return body, nil
+}
+
+// refusal is the error of an answer that is not 200.
+func (c *client) refusal(status string, body []byte) error {
+	var e node.Error
+	if json.Unmarshal(body, &e) == nil && e.Error != "" {
+		return errors.New(e.Error)
+	}
+	return fmt.Errorf("the node at %s answers %s: is it a Tulle of this version?", c.socket, status)
+}
+
+// stream copies the answer at path to w; it may be of any size and take any
+// time, so the client's timeout bounds each wait for the node instead of the
+// whole. An error of w comes back as it is. It returns how many bytes w took.
+func (c *client) stream(ctx context.Context, path string, w io.Writer) (int64, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	wait := time.AfterFunc(c.http.Timeout, func() { cancel(context.DeadlineExceeded) })
+	defer wait.Stop()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tulle"+path, nil)
+	if err != nil {
+		return 0, err
+	}
+	unbounded := c.http
+	unbounded.Timeout = 0
+	resp, err := unbounded.Do(req)
+	if err != nil {
+		return 0, c.explain(cmp.Or(context.Cause(ctx), err))
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		body, err := io.ReadAll(io.LimitReader(resp.Body, maxRefusal))
+		if err != nil {
+			return 0, c.explain(cmp.Or(context.Cause(ctx), err))
+		}
+		return 0, c.refusal(resp.Status, body)
+	}
+	// Without a length or chunks the end of the connection would look like that of the answer.
+	whole := resp.ContentLength >= 0 || len(resp.TransferEncoding) > 0
+	if !whole || resp.Header.Get("Content-Type") != "application/octet-stream" {
+		return 0, fmt.Errorf("the node at %s answers with something else: is it a Tulle of this version?", c.socket)
+	}
+	body := &patient{r: resp.Body, wait: wait, atMost: c.http.Timeout}
+	n, err := io.Copy(w, body)
+	if body.err != nil {
+		return n, c.explain(cmp.Or(context.Cause(ctx), body.err))
+	}
+	return n, err
+}
+
+// patient reads while wait runs: what its reader does with what it got takes
+// as long as it takes. It keeps the error that reading ended with.
+type patient struct {
+	r      io.Reader
+	wait   *time.Timer
+	atMost time.Duration
+	err    error
+}
+
+func (p *patient) Read(b []byte) (int, error) {
+	p.wait.Reset(p.atMost)
+	n, err := p.r.Read(b)
+	p.wait.Stop()
+	if err != nil && err != io.EOF {
+		p.err = err
+	}
+	return n, err
 }
 
 // explain says what to do about a request that got no answer.

@@ -19,12 +19,12 @@ import (
 // recorder answers every request alike and keeps what was asked.
 type recorder struct {
 	answer any
-	asked  []string // METHOD PATH BODY
+	asked  []string // METHOD PATH?QUERY BODY
 }
 
 func (r *recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	body, _ := io.ReadAll(req.Body)
-	r.asked = append(r.asked, strings.TrimSpace(req.Method+" "+req.URL.EscapedPath()+" "+string(body)))
+	r.asked = append(r.asked, strings.TrimSpace(req.Method+" "+req.URL.RequestURI()+" "+string(body)))
 	_ = json.NewEncoder(w).Encode(r.answer)
 }
 
@@ -66,6 +66,11 @@ func TestChanges(t *testing.T) {
 			"the gossip keys are not changed yet; a keeper goes on trying\ntokens removed with it: 0123456789abcdef, 1?\n"},
 		{"node rm n2", node.Changed{}, "DELETE /v1/nodes/n2", "node n2 is removed, and its name is free\n", ""},
 		{"node rm ../tokens", node.Changed{}, "DELETE /v1/nodes/..%2Ftokens", "node ../tokens is removed, and its name is free\n", ""},
+		{"node promote n2", late, "POST /v1/nodes/n2/promote {}", "node n2 is a keeper\n", lateText},
+		{"node promote n2 --replace n1", node.Changed{}, `POST /v1/nodes/n2/promote {"replace":"n1"}`, "node n2 is a keeper, and n1 is removed\n", ""},
+		{"node demote n1", node.Changed{KeysPending: true}, "POST /v1/nodes/n1/demote", "node n1 is no keeper any more\n", "the gossip keys are not changed yet; a keeper goes on trying\n"},
+		{"overlay rm blue", node.Changed{}, "DELETE /v1/shared/blue", "overlay blue is removed\n", ""},
+		{"overlay rm blue --force", late, "DELETE /v1/shared/blue?force=true", "overlay blue is removed\n", lateText},
 		{"gossip rotate-key", node.GossipKeyRotated{Epoch: 8, Changed: late}, "POST /v1/gossip/rotate-key", "gossip uses key 8\n", lateText},
 		{"overlay rotate-key blue", node.OverlayKeyRotated{Overlay: "blue", Epoch: 2}, "POST /v1/overlays/blue/rotate-key", "overlay blue uses key 2\n", ""},
 		{"overlay rotate-key blue", node.OverlayKeyRotated{Overlay: "blue", Epoch: 2, Changed: late}, "POST /v1/overlays/blue/rotate-key", "overlay blue uses key 2\n", lateText},
@@ -84,11 +89,19 @@ func TestChanges(t *testing.T) {
 // TestClusterRefusals: the node's own words, status 1, nothing on stdout.
 func TestClusterRefusals(t *testing.T) {
 	open := fakeAPI{}
-	for _, path := range []string{"/v1/tokens", "/v1/nodes", "POST /v1/tokens", "DELETE /v1/tokens/1", "POST /v1/nodes/n2/revoke", "DELETE /v1/nodes/n2", "POST /v1/gossip/rotate-key", "POST /v1/overlays/blue/rotate-key"} {
+	for _, path := range []string{
+		"/v1/tokens", "/v1/nodes", "POST /v1/tokens", "DELETE /v1/tokens/1", "POST /v1/nodes/n2/revoke", "DELETE /v1/nodes/n2", "POST /v1/gossip/rotate-key", "POST /v1/overlays/blue/rotate-key",
+		"POST /v1/nodes/n2/promote", "POST /v1/nodes/n2/demote", "/v1/shared", "POST /v1/shared", "/v1/shared/blue", "PATCH /v1/shared/blue", "DELETE /v1/shared/blue",
+		"/v1/endpoints", "POST /v1/exposed", "DELETE /v1/exposed/blue", "/v1/ipam", "POST /v1/ipam/check", "/v1/store", "POST /v1/store/recover",
+	} {
 		open[path] = node.Error{}
 	}
 	socket := serve(t, open)
-	for _, args := range []string{"token ls", "token create", "token rm 1", "node ls", "node revoke n2", "node rm n2", "gossip rotate-key", "overlay rotate-key blue"} {
+	for _, args := range []string{
+		"token ls", "token create", "token rm 1", "node ls", "node revoke n2", "node rm n2", "gossip rotate-key", "overlay rotate-key blue",
+		"node promote n2", "node demote n2", "overlay ls", "overlay create blue", "overlay inspect blue", "overlay set blue --mtu 1400", "overlay rm blue",
+		"endpoints", "expose blue", "unexpose blue", "ipam", "ipam check", "ipam check --repair", "store status", "store recover --yes",
+	} {
 		out, errOut, status := tulle(t, append(strings.Fields(args), "--socket", socket)...)
 		if status != exitFailed || out != "" || errOut != "tulle: this is an open cluster: it has no keys\n" {
 			t.Errorf("tulle %s = %d, %q, stderr %q", args, status, out, errOut)

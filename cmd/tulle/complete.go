@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -46,13 +47,54 @@ func overlayNames(cmd *cobra.Command) []string {
 	})
 }
 
-func nodeNames(cmd *cobra.Command) []string {
-	return listed(cmd, "/v1/nodes", func(all *node.Nodes) (list []string) {
-		for i := range all.Nodes {
-			list = append(list, all.Nodes[i].Name)
+// allOverlayNames are the cluster's and this node's static ones.
+func allOverlayNames(cmd *cobra.Command) []string {
+	return overlaysWhere(cmd, func(*node.SharedOverlay) bool { return true })
+}
+
+// sharedOverlayNames are those that the cluster can change.
+func sharedOverlayNames(cmd *cobra.Command) []string {
+	return overlaysWhere(cmd, func(o *node.SharedOverlay) bool { return o.Shared })
+}
+
+func overlaysWhere(cmd *cobra.Command, want func(*node.SharedOverlay) bool) []string {
+	return listed(cmd, "/v1/shared", func(all *node.SharedOverlays) (list []string) {
+		for i := range all.Overlays {
+			if want(&all.Overlays[i]) {
+				list = append(list, all.Overlays[i].Name)
+			}
 		}
 		return list
 	})
+}
+
+// attachedOverlays are those that this node has endpoints in.
+func attachedOverlays(cmd *cobra.Command) []string {
+	return listed(cmd, "/v1/endpoints", func(all *node.Endpoints) (list []string) {
+		for i := range all.Endpoints {
+			list = append(list, all.Endpoints[i].Overlay)
+		}
+		slices.Sort(list)
+		return slices.Compact(list)
+	})
+}
+
+func nodeNames(cmd *cobra.Command) []string {
+	return nodeNamesOf(func(*node.ClusterNode) bool { return true })(cmd)
+}
+
+// nodeNamesOf offers those nodes that are wanted.
+func nodeNamesOf(want func(*node.ClusterNode) bool) names {
+	return func(cmd *cobra.Command) []string {
+		return listed(cmd, "/v1/nodes", func(all *node.Nodes) (list []string) {
+			for i := range all.Nodes {
+				if want(&all.Nodes[i]) {
+					list = append(list, all.Nodes[i].Name)
+				}
+			}
+			return list
+		})
+	}
 }
 
 func tokenIDs(cmd *cobra.Command) []string {

@@ -76,6 +76,14 @@ func clusterClient(cmd *cobra.Command) *client {
 	return c
 }
 
+// keeperClient is for requests that change who keeps the store: its members
+// have to agree, and a new one gets all that there is.
+func keeperClient(cmd *cobra.Command) *client {
+	c := apiClient(cmd)
+	c.http.Timeout = keeperTimeout
+	return c
+}
+
 // query completes cmd to one that asks the local API for path, by the client
 // that connect makes, and prints the answer, a T, with table, or as it came.
 func query[T any](cmd *cobra.Command, connect func(*cobra.Command) *client, path func(args []string) string, table func(io.Writer, *T)) *cobra.Command {

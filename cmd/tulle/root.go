@@ -63,9 +63,11 @@ func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "tulle",
 		Short: "An overlay network in one binary: Ethernet over VXLAN, nodes found by gossip",
-		Example: `  tulle up --overlay name=blue,vni=100,address=10.32.0.1/16                   # the first node
-  tulle token create                                                          # prints what lets another one join
-  tulle up --overlay name=blue,vni=100,address=10.32.0.2/16 --token TOKEN     # on another host
+		Example: `  tulle up                      # the first node
+  tulle token create            # prints what lets another one join
+  tulle up --token TOKEN        # on another host
+  tulle overlay create blue     # on any of them
+  tulle expose blue             # on each: puts the host on it, and prints its address
   tulle status`,
 		Args: unknownCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
@@ -77,7 +79,8 @@ func newRoot() *cobra.Command {
 	root.PersistentFlags().String("socket", socket, "local API of the node (or set TULLE_SOCKET)")
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
-		tokenCommand(), nodeCommand(), gossipCommand(), overlayCommand(), doctorCommand(),
+		tokenCommand(), nodeCommand(), gossipCommand(), overlayCommand(),
+		exposeCommand(), unexposeCommand(), endpointsCommand(), ipamCommand(), storeCommand(), doctorCommand(),
 		offloadCommand(), versionCommand(), completionCommand())
 	root.SetHelpCommand(helpCommand())
 	for _, cmd := range root.Commands() {

@@ -197,6 +197,162 @@ func overlaysTable(w io.Writer, o *node.Overlays) {
 	t.flush()
 }
 
+func sharedTable(w io.Writer, all *node.SharedOverlays) {
+	if len(all.Overlays) == 0 {
+		fmt.Fprintln(w, "no overlay is known; `tulle overlay create` makes one")
+	} else {
+		t := newTable(w)
+		t.row("OVERLAY", "VNI", "SUBNETS", "ENCRYPTION", "MTU", "FLOOD", "KIND", "HERE")
+		for i := range all.Overlays {
+			o := &all.Overlays[i]
+			t.row(o.Name, o.VNI.String(), joined(o.Subnets, ","), o.Encryption, mtuOf(o.MTU), o.Flood, kindOf(o), yesNo(o.Joined))
+		}
+		t.flush()
+	}
+	if !all.Stale.IsZero() {
+		fmt.Fprintf(w, "no keeper has answered since %s: what has changed since is not shown\n", stamp(all.Stale))
+	}
+}
+
+// sharedDetail shows all of one overlay, a line each.
+func sharedDetail(w io.Writer, o *node.SharedOverlay) {
+	t := newTable(w)
+	t.row("overlay", o.Name+", "+kindOf(o))
+	t.row("vni", o.VNI.String())
+	t.row("subnets", joined(o.Subnets, ", "))
+	t.row("gateways", joined(o.Gateways, ", "))
+	t.row("reserved", joined(o.Reserved, ", "))
+	t.row("encryption", o.Encryption)
+	t.row("cipher", o.Cipher)
+	t.row("mtu", mtuOf(o.MTU))
+	t.row("flood", o.Flood)
+	t.row("mss-clamp", yesNo(o.ClampMSS))
+	if o.Shared {
+		t.row("made", fmt.Sprintf("%s by %s", stamp(o.Created), o.By))
+	}
+	t.row("here", yesNo(o.Joined))
+	t.row("nodes", strings.Join(o.Nodes, ", "))
+	t.flush()
+}
+
+func kindOf(o *node.SharedOverlay) string {
+	if o.Shared {
+		return "shared"
+	}
+	return "static"
+}
+
+func mtuOf(mtu int) string {
+	if mtu == 0 {
+		return "auto"
+	}
+	return strconv.Itoa(mtu)
+}
+
+func yesNo(yes bool) string {
+	if yes {
+		return "yes"
+	}
+	return "no"
+}
+
+func endpointsTable(w io.Writer, all *node.Endpoints) {
+	if len(all.Endpoints) == 0 {
+		fmt.Fprintln(w, "no endpoint is here; `tulle expose OVERLAY` makes this host one")
+		return
+	}
+	t := newTable(w)
+	t.row("NAME", "OVERLAY", "IPS", "MAC", "NODE", "TAP", "STATE")
+	for i := range all.Endpoints {
+		e := &all.Endpoints[i]
+		state := "up"
+		if !e.Up {
+			state = "down: " + cmp.Or(e.Error, "no reason is known")
+		}
+		t.row(e.Name, e.Overlay, joined(e.IPs, ","), e.MAC.String(), e.Node, e.Tap, state)
+	}
+	t.flush()
+}
+
+func ipamTable(w io.Writer, all *node.IPAM) {
+	if len(all.Overlays) == 0 {
+		fmt.Fprintln(w, "no overlay has addresses given out")
+	} else {
+		t := newTable(w)
+		t.row("OVERLAY", "BLOCK", "NODE", "USED", "RENEWED")
+		for i := range all.Overlays {
+			ipamRows(t, &all.Overlays[i])
+		}
+		t.flush()
+	}
+	if !all.Expires.IsZero() {
+		fmt.Fprintf(w, "this node has its blocks until %s, and longer if a keeper renews them\n", stamp(all.Expires))
+	}
+	if all.Stale {
+		fmt.Fprintln(w, "no keeper answered: only this node's own blocks are shown")
+	}
+}
+
+func ipamRows(t table, o *node.OverlayIPAM) {
+	for i := range o.Blocks {
+		b := &o.Blocks[i]
+		used := ""
+		if b.Used >= 0 { // else only its node knows
+			used = strconv.Itoa(b.Used)
+		}
+		t.row(o.Overlay, b.Prefix.String(), b.Node, used, stamp(b.Renewed))
+	}
+	for i := range o.Fixed {
+		t.row(o.Overlay, o.Fixed[i].Addr.String(), o.Fixed[i].Node, "fixed", "")
+	}
+	if len(o.Blocks)+len(o.Fixed) == 0 {
+		t.row(o.Overlay, "", "", "", "")
+	}
+}
+
+func findingsTable(w io.Writer, c *node.IPAMCheck) {
+	if len(c.Findings) == 0 {
+		fmt.Fprintln(w, "nothing is wrong")
+		return
+	}
+	t := newTable(w)
+	t.row("OVERLAY", "REPAIRED", "FOUND")
+	for i := range c.Findings {
+		f := &c.Findings[i]
+		t.row(f.Overlay, yesNo(f.Repaired), f.What)
+	}
+	t.flush()
+}
+
+func storeTable(w io.Writer, s *node.StoreStatus) {
+	t := newTable(w)
+	size := "size not known"
+	if s.Bytes > 0 {
+		size = bytesOf(uint64(s.Bytes))
+	}
+	t.row("store", fmt.Sprintf("%s, revision %d, %s; keeper %s answered", s.Kind, s.Revision, size, s.Asked))
+	if s.Quorum {
+		t.row("quorum", "yes")
+	} else {
+		t.row("quorum", "no: "+cmp.Or(s.Error, "no reason is known"))
+	}
+	for _, a := range s.Alarms {
+		t.row("alarm", a)
+	}
+	t.flush()
+	if len(s.Members) == 0 {
+		return
+	}
+	fmt.Fprintln(w)
+	t = newTable(w)
+	t.row("MEMBER", "ADDRESS", "ROLE", "HEALTHY")
+	for i := range s.Members {
+		m := &s.Members[i]
+		t.row(m.Name, m.Address, m.Role, yesNo(m.Healthy))
+	}
+	t.flush()
+}
+
 func fdbTable(w io.Writer, f *node.FDB) {
 	if len(f.Entries) == 0 {
 		fmt.Fprintf(w, "no MAC is known yet in overlay %s\n", clean(f.Overlay))

@@ -43,7 +43,7 @@ they are in. A pattern is a name in which one * stands for anything, as in team-
 	name := f.String("name", "*", "what they may be called, a name or pattern")
 	completeFlag(cmd, "ttl", noFiles)
 	completeFlag(cmd, "uses", noFiles)
-	completeFlag(cmd, "overlays", overlayNames)
+	completeFlag(cmd, "overlays", allOverlayNames)
 	completeFlag(cmd, "name", noFiles)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		switch {

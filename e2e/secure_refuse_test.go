@@ -51,7 +51,7 @@ func (x *stranger) refused(name string, args []string, words ...string) {
 }
 
 // snapshot returns names and contents of the files of a state, but for the lock,
-// the counters and the key to join with.
+// the counters, the key to join with and a keeper's database.
 func snapshot(t *testing.T, dir string) []string {
 	t.Helper()
 	var out []string
@@ -63,7 +63,7 @@ func snapshot(t *testing.T, dir string) []string {
 		t.Fatal(err)
 	}
 	for _, e := range all {
-		if e.Name() == "lock" || e.Name() == "joining.key" || e.Name() == "sequence" || e.Name() == "clock" {
+		if e.IsDir() || e.Name() == "lock" || e.Name() == "joining.key" || e.Name() == "sequence" || e.Name() == "clock" {
 			continue
 		}
 		b, err := os.ReadFile(filepath.Join(dir, e.Name()))

@@ -45,7 +45,8 @@ type secure struct {
 	sessions *peer.Sessions
 	keeping  *keeping
 	keyLog   *os.File
-	created  bool // this run made the cluster
+	created  bool             // this run made the cluster
+	named    []netip.AddrPort // by --join
 }
 
 // openPlace finds out which kind of cluster this node is in: nil means open.
@@ -95,6 +96,7 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.named = seeds
 	if s.token != nil {
 		seeds = append(slices.Clone(s.token.Keepers), seeds...)
 		s.token.Keepers = seeds[:min(len(seeds), crypto.MaxTokenKeepers)]
@@ -260,7 +262,25 @@ func (s *secure) gossip(n *Node) *discovery.Secure {
 			c := s.endpoint.Certificate(name)
 			return c != nil && c.Overlays.Allow(overlay)
 		},
-		Extra: s.place.Extra, OnExtra: s.place.Notice, Find: s.place.Find,
+		Extra: s.place.Extra, OnExtra: s.place.Notice, Find: s.find(n),
+	}
+}
+
+// find returns where gossip may find others. A keeper has nobody to ask: what
+// --join names may be all that one knows that was restored elsewhere.
+func (s *secure) find(n *Node) func(context.Context) []netip.AddrPort {
+	return func(ctx context.Context) []netip.AddrPort {
+		out := s.place.Find(ctx)
+		if !s.place.IsKeeper() {
+			return out
+		}
+		for _, a := range s.named {
+			at := netip.AddrPortFrom(a.Addr(), n.cfg.Gossip.Port())
+			if a.Addr() != n.addr() && !slices.Contains(out, at) {
+				out = append(out, at)
+			}
+		}
+		return out
 	}
 }
 

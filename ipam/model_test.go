@@ -220,7 +220,7 @@ func send[A any](s modelSource, what string, f func(r *Registry) (A, error)) (A,
 	w.trace("%s %s: %+v, %v", s.n.name, what, out, err)
 	w.meanwhile(15)
 	if w.chance(3, "answer slow") { // a machine that sleeps meanwhile
-		w.pass(time.Duration(rapid.IntRange(1, 30).Draw(w.t, "hours")) * time.Hour)
+		w.hours(1 + w.pick(30, "hours"))
 	}
 	if perr := s.n.point(s.life); perr != nil {
 		return zero, perr
@@ -399,7 +399,7 @@ func (w *modelWorld) act() {
 	case kind < 63:
 		w.pass(time.Duration(rapid.IntRange(1, 90).Draw(w.t, "minutes")) * time.Minute)
 	case kind < 69:
-		w.pass(time.Duration(rapid.IntRange(2, 60).Draw(w.t, "hours")) * time.Hour)
+		w.hours(2 + w.pick([]int{24, 60}[w.pick(2, "long")], "hours"))
 	case kind < 72:
 		n.crashIn = 1 + w.pick(12, "killed in")
 	case kind < 74:
@@ -478,14 +478,45 @@ func (w *modelWorld) reboot(n *modelNode) {
 	n.kill()
 	n.boot++
 	n.since = 0
-	n.wall, n.sync = 0, true
-	if w.chance(50, "no real-time clock") {
-		n.sync = false
-		n.wall = time.Duration(rapid.IntRange(-300, 300).Draw(w.t, "wrong by")) * time.Hour
+	off := w.now
+	if w.chance(50, "off for long") {
+		w.hours(1 + w.pick(40, "hours off"))
+	} else {
+		w.pass(time.Duration(w.pick(30, "minutes off")) * time.Minute)
 	}
-	w.pass(time.Duration(w.pick(30, "minutes off")) * time.Minute)
+	off = w.now - off
+	n.wall, n.sync = 0, !w.chance(60, "no real-time clock")
+	if !n.sync {
+		n.wall = -off // its file says when it went off, and that is all it knows
+		if w.chance(30, "nor a file") {
+			n.wall = time.Duration(rapid.IntRange(-300, 300).Draw(w.t, "wrong by")) * time.Hour
+		}
+	}
 	n.since = time.Duration(w.pick(60, "since")) * time.Second
 	n.start()
+}
+
+// hours pass, in which those that can do what they do all the time.
+func (w *modelWorld) hours(n int) {
+	w.depth++
+	defer func() { w.depth-- }()
+	for n > 0 {
+		some := min(n, 1+w.pick(10, "some"))
+		n -= some
+		w.pass(time.Duration(some) * time.Hour)
+		for _, n := range w.nodes {
+			if p := n.pool; p != nil && len(p.talk) == 0 && w.depth < 3 {
+				p.stop()
+				if !n.cut && w.chance(60, "renews") {
+					p.tick(context.Background())
+				}
+			}
+		}
+		if w.chance(70, "reclaims") {
+			w.reclaim()
+		}
+		w.check()
+	}
 }
 
 func (w *modelWorld) reclaim() {

@@ -72,6 +72,7 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 		OnIdentity: func(*crypto.Identity) { n.announce() },
 		OnKey:      func(overlay string) { n.newKey(overlay) },
 		OnShared:   func() { ring(n.redefined) },
+		Self:       n.self,
 	})
 	switch {
 	case errors.Is(err, crypto.ErrExpired) && s.token != nil:
@@ -175,6 +176,7 @@ func (s *secure) listen(ctx context.Context, n *Node) (err error) {
 	})
 	s.endpoint.Handle(peer.KindKeep, maxOrder, s.keeping.ordered)
 	s.endpoint.Handle(peer.KindCede, maxOrder, n.ceded)
+	s.endpoint.Handle(peer.KindReport, 0, n.report)
 	var keyLog func([]byte)
 	if n.cfg.KeyLog != "" {
 		s.keyLog, err = os.OpenFile(n.cfg.KeyLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)

@@ -14,6 +14,7 @@
 package cluster
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -52,6 +53,9 @@ type Config struct {
 	OnRevoked  func()
 	OnIdentity func(*crypto.Identity)
 	OnKey      func(overlay string)
+	// Self answers what a keeper asks of a node where both are this one, which has
+	// no connection to itself; nil: nothing.
+	Self func(ctx context.Context, k peer.Kind, payload []byte) ([]byte, error)
 	// OnShared: shared overlays are defined, changed or removed.
 	OnShared func()
 	// Log takes changes and what an operator should know; default none.

@@ -80,8 +80,14 @@ func (p *Place) alive(name string) bool {
 	return p.members[name].Alive
 }
 
-// tell asks another node.
+// tell asks a node.
 func (p *Place) tell(ctx context.Context, node string, k peer.Kind, payload []byte) ([]byte, error) {
+	if node == p.cfg.Name {
+		if p.cfg.Self == nil {
+			return nil, peer.ErrUnavailable
+		}
+		return p.cfg.Self(ctx, k, payload)
+	}
 	return p.e.Request(ctx, node, k, payload)
 }
 

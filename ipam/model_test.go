@@ -27,6 +27,7 @@ import (
 const (
 	modelHistories = 2500
 	modelNodes     = 4
+	modelMachines  = 6
 	modelKeepers   = 2
 )
 
@@ -43,8 +44,26 @@ type modelWorld struct {
 	depth   int
 	ids     int
 	steps   int
-	history []string
-	ended   bool // faults are over
+	history []modelEvent
+	hot     netip.Addr // the address that most ask for
+	ended   bool       // faults are over
+}
+
+type modelEvent struct {
+	at     time.Duration
+	format string
+	args   []any
+}
+
+// modelStore lets others act before each transaction: keepers look, and then do.
+type modelStore struct {
+	*storetest.Memory
+	w *modelWorld
+}
+
+func (s modelStore) Update(ctx context.Context, domains []string, f func(store.Txn) error) error {
+	s.w.meanwhile(6)
+	return s.Memory.Update(ctx, domains, f)
 }
 
 type modelKeeper struct {
@@ -65,6 +84,7 @@ func (k *modelKeeper) Wall() (time.Time, bool) { return k.w.time().Add(k.wall), 
 type modelNode struct {
 	w       *modelWorld
 	name    string
+	machine int
 	pool    *Pool // nil: no process
 	disk    []byte
 	rate    float64
@@ -79,7 +99,7 @@ type modelNode struct {
 }
 
 func (n *modelNode) Boot() (string, time.Duration) {
-	return n.name + "-" + strconv.Itoa(n.boot), n.since
+	return fmt.Sprintf("%d-%d", n.machine, n.boot), n.since
 }
 func (n *modelNode) Wall() (time.Time, bool) { return n.w.time().Add(n.wall), n.sync }
 
@@ -89,13 +109,13 @@ func (w *modelWorld) time() time.Time {
 
 // trace tells the steps of a history that fails.
 func (w *modelWorld) trace(format string, args ...any) {
-	w.history = append(w.history, fmt.Sprintf("%v ", w.now)+fmt.Sprintf(format, args...))
+	w.history = append(w.history, modelEvent{w.now, format, args})
 }
 
 func (w *modelWorld) fatal(format string, args ...any) {
 	w.t.Helper()
-	for _, line := range w.history {
-		w.t.Log(line)
+	for _, e := range w.history {
+		w.t.Logf("%v "+e.format, append([]any{e.at}, e.args...)...)
 	}
 	w.t.Fatalf(format, args...)
 }
@@ -165,6 +185,9 @@ func (n *modelNode) start() {
 		n.w.fatal("%s does not start: %v", n.name, err)
 	}
 	p.id = n.w.id
+	if n.disk == nil {
+		p.s = newState(p.id())
+	}
 	n.pool = p
 }
 
@@ -192,10 +215,13 @@ func send[A any](s modelSource, what string, f func(r *Registry) (A, error)) (A,
 	if w.chance(8, "request twice") {
 		w.late = append(w.late, func() { f(w.keeper()) })
 	}
-	w.meanwhile()
+	w.meanwhile(15)
 	out, err := f(w.keeper())
 	w.trace("%s %s: %+v, %v", s.n.name, what, out, err)
-	w.meanwhile()
+	w.meanwhile(15)
+	if w.chance(3, "answer slow") { // a machine that sleeps meanwhile
+		w.hours(1 + w.pick(30, "hours"))
+	}
 	if perr := s.n.point(s.life); perr != nil {
 		return zero, perr
 	}
@@ -228,8 +254,10 @@ func (w *modelWorld) keeper() *Registry { return w.keepers[w.pick(len(w.keepers)
 
 // cede is the request that a keeper sends to a node.
 func (w *modelWorld) cede(_ context.Context, owner string, q CedeRequest) error {
-	w.meanwhile()
-	for _, n := range w.nodes {
+	w.meanwhile(15)
+	first := w.pick(len(w.nodes), "first machine")
+	for i := range w.nodes {
+		n := w.nodes[(first+i)%len(w.nodes)]
 		if n.name != owner {
 			continue
 		}
@@ -242,7 +270,7 @@ func (w *modelWorld) cede(_ context.Context, owner string, q CedeRequest) error 
 		}
 		err := p.Cede(q)
 		w.trace("%s cedes %s: %v", n.name, q.Addr, err)
-		w.meanwhile()
+		w.meanwhile(15)
 		if n.pool != p || w.chance(8, "ceded, answer lost") {
 			return errors.New("the answer was lost")
 		}
@@ -252,12 +280,14 @@ func (w *modelWorld) cede(_ context.Context, owner string, q CedeRequest) error 
 }
 
 // meanwhile lets something else happen while a request is under way.
-func (w *modelWorld) meanwhile() {
-	if w.depth >= 2 || !w.chance(15, "meanwhile") {
+func (w *modelWorld) meanwhile(percent int) {
+	if w.depth >= 2 || !w.chance(percent, "meanwhile") {
 		return
 	}
 	w.depth++
-	w.act()
+	for range 1 + w.pick(3, "acts") {
+		w.act()
+	}
 	w.depth--
 }
 
@@ -268,7 +298,7 @@ func newModel(t *rapid.T) *modelWorld {
 		k.restart = func() {
 			k.boot++
 			k.since = 0
-			r, err := NewRegistry(RegistryConfig{Store: w.mem, Now: func() time.Time { return w.time().Add(k.wall) }, Clock: k, Cede: w.cede})
+			r, err := NewRegistry(RegistryConfig{Store: modelStore{w.mem, w}, Now: func() time.Time { return w.time().Add(k.wall) }, Clock: k, Cede: w.cede})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -278,13 +308,18 @@ func newModel(t *rapid.T) *modelWorld {
 		k.restart()
 		w.keepers = append(w.keepers, k)
 	}
-	for i := range modelNodes {
-		n := &modelNode{w: w, name: "n" + strconv.Itoa(i), rate: 1 + 0.01*float64(i-2), sync: true}
-		n.start()
-		w.nodes = append(w.nodes, n)
+	w.hot = netip.AddrFrom4([4]byte{10, 0, 0, byte(2 + w.pick(13, "hot"))})
+	for i := range 2 + w.pick(modelNodes-1, "nodes") {
+		w.machine("n" + strconv.Itoa(i))
 	}
 	w.define("blue")
 	return w
+}
+
+func (w *modelWorld) machine(name string) {
+	n := &modelNode{w: w, name: name, rate: 1 + 0.01*float64(len(w.nodes)-2), sync: true, machine: len(w.nodes)}
+	n.start()
+	w.nodes = append(w.nodes, n)
 }
 
 // modelOverlay: few small blocks, so that everything meets everything.
@@ -328,7 +363,7 @@ func (w *modelWorld) act() {
 	w.steps++
 	ctx := context.Background()
 	n := w.nodes[w.pick(len(w.nodes), "node")]
-	owner := "e" + strconv.Itoa(w.pick(5, "endpoint"))
+	owner := "e" + strconv.Itoa(w.pick(4, "endpoint"))
 	p := n.pool
 	kind := rapid.IntRange(0, 99).Draw(w.t, "step")
 	w.trace("%s %s step %d depth %d", n.name, owner, kind, w.depth)
@@ -345,8 +380,11 @@ func (w *modelWorld) act() {
 		}
 	case kind < 32:
 		if !talks() {
-			a := netip.AddrFrom4([4]byte{10, 0, 0, byte(2 + w.pick(13, "address"))})
-			if w.chance(30, "six") {
+			a := w.hot
+			switch w.pick(8, "which") {
+			case 6:
+				a = netip.AddrFrom4([4]byte{10, 0, 0, byte(2 + w.pick(13, "address"))})
+			case 7:
 				a = netip.MustParseAddr(fmt.Sprintf("fd00::%x", 2+w.pick(14, "address")))
 			}
 			w.assigned(n, p, Request{Overlay: w.overlay(), Owner: owner, Want: []netip.Addr{a}, Families: []int{familyOf(a)}}, ctx)
@@ -361,7 +399,7 @@ func (w *modelWorld) act() {
 	case kind < 63:
 		w.pass(time.Duration(rapid.IntRange(1, 90).Draw(w.t, "minutes")) * time.Minute)
 	case kind < 69:
-		w.pass(time.Duration(rapid.IntRange(2, 60).Draw(w.t, "hours")) * time.Hour)
+		w.hours(2 + w.pick([]int{24, 60}[w.pick(2, "long")], "hours"))
 	case kind < 72:
 		n.crashIn = 1 + w.pick(12, "killed in")
 	case kind < 74:
@@ -384,20 +422,24 @@ func (w *modelWorld) act() {
 		k.wall += time.Duration(rapid.IntRange(-100, 100).Draw(w.t, "jump")) * time.Hour
 	case kind < 93:
 		w.reclaim()
-	case kind < 96:
+	case kind < 97:
 		if len(w.late) > 0 {
 			i := w.pick(len(w.late), "late")
 			f := w.late[i]
 			w.late = slices.Delete(w.late, i, i+1)
 			f()
 		}
-	case kind < 97: // node rm
+	case kind < 98: // node rm
 		w.keeper().Forget(ctx, n.name, false)
-	case kind < 98: // node rm of a machine that is off, whose disk is wiped
+	case kind < 99 && w.chance(60, "off"): // node rm of a machine that is off, whose disk is wiped
 		n.kill()
 		n.disk = nil
 		w.keeper().Forget(ctx, n.name, true)
-	case kind < 99: // the disk is lost
+	case kind < 99: // the disk is lost, or another machine has the name while this one runs on
+		if len(w.nodes) < modelMachines && w.chance(50, "another") {
+			w.machine(n.name)
+			return
+		}
 		n.kill()
 		n.disk = nil
 	default:
@@ -436,14 +478,45 @@ func (w *modelWorld) reboot(n *modelNode) {
 	n.kill()
 	n.boot++
 	n.since = 0
-	n.wall, n.sync = 0, true
-	if w.chance(50, "no real-time clock") {
-		n.sync = false
-		n.wall = time.Duration(rapid.IntRange(-300, 300).Draw(w.t, "wrong by")) * time.Hour
+	off := w.now
+	if w.chance(50, "off for long") {
+		w.hours(1 + w.pick(40, "hours off"))
+	} else {
+		w.pass(time.Duration(w.pick(30, "minutes off")) * time.Minute)
 	}
-	w.pass(time.Duration(w.pick(30, "minutes off")) * time.Minute)
+	off = w.now - off
+	n.wall, n.sync = 0, !w.chance(60, "no real-time clock")
+	if !n.sync {
+		n.wall = -off // its file says when it went off, and that is all it knows
+		if w.chance(30, "nor a file") {
+			n.wall = time.Duration(rapid.IntRange(-300, 300).Draw(w.t, "wrong by")) * time.Hour
+		}
+	}
 	n.since = time.Duration(w.pick(60, "since")) * time.Second
 	n.start()
+}
+
+// hours pass, in which those that can do what they do all the time.
+func (w *modelWorld) hours(n int) {
+	w.depth++
+	defer func() { w.depth-- }()
+	for n > 0 {
+		some := min(n, 1+w.pick(10, "some"))
+		n -= some
+		w.pass(time.Duration(some) * time.Hour)
+		for _, n := range w.nodes {
+			if p := n.pool; p != nil && len(p.talk) == 0 && w.depth < 3 {
+				p.stop()
+				if !n.cut && w.chance(60, "renews") {
+					p.tick(context.Background())
+				}
+			}
+		}
+		if w.chance(70, "reclaims") {
+			w.reclaim()
+		}
+		w.check()
+	}
 }
 
 func (w *modelWorld) reclaim() {
@@ -472,7 +545,7 @@ func (w *modelWorld) check() {
 			}
 			for _, p := range ep.Prefixes {
 				key := ep.OverlayID + " " + p.Addr().String()
-				me := n.name + "/" + ep.Owner
+				me := fmt.Sprintf("%s (machine %d)/%s", n.name, n.machine, ep.Owner)
 				if other := used[key]; other != "" {
 					w.fatal("%s is in use by %s and %s", p.Addr(), other, me)
 				}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/tulle-net/tulle/ipam"
@@ -120,6 +122,74 @@ func (c *call) addresses(ctx context.Context, b *nodeBody) (any, error) {
 	return l, nil
 }
 
+// maxReports are asked for at once.
+const maxReports = 32
+
+// checkAddresses compares what the store says of addresses with what the nodes
+// that are there say.
+func (c *call) checkAddresses(ctx context.Context, b *checkBody) (any, error) {
+	if err := c.asker.mustAdmin("check all addresses"); err != nil {
+		return nil, err
+	}
+	if err := c.mustShare(); err != nil {
+		return nil, err
+	}
+	reports, silent := c.k.reports(ctx)
+	found, err := c.k.registry.Check(ctx, reports, func(node string) bool {
+		n, ok := c.ledger.Nodes[node]
+		return ok && n.Revoked.IsZero()
+	})
+	if err != nil {
+		return nil, leaseError(err)
+	}
+	answer := checkAnswer{Findings: append([]ipam.Finding{}, found...), Silent: silent}
+	if b.Repair {
+		if _, err := c.k.registry.Repair(ctx, found); err != nil {
+			return nil, leaseError(err)
+		}
+		answer.Repaired = true
+	}
+	return answer, nil
+}
+
+// reports asks all nodes that are there which addresses they have; silent are
+// those that do not answer.
+func (k *Keeper) reports(ctx context.Context) (out []ipam.Status, silent []string) {
+	if k.cfg.Tell == nil {
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, pushTimeout)
+	defer cancel()
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	slot := make(chan struct{}, maxReports)
+	for _, m := range k.cfg.Members() {
+		if m.Name != k.cfg.Name && k.cfg.Alive != nil && !k.cfg.Alive(m.Name) {
+			continue
+		}
+		wg.Go(func() {
+			slot <- struct{}{}
+			defer func() { <-slot }()
+			var s ipam.Status
+			b, err := k.cfg.Tell(ctx, m.Name, peer.KindReport, nil)
+			if err == nil {
+				err = json.Unmarshal(b, &s)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				silent = append(silent, m.Name)
+				return
+			}
+			s.Node = m.Name // not what it says of itself
+			out = append(out, s)
+		})
+	}
+	wg.Wait()
+	slices.Sort(silent)
+	return out, silent
+}
+
 // forgetLeases ends what a node that was removed has leased.
 func (c *call) forgetLeases(ctx context.Context, name string) {
 	if c.k.registry == nil {
@@ -199,4 +269,14 @@ func value[A any](a *A, err error) (A, error) {
 // Addresses lists what is leased of an overlay.
 func (c Client) Addresses(ctx context.Context, overlay string) (*ipam.Listing, error) {
 	return ask[ipam.Listing](ctx, c, SubAddresses, nodeBody{current, overlay})
+}
+
+// CheckAddresses looks for addresses that are leased or used wrongly, and repairs
+// what can be. silent are nodes that did not say what they have.
+func (c Client) CheckAddresses(ctx context.Context, repair bool) (found []ipam.Finding, repaired bool, silent []string, err error) {
+	a, err := ask[checkAnswer](ctx, c, SubCheckAddresses, checkBody{current, repair})
+	if err != nil {
+		return nil, false, nil, err
+	}
+	return a.Findings, a.Repaired, a.Silent, nil
 }

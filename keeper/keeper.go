@@ -78,7 +78,7 @@ type Config struct {
 	Alive func(name string) bool
 	// Quorum is who takes part in the store; nil: it is external.
 	Quorum Quorum
-	// Tell asks another node; nil: nobody can be reached.
+	// Tell asks a node, this one included; nil: nobody can be reached.
 	Tell func(ctx context.Context, node string, k peer.Kind, payload []byte) ([]byte, error)
 	// Members are some nodes to begin with, the keepers first; a machine that
 	// joins is told the first 256, a node 4,096.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/store"
 )
@@ -40,6 +41,8 @@ const (
 	SubFixAddress    uint16 = 21
 	SubUnfixAddress  uint16 = 22
 	SubAddresses     uint16 = 23
+
+	SubCheckAddresses uint16 = 24
 )
 
 const (
@@ -207,6 +210,18 @@ type promoteBody struct {
 type leaseBody[Q any] struct {
 	version
 	Request Q `json:"request"`
+}
+
+type checkBody struct {
+	version
+	Repair bool `json:"repair,omitempty"`
+}
+
+type checkAnswer struct {
+	Findings []ipam.Finding `json:"findings"`
+	// Repaired: what is repairable has been.
+	Repaired bool     `json:"repaired,omitempty"`
+	Silent   []string `json:"silent,omitempty"`
 }
 
 type rotateOverlayBody struct {

@@ -89,6 +89,8 @@ var kinds = map[uint16]kind{
 	SubFixAddress:    of(maxSmallBody, fixAddress),
 	SubUnfixAddress:  of(maxSmallBody, unfixAddress),
 	SubAddresses:     of(maxSmallBody, (*call).addresses),
+
+	SubCheckAddresses: of(maxSmallBody, (*call).checkAddresses),
 }
 
 // serve answers a node whose certificate the caller has verified.

@@ -17,6 +17,10 @@ func (n *Node) ceded(_ context.Context, from peer.Peer, payload []byte) ([]byte,
 	if err := keeper.CheckKeep(from); err != nil {
 		return nil, err
 	}
+	return n.cede(payload)
+}
+
+func (n *Node) cede(payload []byte) ([]byte, error) {
 	var q ipam.CedeRequest
 	if err := json.Unmarshal(payload, &q); err != nil {
 		return nil, peer.ErrMalformed
@@ -25,6 +29,40 @@ func (n *Node) ceded(_ context.Context, from peer.Peer, payload []byte) ([]byte,
 		return nil, peer.Errorf(peer.CodeFailed, "%s", oneLine(err))
 	}
 	return nil, nil
+}
+
+// self answers the keeper that is this node.
+func (n *Node) self(_ context.Context, k peer.Kind, payload []byte) ([]byte, error) {
+	switch k {
+	case peer.KindCede:
+		return n.cede(payload)
+	case peer.KindReport:
+		return json.Marshal(n.hosted.pool.Status())
+	}
+	return nil, peer.ErrKind
+}
+
+// report answers a keeper that checks all addresses.
+func (n *Node) report(_ context.Context, from peer.Peer, _ []byte) ([]byte, error) {
+	if err := keeper.CheckKeep(from); err != nil {
+		return nil, err
+	}
+	return json.Marshal(n.hosted.pool.Status())
+}
+
+// checkIPAM answers `tulle ipam check`.
+func (n *Node) checkIPAM(w http.ResponseWriter, r *http.Request) {
+	n.admin(w, r, func(ctx context.Context, c keeper.Client) (any, error) {
+		found, repaired, silent, err := c.CheckAddresses(ctx, r.FormValue("repair") == "true")
+		if err != nil {
+			return nil, err
+		}
+		out := IPAMCheck{Findings: []IPAMFinding{}, Silent: append([]string{}, silent...)}
+		for _, f := range found {
+			out.Findings = append(out.Findings, IPAMFinding{Overlay: f.Overlay, What: f.Text, Repaired: repaired && f.Repairable})
+		}
+		return out, nil
+	})
 }
 
 // ipam answers `tulle ipam`: what the keepers know, or at least what this node has.

@@ -45,7 +45,8 @@ type secure struct {
 	sessions *peer.Sessions
 	keeping  *keeping
 	keyLog   *os.File
-	created  bool // this run made the cluster
+	created  bool             // this run made the cluster
+	named    []netip.AddrPort // by --join
 }
 
 // openPlace finds out which kind of cluster this node is in: nil means open.
@@ -71,6 +72,7 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 		OnIdentity: func(*crypto.Identity) { n.announce() },
 		OnKey:      func(overlay string) { n.newKey(overlay) },
 		OnShared:   func() { ring(n.redefined) },
+		Self:       n.self,
 	})
 	switch {
 	case errors.Is(err, crypto.ErrExpired) && s.token != nil:
@@ -95,6 +97,7 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.named = seeds
 	if s.token != nil {
 		seeds = append(slices.Clone(s.token.Keepers), seeds...)
 		s.token.Keepers = seeds[:min(len(seeds), crypto.MaxTokenKeepers)]
@@ -173,6 +176,7 @@ func (s *secure) listen(ctx context.Context, n *Node) (err error) {
 	})
 	s.endpoint.Handle(peer.KindKeep, maxOrder, s.keeping.ordered)
 	s.endpoint.Handle(peer.KindCede, maxOrder, n.ceded)
+	s.endpoint.Handle(peer.KindReport, 0, n.report)
 	var keyLog func([]byte)
 	if n.cfg.KeyLog != "" {
 		s.keyLog, err = os.OpenFile(n.cfg.KeyLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
@@ -260,7 +264,25 @@ func (s *secure) gossip(n *Node) *discovery.Secure {
 			c := s.endpoint.Certificate(name)
 			return c != nil && c.Overlays.Allow(overlay)
 		},
-		Extra: s.place.Extra, OnExtra: s.place.Notice, Find: s.place.Find,
+		Extra: s.place.Extra, OnExtra: s.place.Notice, Find: s.find(n),
+	}
+}
+
+// find returns where gossip may find others. A keeper has nobody to ask: what
+// --join names may be all that one knows that was restored elsewhere.
+func (s *secure) find(n *Node) func(context.Context) []netip.AddrPort {
+	return func(ctx context.Context) []netip.AddrPort {
+		out := s.place.Find(ctx)
+		if !s.place.IsKeeper() {
+			return out
+		}
+		for _, a := range s.named {
+			at := netip.AddrPortFrom(a.Addr(), n.cfg.Gossip.Port())
+			if a.Addr() != n.addr() && !slices.Contains(out, at) {
+				out = append(out, at)
+			}
+		}
+		return out
 	}
 }
 

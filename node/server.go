@@ -79,6 +79,7 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("POST /v1/nodes/{name}/promote", n.promoteNode)
 	mux.HandleFunc("POST /v1/nodes/{name}/demote", n.demoteNode)
 	mux.HandleFunc("GET /v1/ipam", n.ipam)
+	mux.HandleFunc("POST /v1/ipam/check", n.checkIPAM)
 	mux.HandleFunc("GET /v1/store", n.storeStatus)
 	mux.HandleFunc("GET /v1/store/snapshot", n.snapshot)
 	mux.HandleFunc("POST /v1/store/recover", n.recoverStore)

@@ -30,6 +30,8 @@ const (
 	KindKeep Kind = 10
 	// KindCede asks a node to give up an address of its blocks.
 	KindCede Kind = 11
+	// KindReport asks a node which addresses it has, for a check of all.
+	KindReport Kind = 12
 	// kindJoin asks to be admitted; only over tulle-join/1, where nothing else goes.
 	kindJoin Kind = 4
 )

@@ -24,7 +24,7 @@ be read and changed while more than half of them are there. Traffic goes on with
 		Example: `  tulle store status
   tulle store status -o json | jq .quorum`,
 		Args: noArgs,
-	}, clusterClient, at("/v1/store"), storeTable), storeSnapshotCommand(), storeRecoverCommand())
+	}, clusterClient, at("/v1/store"), storeTable), storeSnapshotCommand(), storeRestoreCommand(), storeRecoverCommand())
 }
 
 func storeRecoverCommand() *cobra.Command {

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -53,8 +54,9 @@ func TestSharedOverlay(t *testing.T) {
 				t.Fatalf("%s: overlay ls: %v", n.name, raw)
 			}
 			for field, want := range map[string]string{"vni": "65536", "subnets": `["10.32.0.0/16"]`, "encryption": `"required"`, "shared": "true", "by": `"c"`, "joined": "false"} {
-				if got := string(raw.Overlays[at][field]); got != want {
-					t.Errorf("%s: overlay ls: %s is %s, want %s", n.name, field, got, want)
+				var got bytes.Buffer
+				if err := json.Compact(&got, raw.Overlays[at][field]); err != nil || got.String() != want {
+					t.Errorf("%s: overlay ls: %s is %s, want %s", n.name, field, got.String(), want)
 				}
 			}
 		}
@@ -250,6 +252,7 @@ func TestSharedOverlay(t *testing.T) {
 			mss, _ = synMSS(f)
 			return mss
 		}
+		began := time.Now()
 		d.do("overlay", "set", "blue", "--mtu", "1300")
 		for i, n := range nodes {
 			n.eventually(5*time.Second, "MTU of its device", func() bool { link, _, err := n.host.Link("blue"); return err == nil && link.MTU == 1300 })
@@ -275,6 +278,21 @@ func TestSharedOverlay(t *testing.T) {
 			n.eventually(5*time.Second, "MTU of its device", func() bool { link, _, err := n.host.Link("blue"); return err == nil && link.MTU == 1418 })
 		}
 		mesh(t, 10*time.Second, blue...)
+		if mss := syn(blue[0], blue[1]); mss != 1400 {
+			t.Errorf("MSS %d arrives, want the 1400 that was sent", mss)
+		}
+		for _, n := range nodes {
+			if s, is := n.session(other(n, a, b).name, "blue"); !is || s.AgeSeconds < time.Since(began).Seconds() {
+				t.Errorf("%s: session %+v, want the one of before the changes", n.name, s)
+			}
+		}
+		d.do("overlay", "set", "blue", "--cipher", "chacha20-poly1305")
+		start := time.Now()
+		for _, n := range nodes {
+			n.eventually(20*time.Second, "the new cipher is used", func() bool { s, _ := n.session(other(n, a, b).name, "blue"); return s.Cipher == "chacha20-poly1305" })
+		}
+		mesh(t, 10*time.Second, blue...)
+		t.Logf("another cipher is used after %v", time.Since(start).Round(time.Millisecond))
 		d.refuses([]string{"no shared overlay", "green"}, "overlay", "set", "green", "--mtu", "1300")
 	})
 
@@ -349,7 +367,9 @@ func TestSharedOverlay(t *testing.T) {
 	part(t, "grants", nodes, func(t *testing.T) {
 		f := up(t, l, h[5], "--token", a.token("--overlays", "red*"))
 		meet(t, 10*time.Second, append(slices.Clone(nodes), f)...)
-		known(t, 2*time.Second, "blue", false, f)
+		if o, there := f.knows("blue"); there {
+			t.Errorf("f knows of %+v", o)
+		}
 		f.refuses([]string{"certificate does not grant overlay blue", "tulle token create --overlays blue"}, "expose", "blue")
 		f.refuses([]string{"create overlays"}, "overlay", "create", "red1")
 		f.refuses([]string{"remove overlays"}, "overlay", "rm", "blue", "--force")
@@ -365,6 +385,14 @@ func TestSharedOverlay(t *testing.T) {
 		}
 		mesh(t, 10*time.Second, place{f, f.exposed("red1").Addr()}, place{a, a.exposed("red1").Addr()})
 	})
+}
+
+// other is the first of two nodes that is not n.
+func other(n, a, b *tulle) *tulle {
+	if n == a {
+		return b
+	}
+	return a
 }
 
 // blocks are what n has of an overlay's addresses, by the keepers' books.
@@ -441,7 +469,9 @@ func TestSharedIPv6Only(t *testing.T) {
 		t.Errorf("MTU %d (%v), want 1398", link.MTU, err)
 	}
 	for _, n := range nodes[1:] {
+		start := time.Now()
 		nodes[0].do("node", "promote", n.name)
+		t.Logf("%s is a keeper after %v", n.name, time.Since(start).Round(time.Millisecond))
 	}
 	s := asked[node.StoreStatus](nodes[2], "store", "status")
 	if !s.Quorum || len(s.Members) != 3 {
@@ -453,9 +483,10 @@ func TestSharedIPv6Only(t *testing.T) {
 		}
 	}
 	nodes[0].kill()
-	eventually(t, 15*time.Second, "an overlay is made without the first keeper", func() bool {
+	took := eventually(t, 15*time.Second, "an overlay is made without the first keeper", func() bool {
 		status, _, _ := nodes[1].command("overlay", "create", "green")
 		return status == 0
 	})
+	t.Logf("an overlay is made %v after the first keeper died", took.Round(time.Millisecond))
 	mesh(t, 5*time.Second, at[1:]...)
 }

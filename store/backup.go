@@ -113,7 +113,7 @@ func (c contextWriter) Write(b []byte) (int, error) {
 }
 
 // Restore makes, in a Dir without data, what StartMember starts as the only
-// member of a new cluster that has what is in the file. Nothing may run there.
+// member of a new cluster that has what is in the file. No member may run there.
 // Revisions go on after those of the old cluster, and Incarnation is another.
 func Restore(path string, cfg MemberConfig) error {
 	if err := cfg.complete(); err != nil {
@@ -122,11 +122,20 @@ func Restore(path string, cfg MemberConfig) error {
 	if _, err := os.Stat(path); err != nil {
 		return fmt.Errorf("store: the snapshot cannot be read: %w", err)
 	}
-	if HasData(cfg.Dir) {
-		return fmt.Errorf("store: there is data in %s: move it away before a snapshot is restored", cfg.Dir)
+	lock, err := cfg.lock()
+	if err != nil {
+		return err
 	}
+	defer lock.Close()
 	if err := os.MkdirAll(dataDir(cfg.Dir), 0o700); err != nil {
 		return fmt.Errorf("store: make the member's directory: %w", err)
+	}
+	there, err := os.ReadDir(dataDir(cfg.Dir))
+	if err != nil {
+		return fmt.Errorf("store: read the member's directory: %w", err)
+	}
+	if len(there) > 0 {
+		return fmt.Errorf("store: there is data in %s: move it away before a snapshot is restored", dataDir(cfg.Dir))
 	}
 	at := cfg.peerURL(cfg.Advertise)
 	if err := restore(snapshot.RestoreConfig{

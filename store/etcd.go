@@ -70,8 +70,8 @@ func newEtcd(client *clientv3.Client, prefix string, leader func(context.Context
 	return &Etcd{client: client, prefix: prefix, leader: leader, turn: make(chan struct{}, 1)}, nil
 }
 
-// Close ends what is under way, with an error that wraps ErrUnavailable. Store's
-// own is closed by Member.Close.
+// Close ends what is under way, with an error that wraps ErrUnavailable. One
+// that Member.Store made ends with the member instead.
 func (e *Etcd) Close() error {
 	if e.leader != nil {
 		return nil

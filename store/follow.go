@@ -65,8 +65,9 @@ func (e *Etcd) follow(ctx context.Context, prefix string, f func(Change)) {
 		if resp.Err() != nil || resp.Header.Revision < at || cluster != 0 && resp.Header.ClusterId != cluster {
 			return
 		}
-		at, cluster = resp.Header.Revision, resp.Header.ClusterId
-		if c := e.change(resp.Events); ctx.Err() == nil && len(c.Put)+len(c.Deleted) > 0 {
+		cluster = resp.Header.ClusterId
+		if c := e.change(resp.Events); ctx.Err() == nil && len(resp.Events) > 0 {
+			at = c.Revision
 			f(c)
 		}
 	}
@@ -94,7 +95,8 @@ func (e *Etcd) change(events []*clientv3.Event) Change {
 // Hold keeps value under key while ctx lives. It is gone at once after ctx ends
 // if the store can be reached, else ttl after the last time that it could;
 // ttl is rounded up to seconds and at least 2 s. While the store is away it
-// waits, and puts the value again if it had gone meanwhile. It returns nil when
+// waits. If somebody else removes or replaces the value it is put again, within
+// a third of ttl. It returns nil when
 // ctx ends, and an error at once if key or value are larger than the limits.
 //
 // A held key comes and goes without a transaction: Update does not notice.
@@ -139,6 +141,9 @@ func (e *Etcd) hold(ctx context.Context, lease clientv3.LeaseID, key string, val
 	}
 	if lease != clientv3.NoLease {
 		_, err := e.client.KeepAliveOnce(ctx, lease)
+		if err == nil {
+			return lease, e.holdAgain(ctx, lease, key, value)
+		}
 		if !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 			return lease, err
 		}
@@ -153,4 +158,14 @@ func (e *Etcd) hold(ctx context.Context, lease clientv3.LeaseID, key string, val
 		return clientv3.NoLease, err
 	}
 	return grant.ID, nil
+}
+
+// holdAgain puts the value if somebody has removed or replaced it.
+func (e *Etcd) holdAgain(ctx context.Context, lease clientv3.LeaseID, key string, value []byte) error {
+	resp, err := e.client.Get(ctx, e.prefix+key, clientv3.WithKeysOnly())
+	if err != nil || len(resp.Kvs) == 1 && resp.Kvs[0].Lease == int64(lease) {
+		return err
+	}
+	_, err = e.client.Put(ctx, e.prefix+key, string(value), clientv3.WithLease(lease))
+	return err
 }

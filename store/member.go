@@ -71,8 +71,8 @@ type TLS struct {
 
 // MemberConfig of StartMember, Restore and ForceNew.
 type MemberConfig struct {
-	// Dir is the member's own, made with mode 0700 if it is not there: data/
-	// and tls/ are in it.
+	// Dir is the member's own, made with mode 0700 if it is not there: data/,
+	// tls/ and lock are in it.
 	Dir string
 	// Name of this node.
 	Name string
@@ -109,6 +109,7 @@ type Member struct {
 	server *embed.Etcd
 	client *clientv3.Client
 	muted  *atomic.Bool // etcd has nothing more to say
+	lock   *os.File
 	close  sync.Once
 }
 
@@ -142,9 +143,15 @@ func start(ctx context.Context, cfg MemberConfig, force bool) (*Member, error) {
 	if !cfg.New && cfg.InitialCluster == "" && !HasData(cfg.Dir) {
 		return nil, fmt.Errorf("store: there is no data in %s: promote this node anew, or restore a snapshot", cfg.Dir)
 	}
-	if err := cfg.prepare(); err != nil {
+	lock, err := cfg.prepare()
+	if err != nil {
 		return nil, err
 	}
+	return cfg.run(ctx, force, lock)
+}
+
+// run starts etcd; lock is closed when that is over.
+func (cfg *MemberConfig) run(ctx context.Context, force bool, lock *os.File) (*Member, error) {
 	ctx, cancel := deadline(ctx, startTimeout)
 	defer cancel()
 	quiet()
@@ -163,17 +170,18 @@ func start(ctx context.Context, cfg MemberConfig, force bool) (*Member, error) {
 	select {
 	case r := <-done:
 		if r.err != nil {
-			return nil, cfg.explain(r.err)
+			return nil, errors.Join(cfg.explain(r.err), lock.Close())
 		}
-		return &Member{cfg: cfg, server: r.server, client: v3client.New(r.server.Server), muted: muted}, nil
+		return &Member{cfg: *cfg, lock: lock, server: r.server, client: v3client.New(r.server.Server), muted: muted}, nil
 	case <-ctx.Done():
 		go func() { // etcd cannot be told to give up
 			muted.Store(true)
 			if r := <-done; r.err == nil {
 				stop(r.server)
 			}
+			_ = lock.Close()
 		}()
-		return nil, fmt.Errorf("store: the member does not start: does another process use %s, or is a disk slow? %w", cfg.Dir, ctx.Err())
+		return nil, fmt.Errorf("store: the member does not start in time: is the disk under %s slow? %w", cfg.Dir, ctx.Err())
 	}
 }
 
@@ -228,14 +236,37 @@ func (cfg *MemberConfig) complete() error {
 	return errors.Join(faults...)
 }
 
-// prepare makes the directories and writes the TLS files.
-func (cfg *MemberConfig) prepare() error {
-	for _, dir := range []string{cfg.Dir, dataDir(cfg.Dir), filepath.Dir(cfg.certFile())} {
+// prepare makes the directories, locks them and writes the TLS files.
+func (cfg *MemberConfig) prepare() (*os.File, error) {
+	lock, err := cfg.lock()
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{dataDir(cfg.Dir), filepath.Dir(cfg.certFile())} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return fmt.Errorf("store: make the member's directory: %w", err)
+			return nil, errors.Join(fmt.Errorf("store: make the member's directory: %w", err), lock.Close())
 		}
 	}
-	return cfg.writeTLS(cfg.TLS)
+	if err := cfg.writeTLS(cfg.TLS); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return lock, nil
+}
+
+// lock keeps others off Dir until the file is closed. etcd has locks, too, but
+// would wait for them for ever.
+func (cfg *MemberConfig) lock() (*os.File, error) {
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("store: make the member's directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(cfg.Dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("store: lock the member's directory: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("store: a member runs in %s already: stop it: %w", cfg.Dir, err), f.Close())
+	}
+	return f, nil
 }
 
 // certFile has the certificate and the key: etcd reads it for each connection,
@@ -365,6 +396,7 @@ func (m *Member) Close() error {
 		m.muted.Store(true)
 		err = ignoreCanceled(m.client.Close())
 		stop(m.server)
+		err = errors.Join(err, m.lock.Close())
 	})
 	return err
 }

@@ -8,12 +8,16 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/version"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/etcdutl/v3/snapshot"
 )
+
+// snapshotTimeout bounds Snapshot if its context has no deadline.
+const snapshotTimeout = 10 * time.Minute
 
 // restoreBump is how far Restore moves the revision on: more than a cluster
 // makes in years, so that none is used twice.
@@ -41,8 +45,11 @@ type Status struct {
 
 // Status needs no majority.
 func (m *Member) Status(ctx context.Context) (Status, error) {
-	ctx, cancel := bound(ctx)
-	defer cancel()
+	ctx, end, err := m.enter(ctx, opTimeout)
+	if err != nil {
+		return Status{}, err
+	}
+	defer end()
 	s := m.server.Server
 	out := Status{
 		Version: version.Version, QuotaBytes: quotaBytes,
@@ -74,11 +81,17 @@ func (m *Member) Status(ctx context.Context) (Status, error) {
 
 // Snapshot writes all of the database to w, followed by the hash that Restore
 // checks, and returns how many bytes that were and a revision that it contains.
-// Without a majority it is what this member has.
+// Without a majority it is what this member has. It takes 10 minutes at most if
+// ctx has no deadline.
 func (m *Member) Snapshot(ctx context.Context, w io.Writer) (size, revision int64, err error) {
+	ctx, end, err := m.enter(ctx, snapshotTimeout)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer end()
 	if m.server.Server.Leader() != 0 {
 		// All that was written before is to be in it.
-		ctx, cancel := bound(ctx)
+		ctx, cancel := context.WithTimeout(ctx, opTimeout)
 		defer cancel()
 		if _, err := m.client.Get(ctx, namesPrefix, clientv3.WithCountOnly()); err != nil {
 			return 0, 0, fault("read", err)

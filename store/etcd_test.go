@@ -517,3 +517,43 @@ func TestLog(t *testing.T) {
 		t.Errorf("a quiet life had etcd say: %s", &log)
 	}
 }
+
+// TestClosed: a member that has stopped says so, and stops under load.
+func TestClosed(t *testing.T) {
+	m := start(t, config(t, newAuthority(t), "n1"))
+	s := open(t, m)
+	put(t, s, "vni/1", "a")
+	results := make(chan error)
+	for i := range 4 {
+		go func() {
+			key := fmt.Sprintf("vni/%d", i)
+			for {
+				if err := tryPut(context.Background(), s, key, "b"); err != nil {
+					results <- err
+					return
+				}
+				if err := s.View(context.Background(), func(r store.Reader) error { _, err := r.Get(key); return err }); err != nil {
+					results <- err
+					return
+				}
+			}
+		}()
+	}
+	time.Sleep(50 * time.Millisecond)
+	closed(t, m.Close)
+	for range 4 {
+		if err := <-results; !errors.Is(err, store.ErrUnavailable) {
+			t.Errorf("an operation that Close met with = %v", err)
+		}
+	}
+	_, err1 := m.Members(t.Context())
+	_, err2 := m.Status(t.Context())
+	_, _, err3 := m.Snapshot(t.Context(), &strings.Builder{})
+	_, err4 := s.Incarnation(t.Context())
+	for _, err := range []error{err1, err2, err3, err4, tryPut(t.Context(), s, "vni/1", "c"), m.Remove(t.Context(), "n1")} {
+		if !errors.Is(err, store.ErrUnavailable) {
+			t.Errorf("an operation after Close = %v", err)
+		}
+	}
+	closed(t, m.Close)
+}

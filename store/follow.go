@@ -107,9 +107,13 @@ func (e *Etcd) Hold(ctx context.Context, key string, value []byte, ttl time.Dura
 	ttl = max(minHold, (ttl + time.Second - 1).Truncate(time.Second))
 	lease := clientv3.LeaseID(clientv3.NoLease)
 	defer func() {
-		if lease != clientv3.NoLease {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), revokeTimeout)
-			defer cancel()
+		if lease == clientv3.NoLease {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), revokeTimeout)
+		defer cancel()
+		if ctx, end, err := e.begin(ctx); err == nil {
+			defer end()
 			_, _ = e.client.Revoke(ctx, lease) // it ends by itself, too
 		}
 	}()
@@ -134,11 +138,13 @@ func (e *Etcd) Hold(ctx context.Context, key string, value []byte, ttl time.Dura
 
 // hold renews the lease, or puts the value under a new one.
 func (e *Etcd) hold(ctx context.Context, lease clientv3.LeaseID, key string, value []byte, ttl time.Duration) (clientv3.LeaseID, error) {
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), ttl/3)
+	ctx, cancel := context.WithTimeout(ctx, ttl/3)
 	defer cancel()
-	if err := e.awaitLeader(ctx); err != nil {
+	ctx, end, err := e.begin(ctx)
+	if err != nil {
 		return lease, err
 	}
+	defer end()
 	if lease != clientv3.NoLease {
 		_, err := e.client.KeepAliveOnce(ctx, lease)
 		if err == nil {

@@ -61,6 +61,9 @@ const (
 	leaderWait = 3
 )
 
+// errStopped: the member was closed or removed.
+var errStopped = fmt.Errorf("%w: this member has stopped", ErrUnavailable)
+
 // TLS is what a member shows and believes, as PEM. It is for servers and for
 // clients at once.
 type TLS struct {
@@ -110,7 +113,14 @@ type Member struct {
 	client *clientv3.Client
 	muted  *atomic.Bool // etcd has nothing more to say
 	lock   *os.File
-	close  sync.Once
+
+	// mu guards closed, after which no operation begins.
+	mu     sync.Mutex
+	closed bool
+	// ctx ends with Close; under is what was under way then.
+	ctx    context.Context
+	cancel context.CancelFunc
+	under  sync.WaitGroup
 }
 
 // HasData returns whether a member has been in dir: StartMember restarts it.
@@ -172,7 +182,9 @@ func (cfg *MemberConfig) run(ctx context.Context, force bool, lock *os.File) (*M
 		if r.err != nil {
 			return nil, errors.Join(cfg.explain(r.err), lock.Close())
 		}
-		return &Member{cfg: *cfg, lock: lock, server: r.server, client: v3client.New(r.server.Server), muted: muted}, nil
+		m := &Member{cfg: *cfg, lock: lock, server: r.server, client: v3client.New(r.server.Server), muted: muted}
+		m.ctx, m.cancel = context.WithCancel(context.Background())
+		return m, nil
 	case <-ctx.Done():
 		go func() { // etcd cannot be told to give up
 			muted.Store(true)
@@ -360,12 +372,50 @@ func (m *Member) Done() <-chan struct{} { return m.server.Server.StopNotify() }
 
 // Store returns what is under prefix, which ends in "/"; see DefaultPrefix. It
 // is at an end with the member.
-func (m *Member) Store(prefix string) (*Etcd, error) { return newEtcd(m.client, prefix, m.awaitLeader) }
+func (m *Member) Store(prefix string) (*Etcd, error) { return newEtcd(m.client, prefix, m) }
 
-// awaitLeader waits until there is a leader, but not long, since without one
-// etcd would leave the caller waiting for all the time that it has.
+// begin gives ctx a deadline, and waits until there is a leader, but not long:
+// without one etcd would leave the caller waiting for all the time that it has.
+func (m *Member) begin(ctx context.Context, after time.Duration) (_ context.Context, end func(), err error) {
+	ctx, end, err = m.enter(ctx, after)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := m.awaitLeader(ctx); err != nil {
+		end()
+		return nil, nil, err
+	}
+	return ctx, end, nil
+}
+
+// enter gives ctx a deadline, and has Close wait for end: etcd must not stop
+// under an operation, since its database is gone then.
+func (m *Member) enter(ctx context.Context, after time.Duration) (_ context.Context, end func(), err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	select {
+	case <-m.server.Server.StoppingNotify():
+		return nil, nil, errStopped
+	default:
+	}
+	if m.closed {
+		return nil, nil, errStopped
+	}
+	m.under.Add(1)
+	ctx, cancel := deadline(ctx, after)
+	unhook := context.AfterFunc(m.ctx, cancel)
+	return ctx, func() {
+		unhook()
+		cancel()
+		m.under.Done()
+	}, nil
+}
+
 func (m *Member) awaitLeader(ctx context.Context) error {
 	s := m.server.Server
+	if s.Leader() != 0 {
+		return nil
+	}
 	timeout := time.NewTimer(leaderWait * m.cfg.Election)
 	defer timeout.Stop()
 	for {
@@ -378,7 +428,7 @@ func (m *Member) awaitLeader(ctx context.Context) error {
 		case <-timeout.C:
 			return fmt.Errorf("%w: no leader: a majority of the keepers must run and reach each other on TCP port %d", ErrUnavailable, m.cfg.PeerPort)
 		case <-s.StoppingNotify():
-			return fmt.Errorf("%w: this member has stopped", ErrUnavailable)
+			return errStopped
 		case <-ctx.Done():
 			return fmt.Errorf("%w: no leader: %w", ErrUnavailable, ctx.Err())
 		}
@@ -389,16 +439,22 @@ func (m *Member) awaitLeader(ctx context.Context) error {
 // it believes, t.CA, counts from the next start.
 func (m *Member) SetTLS(t TLS) error { return m.cfg.writeTLS(t) }
 
-// Close stops the member. A leader first gives its office to another.
+// Close stops the member. What is under way ends with an error that wraps
+// ErrUnavailable. A leader first gives its office to another.
 func (m *Member) Close() error {
-	var err error
-	m.close.Do(func() {
-		m.muted.Store(true)
-		err = ignoreCanceled(m.client.Close())
-		stop(m.server)
-		err = errors.Join(err, m.lock.Close())
-	})
-	return err
+	m.mu.Lock()
+	again := m.closed
+	m.closed = true
+	m.mu.Unlock()
+	if again {
+		return nil
+	}
+	m.muted.Store(true)
+	m.cancel()
+	m.under.Wait()
+	err := ignoreCanceled(m.client.Close())
+	stop(m.server)
+	return errors.Join(err, m.lock.Close())
 }
 
 func stop(server *embed.Etcd) {

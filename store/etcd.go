@@ -28,7 +28,7 @@ const (
 	fanOut     = 32
 	// maxPrefix bytes: MaxWrites keys with it and MaxBytes stay below the
 	// 1.5 MiB that etcd takes in one request.
-	maxPrefix = 64
+	maxPrefix = 96
 	// listPage is the most values in one answer of etcd.
 	listPage = 512
 	// conflictFirst is the first wait after a conflict, conflictMost the longest.

@@ -214,7 +214,7 @@ func TestMember(t *testing.T) {
 	m := start(t, cfg)
 	ready(t, m)
 	n := 0
-	fresh := func() string { n++; return fmt.Sprintf("/tulle/t%d/", n) }
+	fresh := func() string { n++; return fmt.Sprintf("/tulle/%088d/", n) } // as long as a prefix may be
 	t.Run("Conformance", func(t *testing.T) {
 		storetest.Run(t, func(t *testing.T) store.Store {
 			s, err := m.Store(fresh())
@@ -374,6 +374,7 @@ func TestExternalConfig(t *testing.T) {
 		"half":        {store.External{Endpoints: at, Cert: cert}, "give both"},
 		"swapped":     {store.External{Endpoints: at, Cert: key, Key: cert}, "certificate and the key"},
 		"prefix":      {store.External{Endpoints: at, Prefix: "/tulle"}, "end in /"},
+		"long prefix": {store.External{Endpoints: at, Prefix: strings.Repeat("p", 96) + "/"}, "at most 96"},
 	} {
 		if _, err := store.OpenExternal(c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: OpenExternal = %v, want %q in it", name, err, c.want)

@@ -268,6 +268,9 @@ func (p *Place) Renew(ctx context.Context) error {
 	}
 	p.identity.Store(id)
 	p.e.SetIdentity(id)
+	if id.Certificate().Keeper != old.Certificate().Keeper {
+		p.e.Reintroduce() // by their connections the others still take it for what it was
+	}
 	p.keys.drop(p, id)
 	p.cfg.Log.Info("the certificate is renewed", "until", id.Certificate().NotAfter)
 	if p.cfg.OnIdentity != nil {

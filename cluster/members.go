@@ -194,11 +194,18 @@ func (p *Place) Addrs() []netip.AddrPort {
 	return out
 }
 
-// Keepers returns the names of the other keepers, those that are there first.
+// Keepers returns the names of the other keepers, those that are there first: who
+// shows it in gossip, or was one when a keeper last told.
 func (p *Place) Keepers() []string {
+	told := map[string]bool{}
+	p.membersMu.Lock()
+	for _, m := range p.remembered {
+		told[m.Name] = m.Keeper
+	}
+	p.membersMu.Unlock()
 	var names []string
 	for _, m := range p.known() {
-		if m.Keeper {
+		if m.Keeper || told[m.Name] {
 			names = append(names, m.Name)
 		}
 	}

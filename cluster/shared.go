@@ -26,7 +26,7 @@ var (
 
 // shared is the definitions of the shared overlays, as of the last answer of a keeper.
 type shared struct {
-	pulling sync.Mutex // one pull at a time
+	applying sync.Mutex // one answer at a time: on disk, then in memory
 
 	mu       sync.Mutex
 	revision int64
@@ -133,13 +133,13 @@ func (p *Place) WasShared(name string, vni uint32) bool {
 
 // pullShared pulls what is new of the shared overlays.
 func (p *Place) pullShared(ctx context.Context, c keeper.Client) error {
-	p.shared.pulling.Lock()
-	defer p.shared.pulling.Unlock()
 	p.shared.mu.Lock()
 	since := p.shared.revision
 	p.shared.mu.Unlock()
 	changed, err := p.takeShared(ctx, c, since)
-	if errors.Is(err, errSharedDigest) && since != 0 {
+	if errors.Is(err, errSharedDigest) {
+		// Another answer came in between, or what this node has is not what the
+		// keeper thinks: everything, then.
 		changed, err = p.takeShared(ctx, c, 0)
 	}
 	if err != nil {
@@ -151,16 +151,19 @@ func (p *Place) pullShared(ctx context.Context, c keeper.Client) error {
 	return nil
 }
 
-// takeShared asks once, and keeps what is new: on disk, then in memory.
+// takeShared asks once, and keeps what is new.
 func (p *Place) takeShared(ctx context.Context, c keeper.Client, since int64) (changed bool, err error) {
 	a, err := c.Shared(ctx, since)
 	if err != nil {
 		return false, err
 	}
 	s := &p.shared
+	s.applying.Lock()
+	defer s.applying.Unlock()
 	s.mu.Lock()
-	next := maps.Clone(s.defined)
+	old, before := s.defined, s.revision
 	s.mu.Unlock()
+	next := maps.Clone(old)
 	if a.Whole {
 		clear(next)
 	}
@@ -177,13 +180,11 @@ func (p *Place) takeShared(ctx context.Context, c keeper.Client, since int64) (c
 	if !bytes.Equal(keeper.SharedDigest(have), a.Digest) {
 		return false, errSharedDigest
 	}
-	s.mu.Lock()
-	changed = !maps.EqualFunc(s.defined, next, func(a, b keeper.SharedOverlay) bool { return a.Revision == b.Revision })
-	revision, before := max(a.Revision, s.revision), s.revision
-	s.mu.Unlock()
+	changed = !maps.EqualFunc(old, next, func(a, b keeper.SharedOverlay) bool { return a.Revision == b.Revision })
 	if changed && a.Revision < before {
 		return false, errSharedBehind // it will know more, or another one does
 	}
+	revision := max(a.Revision, before)
 	if changed || revision != before {
 		if err := p.saveShared(revision, next); err != nil {
 			return false, err

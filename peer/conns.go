@@ -442,6 +442,10 @@ func (e *Endpoint) Moved(name string, to netip.Addr) {
 // closed, because the other ends send to where it was.
 func (e *Endpoint) MovedSelf() { e.reconnect(func(*conn) bool { return true }) }
 
+// Reintroduce has all peers see this node's certificate of now: connections are
+// closed, and what was under way is asked again over new ones.
+func (e *Endpoint) Reintroduce() { e.reconnect(func(*conn) bool { return true }) }
+
 func (e *Endpoint) reconnect(which func(*conn) bool) {
 	e.mu.Lock()
 	open := e.open()

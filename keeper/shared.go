@@ -36,8 +36,8 @@ var defaultSubnets = netip.MustParsePrefix("10.32.0.0/11")
 type catalogue struct {
 	mu    sync.Mutex
 	ready bool // everything was there once
-	// revision is that of the last change that is seen: keepers that have the
-	// same may know another one, where the last change was a removal.
+	// revision is one up to which all changes are seen: keepers that have another
+	// one may know the same.
 	revision int64
 	defined  map[string]definition
 	removed  []removal // oldest first
@@ -78,6 +78,9 @@ func (c *catalogue) take(ch store.Change) {
 		c.revision = max(c.revision, ch.Revision)
 	}
 	if ch.Whole {
+		// Not that of the last definition: a store that was restored goes on far
+		// beyond what nodes have seen of it, and its definitions do not.
+		c.revision = max(c.revision, ch.Revision)
 		c.floor, c.ready = c.revision, true
 	}
 	if extra := len(c.removed) - maxRemovals; extra > 0 {

@@ -183,6 +183,17 @@ func (p *Place) Resolve(name string) []netip.AddrPort {
 	return out
 }
 
+// Met takes a keeper that answered where another node was expected: it took its
+// place, with a name of its own.
+func (p *Place) Met(m peer.Member) {
+	p.membersMu.Lock()
+	_, is := p.members[m.Name]
+	p.membersMu.Unlock()
+	if !is { // gossip knows better
+		p.learn([]peer.Member{m})
+	}
+}
+
 // Addrs returns where members may be, best first: for the way to them.
 func (p *Place) Addrs() []netip.AddrPort {
 	var out []netip.AddrPort

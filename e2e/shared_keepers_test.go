@@ -266,7 +266,10 @@ func TestSharedThreeKeepers(t *testing.T) {
 		before := d.books()
 		a.kill()
 		c.kill() // for good, both
-		d.refuses([]string{"a majority of the keepers"}, "overlay", "create", "never")
+		d.eventually(15*time.Second, "says that there is no majority", func() bool {
+			s := d.store()
+			return !s.Quorum && strings.Contains(s.Error, "majority") && strings.Contains(s.Error, "tulle store recover")
+		})
 		status, _, stderr := d.command("store", "recover")
 		if status != 2 || !strings.Contains(stderr, "--yes") {
 			t.Errorf("store recover without --yes: status %d, %q", status, stderr)

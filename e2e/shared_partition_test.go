@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -63,26 +64,34 @@ func TestSharedPartition(t *testing.T) {
 	noPing(t, a.host, blue[2].addr, 500*time.Millisecond)
 	mesh(t, 5*time.Second, larger...)
 	mesh(t, 5*time.Second, smaller...)
-	// What needs the keepers is refused on the smaller side: on the keeper that is there, and on the other node.
-	a.refusesAll(30*time.Second, []string{"traffic goes on"},
-		[]string{"overlay", "create", "small"}, []string{"token", "create"}, []string{"overlay", "rm", "blue", "--force"}, []string{"node", "rm", "e"})
-	b.refusesAll(30*time.Second, nil, []string{"overlay", "create", "small"}, []string{"token", "create"}, []string{"node", "demote", "c"})
-	if s := a.store(); s.Quorum || !strings.Contains(s.Error, "majority") {
-		t.Errorf("a's store status: %+v, want that there is no majority", s)
-	}
+	// What needs the keepers is refused on the smaller side: on the keeper that is
+	// there, and on the other node; and an address of a node on the other side is
+	// not to be had, for it may be in use there. It takes them a while to say so.
+	var refused sync.WaitGroup
+	refused.Go(func() {
+		a.refusesAll(30*time.Second, []string{"traffic goes on"},
+			[]string{"overlay", "create", "small"}, []string{"token", "create"}, []string{"overlay", "rm", "blue", "--force"}, []string{"node", "rm", "e"})
+	})
+	refused.Go(func() {
+		b.refusesAll(30*time.Second, nil, []string{"overlay", "create", "small"}, []string{"token", "create"}, []string{"node", "demote", "c"})
+	})
+	e.do("unexpose", "blue")
+	taken := blue[1].addr.String()
+	refused.Go(func() { e.refuses([]string{taken}, "expose", "blue", "--ip", taken) })
 	// On the larger side all of it works.
 	d.token()
 	large := []place{{c, c.exposed("large").Addr()}, {d, d.exposed("large").Addr()}}
 	fixed := netip.PrefixFrom(large[0].addr, 26).Masked().Addr().Next().Next().Next()
 	large = append(large, place{e, e.exposed("large", "--ip", fixed.String()).Addr()})
 	mesh(t, 10*time.Second, large...)
+	if s := a.store(); s.Quorum || !strings.Contains(s.Error, "majority") {
+		t.Errorf("a's store status: %+v, want that there is no majority", s)
+	}
 	// Within its own blocks a node of the smaller side may do what it likes.
 	b.do("unexpose", "blue")
 	blue[1].addr = b.exposed("blue").Addr()
 	mesh(t, 10*time.Second, smaller...)
-	// An address of a node on the other side cannot be had: it may be in use there.
-	e.do("unexpose", "blue")
-	e.refuses([]string{blue[1].addr.String()}, "expose", "blue", "--ip", blue[1].addr.String())
+	refused.Wait()
 	blue[4].addr = e.exposed("blue").Addr()
 	time.Sleep(time.Until(cut.Add(lasts))) // how long it lasts is the matter here
 	mesh(t, 5*time.Second, smaller...)

@@ -76,7 +76,7 @@ func TestSharedSnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	status, _, stderr = runTulle(t, h[4], "store", "restore", damaged, "--name", "e", "--state-dir", filepath.Join(l.Dir(), "state-e"))
-	wantRefusal(t, status, stderr, "no snapshot of `tulle store snapshot`")
+	wantRefusal(t, status, stderr, "damaged", "only a part of a snapshot")
 
 	d := up(t, l, h[3])
 	t.Logf("the cluster is back %v after the restore began", time.Since(start).Round(time.Millisecond))

@@ -58,8 +58,9 @@ func (p *Place) Keep(ctx context.Context, from Keeping) error {
 	if err != nil {
 		return err
 	}
+	st := keeper.Patient(from.Store)
 	k, err := keeper.New(keeper.Config{
-		Name: p.cfg.Name, CA: ca, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(from.Store), Shared: from.Store, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace,
+		Name: p.cfg.Name, CA: ca, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(st), Shared: st, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace,
 		Members: p.membersToTell, Addrs: p.keeperAddrs, Ring: p.Ring, SetRing: p.setRing, Push: p.push,
 		Now: p.Now, Log: p.cfg.Log,
 	})

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -31,6 +32,17 @@ const (
 
 // defaultSubnets are those that overlays get by themselves: /16 each.
 var defaultSubnets = netip.MustParsePrefix("10.32.0.0/11")
+
+// DefaultSubnets are those that overlays get which ask for none, in order.
+func DefaultSubnets() iter.Seq[netip.Prefix] {
+	return func(yield func(netip.Prefix) bool) {
+		for a := defaultSubnets.Addr().As4(); defaultSubnets.Contains(netip.AddrFrom4(a)); a[1]++ {
+			if !yield(netip.PrefixFrom(netip.AddrFrom4(a), 16)) {
+				return
+			}
+		}
+	}
+}
 
 // catalogue is the definitions of all shared overlays as this keeper last saw them.
 type catalogue struct {
@@ -298,14 +310,10 @@ func (k *Keeper) freeSubnet() (netip.Prefix, error) {
 		}
 	}
 	k.shared.mu.Unlock()
-	for a := defaultSubnets.Addr(); defaultSubnets.Contains(a); {
-		s := netip.PrefixFrom(a, 16)
+	for s := range DefaultSubnets() {
 		if !slices.ContainsFunc(used, s.Overlaps) {
 			return s, nil
 		}
-		b := a.As4()
-		b[1]++
-		a = netip.AddrFrom4(b)
 	}
 	return netip.Prefix{}, limit("every /16 of %s is used: give a --subnet", defaultSubnets)
 }

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -54,7 +55,7 @@ type cluster struct {
 	r     *Registry
 	clock *fakeClock
 	nodes map[string]*member
-	cut   bool // all nodes from the keeper
+	cut   atomic.Bool // all nodes from the keeper
 }
 
 type member struct {
@@ -165,7 +166,7 @@ func (n *member) try(o *store.Overlay, owner string, want ...string) (Assignment
 type memberSource struct{ n *member }
 
 func (s memberSource) there() error {
-	if s.n.c.cut {
+	if s.n.c.cut.Load() {
 		return errors.New("no keeper answers")
 	}
 	return nil
@@ -267,7 +268,7 @@ func TestKeepersAway(t *testing.T) {
 	c := newCluster(t, blue)
 	n := c.node("n1")
 	n.assign(blue, "first")
-	c.cut = true
+	c.cut.Store(true)
 	seen := map[netip.Addr]bool{}
 	for i := 0; ; i++ {
 		a, err := n.try(blue, strconv.Itoa(i))
@@ -290,7 +291,7 @@ func TestKeepersAway(t *testing.T) {
 	if len(n.Owners()) < 60 {
 		t.Error("a restart lost endpoints")
 	}
-	c.cut = false
+	c.cut.Store(false)
 	n.assign(blue, "more")
 	if got := n.Status(); len(got.Blocks) != 2 {
 		t.Errorf("blocks: %+v", got.Blocks)
@@ -313,7 +314,7 @@ func TestReuse(t *testing.T) {
 	n.start()
 	var order []netip.Addr
 	size := int(sizeOf(n.Status().Blocks[0].Prefix))
-	c.cut = true
+	c.cut.Store(true)
 	for i := range size {
 		x, err := n.try(blue, "x"+strconv.Itoa(i))
 		if err != nil {
@@ -398,11 +399,11 @@ func TestCededReturns(t *testing.T) {
 	if got := a.Status().Blocks[0].Holes; got != 1 {
 		t.Fatalf("%d holes", got)
 	}
-	c.cut = true
+	c.cut.Store(true)
 	if _, err := a.try(blue, "y", want.String()); err == nil {
 		t.Fatal("ceded, and given")
 	}
-	c.cut = false
+	c.cut.Store(false)
 	if err := a.tick(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -414,7 +415,7 @@ func TestExpiry(t *testing.T) {
 	c := newCluster(t, blue)
 	a, b := c.node("a"), c.node("b")
 	got := a.assign(blue, "e")
-	c.cut = true
+	c.cut.Store(true)
 	c.pass(22*time.Hour + 59*time.Minute)
 	a.stop()
 	a.start()
@@ -430,7 +431,7 @@ func TestExpiry(t *testing.T) {
 	if _, err := a.try(blue, "e"); !errors.Is(err, ErrNotUsable) {
 		t.Fatalf("Assign without a lease: %v", err)
 	}
-	c.cut = false
+	c.cut.Store(false)
 	if err := a.tick(ctx); err != nil {
 		t.Fatal(err)
 	}

@@ -79,9 +79,9 @@ func TestRenewedWhileAsked(t *testing.T) {
 	c.r.cfg.Cede = func(ctx context.Context, owner string, q CedeRequest) error {
 		err := c.cede(ctx, owner, q)
 		a.must(a.tick(ctx))
-		c.cut = true
+		c.cut.Store(true)
 		a.mustNot(blue, x)
-		c.cut = false
+		c.cut.Store(false)
 		return err
 	}
 	b.assign(blue, "x", x)
@@ -100,7 +100,7 @@ func TestCededWhileRenewing(t *testing.T) {
 		}
 		a.hook().afterRenew = func() { b.assign(blue, "x", x) }
 		a.must(a.tick(ctx))
-		c.cut = true
+		c.cut.Store(true)
 		a.mustNot(blue, x)
 	}
 }

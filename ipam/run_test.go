@@ -34,6 +34,7 @@ func TestRun(t *testing.T) {
 			n.assign(blue, strconv.Itoa(i))
 		}
 		time.Sleep(50 * time.Hour)
+		synctest.Wait()
 		if !n.Usable() || len(n.lost) > 0 {
 			t.Error("not renewed for 50 hours")
 		}
@@ -41,25 +42,30 @@ func TestRun(t *testing.T) {
 			n.Release(strconv.Itoa(i))
 		}
 		time.Sleep(3 * time.Minute)
+		synctest.Wait()
 		if got := len(n.Status().Blocks); got != 2 {
 			t.Errorf("%d blocks", got)
 		}
-		c.cut = true
+		c.cut.Store(true)
 		time.Sleep(22 * time.Hour)
+		synctest.Wait()
 		if !n.Usable() || n.Status().KeepersError == "" {
 			t.Errorf("%+v", n.Status())
 		}
 		time.Sleep(3 * time.Hour)
+		synctest.Wait()
 		if n.Usable() || len(n.lost) != 1 {
 			t.Errorf("lost %q", n.lost)
 		}
-		c.cut = false
+		c.cut.Store(false)
 		time.Sleep(lastRetry)
+		synctest.Wait()
 		if !n.Usable() || len(n.back) != 1 {
 			t.Errorf("back %q", n.back)
 		}
 		n.Release("0")
 		time.Sleep(3 * time.Minute)
+		synctest.Wait()
 		if use, err := c.r.InUse(ctx, "blue"); err != nil || len(use) > 0 {
 			t.Errorf("in use by %q, %v", use, err)
 		}

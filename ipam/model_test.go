@@ -25,7 +25,7 @@ import (
 //	go test -run TestModel -rapid.seed=N ./ipam                              one again
 
 const (
-	modelHistories = 2500
+	modelHistories = 2000
 	modelNodes     = 4
 	modelMachines  = 6
 	modelKeepers   = 2

@@ -352,13 +352,15 @@ func layoutOf(o *store.Overlay) string {
 
 // ask asks the keepers for what a request needs. The caller is talking.
 func (p *Pool) ask(ctx context.Context, q *Request, n need) error {
+	ctx, cancel := context.WithTimeout(ctx, requestFor)
+	defer cancel()
 	switch {
 	case n.renew:
 		if err := p.renew(ctx); err != nil {
-			return fmt.Errorf("ipam: node %s: %w, and no keeper renews it: see that a keeper can be reached (tulle peers): %w", p.cfg.Node, ErrNotUsable, err)
+			return fmt.Errorf("ipam: node %s: %w, and no keeper renews them: see that a keeper can be reached (tulle peers): %w", p.cfg.Node, ErrNotUsable, err)
 		}
 		if !p.Usable() {
-			return fmt.Errorf("ipam: node %s: %w while it was renewed: see that keepers answer sooner", p.cfg.Node, ErrNotUsable)
+			return fmt.Errorf("ipam: node %s: %w, though a keeper answered: try again, and see that keepers answer sooner", p.cfg.Node, ErrNotUsable)
 		}
 		return nil
 	case n.fix.IsValid():

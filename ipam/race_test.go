@@ -229,7 +229,7 @@ func TestSilenceSurvives(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for range 2 {
+		for range 3 {
 			if err := r.Reclaim(ctx, func(string) bool { return false }); err != nil {
 				t.Fatal(err)
 			}

@@ -130,7 +130,11 @@ func TestSlowKeeper(t *testing.T) {
 				go func() {
 					ended <- c.r.Fix(ctx, "b", FixRequest{Caller: Caller{State: b.s.State, Number: 1000}, Overlay: "blue", OverlayID: blue.ID, Addr: q.Addr, Nonce: "again"})
 				}()
-				<-cedes
+				select {
+				case <-cedes:
+				case err := <-ended:
+					t.Fatalf("the second attempt asked nobody: %v", err)
+				}
 			}
 			return err
 		}

@@ -432,8 +432,12 @@ func (w *modelWorld) act() {
 	case kind < 98: // node rm
 		w.keeper().Forget(ctx, n.name, false)
 	case kind < 99 && w.chance(60, "off"): // node rm of a machine that is off, whose disk is wiped
-		n.kill()
-		n.disk = nil
+		for _, m := range w.nodes {
+			if m.name == n.name {
+				m.kill()
+				m.disk = nil
+			}
+		}
 		w.keeper().Forget(ctx, n.name, true)
 	case kind < 99: // the disk is lost, or another machine has the name while this one runs on
 		if len(w.nodes) < modelMachines && w.chance(50, "another") {

@@ -246,3 +246,25 @@ func TestSilenceSurvives(t *testing.T) {
 		t.Fatalf("%+v, %v", l, err)
 	}
 }
+
+// TestNonce: a request whose answer was lost gets the same block, with the holes
+// that it has by then.
+func TestNonce(t *testing.T) {
+	c, blue, _, b, _ := raceCluster(t)
+	q := TakeRequest{Caller: Caller{State: "s", Number: 1}, Overlay: "blue", OverlayID: blue.ID, Family: 4, Nonce: "x"}
+	first, err := c.r.Take(ctx, "n", q)
+	if err != nil || len(first.Holes) != 0 {
+		t.Fatalf("%+v, %v", first, err)
+	}
+	c.r.cfg.Cede = func(context.Context, string, CedeRequest) error { return nil }
+	b.assign(blue, "x", first.Prefix.Addr().Next().Next().String())
+	q.Number = 2
+	second, err := c.r.Take(ctx, "n", q)
+	if err != nil || second.Prefix != first.Prefix || len(second.Holes) != 1 {
+		t.Fatalf("%+v, then %+v, %v", first, second, err)
+	}
+	q.Nonce = "y"
+	if third, err := c.r.Take(ctx, "n", q); err != nil || third.Prefix == first.Prefix {
+		t.Fatalf("%+v, %v", third, err)
+	}
+}

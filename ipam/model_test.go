@@ -154,14 +154,14 @@ func (w *modelWorld) assigned(n *modelNode, p *Pool, q Request, ctx context.Cont
 // synchronised.
 func (w *modelWorld) reboot(n *modelNode) {
 	n.kill()
-	n.boot++
-	n.since = 0
 	off := w.now
 	if w.chance(50, "off for long") {
 		w.hours(1 + w.pick(40, "hours off"))
 	} else {
 		w.pass(time.Duration(w.pick(30, "minutes off")) * time.Minute)
 	}
+	n.kill() // others' steps may have started it
+	n.boot++
 	off = w.now - off
 	n.wall, n.sync = 0, !w.chance(60, "no real-time clock")
 	if !n.sync {

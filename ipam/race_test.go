@@ -268,3 +268,16 @@ func TestNonce(t *testing.T) {
 		t.Fatalf("%+v, %v", third, err)
 	}
 }
+
+// TestTakenWhileRenewing: a renewal that arrives late frees no block that was
+// taken after it was made.
+func TestTakenWhileRenewing(t *testing.T) {
+	c, blue, _, b, _ := raceCluster(t)
+	old := RenewRequest{Caller: Caller{State: b.s.State, Number: 1}}
+	b.assign(blue, "e") // renews with number 1, takes
+	b.assign(blue, "f", "10.32.99.99")
+	b.must(func() error { _, err := c.r.Renew(ctx, "b", old); return err }())
+	if l, err := c.r.Blocks(ctx, "blue"); err != nil || len(l.Blocks) != 2 || len(l.Fixed) != 1 {
+		t.Fatalf("%+v, %v", l, err)
+	}
+}

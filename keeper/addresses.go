@@ -67,6 +67,9 @@ func leasing[Q, A any](f func(*ipam.Registry, context.Context, string, Q) (A, er
 		if name := overlay(b.Request); name != "" && !c.asker.allow(name) {
 			return nil, peer.Errorf(peer.CodeDenied, "%s may not join overlay %.70q", c.cert.Name, name)
 		}
+		if !c.k.leasing.allow(c.cert.Name, time.Now()) {
+			return nil, peer.Errorf(peer.CodeBusy, "%s asks for too many addresses: wait a second", c.cert.Name)
+		}
 		a, err := f(c.k.registry, ctx, c.cert.Name, b.Request)
 		if err != nil {
 			return nil, leaseError(err)

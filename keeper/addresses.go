@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/ipam"
@@ -92,6 +94,40 @@ func leaseError(err error) error {
 		return err
 	}
 	return invalid("%v", err) // the registry's own: they say what to do
+}
+
+// renewLeases renews what the asker has. Of overlays that it may not join it
+// keeps what it has, until it says that it does not use it, and gets nothing: a
+// claim may lease a block anew.
+func (c *call) renewLeases(ctx context.Context, b *leaseBody[ipam.RenewRequest]) (any, error) {
+	if err := c.mustShare(); err != nil {
+		return nil, err
+	}
+	had := map[string]ipam.Listing{}
+	for i := range b.Request.Claims {
+		q := &b.Request.Claims[i]
+		if c.asker.allow(q.Overlay) {
+			continue
+		}
+		l, known := had[q.Overlay]
+		if !known && len(had) >= ipam.MaxOverlays {
+			return nil, invalid("%s claims addresses in more than %d overlays that it may not join", c.cert.Name, ipam.MaxOverlays)
+		}
+		if !known {
+			var err error
+			if l, err = c.k.registry.Blocks(ctx, q.Overlay); err != nil {
+				return nil, leaseError(err)
+			}
+			had[q.Overlay] = l
+		}
+		q.Blocks = slices.DeleteFunc(q.Blocks, func(p netip.Prefix) bool {
+			return !slices.ContainsFunc(l.Blocks, func(h ipam.LeasedBlock) bool { return h.Prefix == p && h.Node == c.cert.Name })
+		})
+		q.Fixed = slices.DeleteFunc(q.Fixed, func(a netip.Addr) bool {
+			return !slices.ContainsFunc(l.Fixed, func(h ipam.FixedAddress) bool { return h.Addr == a && h.Node == c.cert.Name })
+		})
+	}
+	return renewBlocks(c, ctx, b)
 }
 
 func nothing[Q any](f func(*ipam.Registry, context.Context, string, Q) error) func(*ipam.Registry, context.Context, string, Q) (done, error) {

@@ -84,7 +84,7 @@ var kinds = map[uint16]kind{
 	SubPromote:       of(maxSmallBody, (*call).promote),
 	SubDemote:        of(maxSmallBody, (*call).demote),
 	SubTakeBlock:     of(maxSmallBody, takeBlock),
-	SubRenewBlocks:   of(maxBody, renewBlocks),
+	SubRenewBlocks:   of(maxBody, (*call).renewLeases),
 	SubReturnBlocks:  of(maxBody, returnBlocks),
 	SubFixAddress:    of(maxSmallBody, fixAddress),
 	SubUnfixAddress:  of(maxSmallBody, unfixAddress),

@@ -87,11 +87,11 @@ func leaseError(err error) error {
 		return peer.Errorf(CodeFull, "%v", err)
 	case errors.Is(err, ipam.ErrTaken):
 		return peer.Errorf(CodeTaken, "%v", err)
-	case errors.Is(err, store.ErrUnavailable):
+	case errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrTooLarge), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		return shareError(err)
 	}
-	if _, is := errors.AsType[*peer.Error](err); is {
-		return err
+	if e, is := errors.AsType[*peer.Error](err); is { // of the node whose block it is
+		return peer.Errorf(e.Code, "%v", err)
 	}
 	return invalid("%v", err) // the registry's own: they say what to do
 }

@@ -197,7 +197,7 @@ func (c *call) dismiss(ctx context.Context, name string) {
 	ctx, cancel := c.k.detached(ctx)
 	defer cancel()
 	if err := c.k.expel(ctx, name); err != nil {
-		c.k.cfg.Log.Error("keeper: a node that is out still has its vote in the store: promote another one with --replace", "peer", name, "err", err)
+		c.k.cfg.Log.Error("keeper: a node that is out still has its vote in the store: take it with `tulle node demote "+name+"`", "peer", name, "err", err)
 	}
 }
 

@@ -92,10 +92,12 @@ func (c *call) promote(ctx context.Context, b *promoteBody) (any, error) {
 		return nil, peer.Errorf(CodeNoSuch, "there is no node %.70q: see `tulle node ls`", b.Name)
 	case !n.Revoked.IsZero():
 		return nil, invalid("node %s is revoked", b.Name)
-	case b.Name == c.k.cfg.Name:
-		return Outcome{}, nil // it is one, or this would not be asked here
 	case b.Name == b.Replace:
 		return nil, invalid("a node cannot replace itself")
+	case b.Name == c.k.cfg.Name && b.Replace != "":
+		return nil, invalid("%s is a keeper already: to end another one, demote that (`tulle node demote %.70s`)", b.Name, b.Replace)
+	case b.Name == c.k.cfg.Name:
+		return Outcome{}, nil // it is one, or this would not be asked here
 	}
 	if b.Replace != "" {
 		if old, ok := c.ledger.Nodes[b.Replace]; !ok || !old.Keeper {
@@ -119,7 +121,10 @@ func (c *call) promote(ctx context.Context, b *promoteBody) (any, error) {
 			return nil, err
 		}
 	}
-	if err := c.change(ctx, func(l *Ledger, _ asker) error {
+	if err := c.change(ctx, func(l *Ledger, a asker) error {
+		if err := a.mustAdmin("make keepers"); err != nil {
+			return err
+		}
 		n := l.Nodes[b.Name]
 		if n.Key == c.ledger.Nodes[b.Name].Key && n.Revoked.IsZero() {
 			n.Keeper = true
@@ -207,7 +212,10 @@ func (c *call) demote(ctx context.Context, b *nodeBody) (any, error) {
 
 // retire takes a keeper's vote and its rights.
 func (k *Keeper) retire(ctx context.Context, c *call, name string) error {
-	err := c.change(ctx, func(l *Ledger, _ asker) error {
+	err := c.change(ctx, func(l *Ledger, a asker) error {
+		if err := a.mustAdmin("end keepers"); err != nil {
+			return err
+		}
 		n, err := k.dispensable(l, name)
 		if err != nil {
 			return err

@@ -440,8 +440,14 @@ func (c *call) rekey(ctx context.Context, b *removeOverlayBody) error {
 	if o.Encryption != "required" {
 		return nil
 	}
-	return c.change(ctx, func(l *Ledger, _ asker) error {
-		e := l.Overlays[b.Name]
+	return c.change(ctx, func(l *Ledger, a asker) error {
+		if err := a.mustAdmin("remove overlays"); err != nil {
+			return err
+		}
+		e, again := l.Overlays[b.Name]
+		if !again && len(l.Overlays) >= MaxOverlays {
+			return limit("%d overlays have had their key changed, and there is no room for more: do not remove %s, but use it again", MaxOverlays, b.Name)
+		}
 		e.Epoch, e.Changed = l.epoch(b.Name)+1, c.k.now()
 		l.Overlays[b.Name] = e
 		return nil

@@ -240,11 +240,11 @@ func (k *Keeper) amend(l *Ledger, now time.Time, f func([]crypto.Revocation) []c
 		return err
 	}
 	list := slices.DeleteFunc(f(slices.Clone(old.All())), func(r crypto.Revocation) bool { return now.After(r.Until.Add(2 * crypto.Skew)) })
-	if len(list) > MaxRevocations {
-		return limit("%d identities are revoked already: wait until the first of them expire, on %s", MaxRevocations, firstEnd(list).Format(time.DateOnly))
-	}
 	if l.Revocations, err = k.cfg.CA.SignRevocations(old.Number()+1, list, now); err != nil {
 		return fmt.Errorf("keeper: sign the revocations: %w", err)
+	}
+	if len(l.Revocations) > maxSigned {
+		return limit("%d identities are revoked already: wait until the first of them expire, on %s", len(list)-1, firstEnd(list).Format(time.DateOnly))
 	}
 	return nil
 }

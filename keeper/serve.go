@@ -137,6 +137,10 @@ func (k *Keeper) told(ctx context.Context, cert *crypto.Certificate, err error) 
 		k.cfg.Log.Debug("keeper: the store does not answer", "peer", cert.Name, "err", err)
 		return errNoMajority
 	}
+	if errors.Is(err, store.ErrTooLarge) {
+		k.cfg.Log.Error("keeper: a change is larger than the store takes", "peer", cert.Name, "err", err)
+		return limit("the change is larger than the store takes at once: make it in parts, or remove what is no longer needed; the keeper's log says more")
+	}
 	if ctx.Err() != nil {
 		return peer.ErrTimeout
 	}

@@ -48,8 +48,9 @@ func DefaultSubnets() iter.Seq[netip.Prefix] {
 type catalogue struct {
 	mu    sync.Mutex
 	ready bool // everything was there once
-	// revision is that of the last change that is seen: keepers that have the
-	// same may know another one, where the last change was a removal.
+	// revision up to which everything is seen: of the last change, or of the
+	// store when everything was read, so that keepers that have the same may know
+	// another one. It never is that of less than it has.
 	revision int64
 	defined  map[string]definition
 	removed  []removal // oldest first
@@ -77,7 +78,7 @@ func (c *catalogue) take(ch store.Change) {
 	defer c.mu.Unlock()
 	if ch.Whole {
 		clear(c.defined)
-		c.removed, c.revision = nil, 0
+		c.removed, c.revision = nil, ch.Revision
 	}
 	for _, i := range ch.Put {
 		c.defined[strings.TrimPrefix(i.Key, store.KindOverlay+"/")] = definition{i.Value, i.Revision}
@@ -118,11 +119,12 @@ func (c *catalogue) await(ctx context.Context, done func() bool) bool {
 }
 
 // since returns what a node that may see these overlays and has everything up to
-// revision needs.
+// revision needs: nothing, if that is more than this keeper knows. By the digest
+// the node finds out whether it should have asked for everything.
 func (c *catalogue) since(revision int64, visible func(string) bool) sharedAnswer {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	a := sharedAnswer{Revision: c.revision, Whole: revision < c.floor || revision > c.revision || revision == 0}
+	a := sharedAnswer{Revision: c.revision, Whole: revision < c.floor || revision == 0}
 	have := map[string]int64{}
 	for name, d := range c.defined {
 		if !visible(name) {
@@ -448,8 +450,14 @@ func (c *call) rekey(ctx context.Context, b *removeOverlayBody) error {
 	if o.Encryption != "required" {
 		return nil
 	}
-	return c.change(ctx, func(l *Ledger, _ asker) error {
-		e := l.Overlays[b.Name]
+	return c.change(ctx, func(l *Ledger, a asker) error {
+		if err := a.mustAdmin("remove overlays"); err != nil {
+			return err
+		}
+		e, again := l.Overlays[b.Name]
+		if !again && len(l.Overlays) >= MaxOverlays {
+			return limit("%d overlays have had their key changed, and there is no room for more: do not remove %s, but use it again", MaxOverlays, b.Name)
+		}
 		e.Epoch, e.Changed = l.epoch(b.Name)+1, c.k.now()
 		l.Overlays[b.Name] = e
 		return nil

@@ -70,6 +70,7 @@ type Config struct {
 // Bridge is one overlay on this node. Its methods are safe for concurrent use.
 type Bridge struct {
 	cfg    Config
+	clamp  atomic.Bool // cfg.ClampMSS, which may change
 	tunnel *Tunnel
 	fdb    *fdb
 
@@ -160,6 +161,7 @@ func newBridge(t *Tunnel, cfg Config) *Bridge {
 		remotes: xsync.NewMap[netip.Addr, *place](),
 		peers:   xsync.NewMap[string, *place](),
 	}
+	b.clamp.Store(cfg.ClampMSS)
 	b.ports.Store(&[]*Port{})
 	b.refused.Store(&map[netip.Addr]struct{}{})
 	b.mu.Lock()
@@ -235,6 +237,9 @@ func (p *Port) ended() {
 		p.bridge.cfg.PortLost()
 	}
 }
+
+// SetClampMSS changes Config.ClampMSS.
+func (b *Bridge) SetClampMSS(on bool) { b.clamp.Store(on) }
 
 // mtu returns the MTU in bytes of the overlay's devices, 0 if it has none.
 func (b *Bridge) mtu() int {

@@ -127,7 +127,7 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 // encap cuts a frame into what the wire takes and commits each piece, with its
 // VXLAN header, to the train for to; last: f is not needed any more.
 func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool) {
-	if b.cfg.ClampMSS {
+	if b.clamp.Load() {
 		b.clampMSS(f.B, f.Meta, to)
 	}
 	if b.cfg.Sealed {

@@ -222,7 +222,7 @@ func (p *Place) TellRing() {
 // have made a change that concerns itself.
 func (p *Place) push(ctx context.Context, except []string) []string {
 	unreached := []string{}
-	if err := p.refresh(ctx, p.client()); err != nil {
+	if err := p.Refresh(ctx); err != nil {
 		unreached = append(unreached, p.cfg.Name)
 	}
 	var names []string

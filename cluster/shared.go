@@ -33,7 +33,19 @@ type shared struct {
 	noticed  uint64 // the highest revision that anybody told of
 	defined  map[string]keeper.SharedOverlay
 	asked    time.Time // when a keeper last answered
+	removed  []removed // not long ago, the oldest first
 }
+
+// removed is an overlay that was shared.
+type removed struct {
+	name string
+	vni  uint32
+	at   time.Time
+}
+
+// removedFor is how long others may be seen to carry an overlay that was
+// removed: they hear of the removal, and gossip tells that they left it.
+const removedFor = time.Minute
 
 // sharedFile is the text of fileShared.
 type sharedFile struct {
@@ -109,6 +121,16 @@ func (p *Place) SharedOverlay(name string) *store.Overlay {
 	return p.shared.defined[name].Overlay
 }
 
+// WasShared reports whether an overlay was a shared one until not long ago. Others
+// may be seen to carry it still.
+func (p *Place) WasShared(name string, vni uint32) bool {
+	p.shared.mu.Lock()
+	defer p.shared.mu.Unlock()
+	return slices.ContainsFunc(p.shared.removed, func(r removed) bool {
+		return r.name == name && r.vni == vni && time.Since(r.at) < removedFor
+	})
+}
+
 // pullShared pulls what is new of the shared overlays.
 func (p *Place) pullShared(ctx context.Context, c keeper.Client) error {
 	p.shared.mu.Lock()
@@ -169,7 +191,14 @@ func (p *Place) takeShared(ctx context.Context, c keeper.Client, since int64) (c
 		}
 	}
 	s.mu.Lock()
-	s.revision, s.defined, s.asked = revision, next, time.Now()
+	now := time.Now()
+	s.removed = slices.DeleteFunc(s.removed, func(r removed) bool { return now.Sub(r.at) >= removedFor })
+	for name, o := range s.defined {
+		if is, there := next[name]; !there || is.ID != o.ID {
+			s.removed = append(s.removed, removed{name, o.VNI, now})
+		}
+	}
+	s.revision, s.defined, s.asked = revision, next, now
 	s.mu.Unlock()
 	return changed, nil
 }

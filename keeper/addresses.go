@@ -193,6 +193,17 @@ func (c *call) checkAddresses(ctx context.Context, b *checkBody) (any, error) {
 // reports asks all nodes that are there which addresses they have; silent are
 // those that do not answer.
 func (k *Keeper) reports(ctx context.Context) (out []ipam.Status, silent []string) {
+	var names []string
+	for _, m := range k.cfg.Members() {
+		if m.Name == k.cfg.Name || k.cfg.Alive == nil || k.cfg.Alive(m.Name) {
+			names = append(names, m.Name)
+		}
+	}
+	return k.reportsOf(ctx, names)
+}
+
+// reportsOf asks some.
+func (k *Keeper) reportsOf(ctx context.Context, names []string) (out []ipam.Status, silent []string) {
 	if k.cfg.Tell == nil {
 		return nil, nil
 	}
@@ -201,25 +212,22 @@ func (k *Keeper) reports(ctx context.Context) (out []ipam.Status, silent []strin
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	slot := make(chan struct{}, maxReports)
-	for _, m := range k.cfg.Members() {
-		if m.Name != k.cfg.Name && k.cfg.Alive != nil && !k.cfg.Alive(m.Name) {
-			continue
-		}
+	for _, name := range names {
 		wg.Go(func() {
 			slot <- struct{}{}
 			defer func() { <-slot }()
 			var s ipam.Status
-			b, err := k.cfg.Tell(ctx, m.Name, peer.KindReport, nil)
+			b, err := k.cfg.Tell(ctx, name, peer.KindReport, nil)
 			if err == nil {
 				err = json.Unmarshal(b, &s)
 			}
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
-				silent = append(silent, m.Name)
+				silent = append(silent, name)
 				return
 			}
-			s.Node = m.Name // not what it says of itself
+			s.Node = name // not what it says of itself
 			out = append(out, s)
 		})
 	}

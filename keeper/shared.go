@@ -395,11 +395,15 @@ func (c *call) removeOverlay(ctx context.Context, b *removeOverlayBody) (any, er
 	if err := c.mustShare(); err != nil {
 		return nil, err
 	}
-	if err := c.rekey(ctx, b); err != nil {
+	left, err := c.left(ctx, b)
+	if err != nil {
 		return nil, err
 	}
-	err := c.k.cfg.Shared.Update(ctx, []string{store.KindVNI, store.Domain(store.OverlayKey(b.Name))}, func(t store.Txn) error {
-		o, err := c.removable(t, b)
+	if err := c.rekey(ctx, b, left); err != nil {
+		return nil, err
+	}
+	err = c.k.cfg.Shared.Update(ctx, []string{store.KindVNI, store.Domain(store.OverlayKey(b.Name))}, func(t store.Txn) error {
+		o, err := c.removable(t, b, left)
 		if err != nil {
 			return err
 		}
@@ -419,8 +423,32 @@ func (c *call) removeOverlay(ctx context.Context, b *removeOverlayBody) (any, er
 	return Outcome{Unreached: c.k.push(ctx, nil)}, nil
 }
 
-// removable returns the definition if the overlay may go.
-func (c *call) removable(r store.Reader, b *removeOverlayBody) (*store.Overlay, error) {
+// left are nodes that have a block of the overlay still and say that they have no
+// endpoint in it: they give the block back in a while, and nobody has to wait for
+// that. One that gets an endpoint before the overlay is gone loses it with the
+// overlay, as by force. Who does not answer may have some.
+func (c *call) left(ctx context.Context, b *removeOverlayBody) (nodes map[string]bool, err error) {
+	if b.Force {
+		return nil, nil
+	}
+	var in []string
+	err = c.k.cfg.Shared.View(ctx, func(r store.Reader) (err error) {
+		in, err = ipam.InUse(r, b.Name)
+		return err
+	})
+	if err != nil {
+		return nil, shareError(err)
+	}
+	nodes = map[string]bool{}
+	reports, _ := c.k.reportsOf(ctx, in)
+	for _, s := range reports {
+		nodes[s.Node] = !slices.ContainsFunc(s.Endpoints, func(e ipam.EndpointStatus) bool { return e.Overlay == b.Name })
+	}
+	return nodes, nil
+}
+
+// removable returns the definition if the overlay may go; left are nodes that are in it no more.
+func (c *call) removable(r store.Reader, b *removeOverlayBody, left map[string]bool) (*store.Overlay, error) {
 	o, err := definedIn(r, b.Name)
 	if err != nil {
 		return nil, err
@@ -429,6 +457,7 @@ func (c *call) removable(r store.Reader, b *removeOverlayBody) (*store.Overlay, 
 	if err != nil {
 		return nil, err
 	}
+	nodes = slices.DeleteFunc(nodes, func(n string) bool { return left[n] })
 	if len(nodes) > 0 && !b.Force {
 		return nil, peer.Errorf(CodeInUse, "overlay %s has endpoints on %s: detach them (`tulle unexpose %s` there), or give --force, which detaches them", b.Name, strings.Join(nodes, ", "), b.Name)
 	}
@@ -438,10 +467,10 @@ func (c *call) removable(r store.Reader, b *removeOverlayBody) (*store.Overlay, 
 // rekey changes the key of an overlay that goes: one that gets the name later
 // is another overlay, and must not have its key. A key that is changed although
 // the removal then fails does no harm.
-func (c *call) rekey(ctx context.Context, b *removeOverlayBody) error {
+func (c *call) rekey(ctx context.Context, b *removeOverlayBody, left map[string]bool) error {
 	var o *store.Overlay
 	err := c.k.cfg.Shared.View(ctx, func(r store.Reader) (err error) {
-		o, err = c.removable(r, b)
+		o, err = c.removable(r, b, left)
 		return err
 	})
 	if err != nil {

@@ -409,7 +409,9 @@ func (h *hosted) follow() {
 		case def == nil && !asked.IsZero():
 			h.n.log.Warn("the overlay was removed: this host is in it no more", "overlay", e.Overlay)
 			go h.dropRemoved(e)
-		case def != nil && !sameWire(ov.shared, def):
+		case def != nil && ov.shared != def && sameSessions(ov.shared, def):
+			h.n.adjust(ov, def)
+		case def != nil && ov.shared != def:
 			h.n.log.Info("the overlay was changed: its device is made anew", "overlay", e.Overlay)
 			if err := h.n.leaveShared(e.Overlay); err != nil {
 				h.n.log.Warn("cannot close the overlay's device", "overlay", e.Overlay, "err", err)
@@ -431,9 +433,29 @@ func (h *hosted) dropRemoved(e *hostEndpoint) {
 	}
 }
 
-// sameWire reports whether two definitions make the same devices and sessions.
-func sameWire(a, b *store.Overlay) bool {
-	return a.VNI == b.VNI && a.Encryption == b.Encryption && a.Cipher == b.Cipher && a.MTU == b.MTU && a.Flood == b.Flood && a.ClampMSS == b.ClampMSS
+// sameSessions reports whether two definitions make the same sessions and floods.
+func sameSessions(a, b *store.Overlay) bool {
+	return a.VNI == b.VNI && a.Encryption == b.Encryption && a.Cipher == b.Cipher && a.Flood == b.Flood
+}
+
+// adjust has a shared overlay be as its definition says now, on the device that it
+// has: what flows flows on. Called by Run's goroutine.
+func (n *Node) adjust(ov *overlay, def *store.Overlay) {
+	next := &overlay{cfg: ov.cfg, addrs: ov.addrs, ciphers: ov.ciphers, shared: def, br: ov.br}
+	next.cfg.MTU, next.cfg.ClampMSS = def.MTU, def.ClampMSS
+	next.tap.Store(ov.tap.Load())
+	next.br.SetClampMSS(def.ClampMSS)
+	list := slices.Clone(n.list())
+	list[slices.Index(list, ov)] = next
+	n.overlays.Store(&list)
+	if next.cfg.MTU == ov.cfg.MTU && next.cfg.ClampMSS == ov.cfg.ClampMSS {
+		return
+	}
+	if _, err := n.fitMTU(next.cfg); err != nil {
+		n.log.Warn("the overlay has a smaller MTU here than it should", "overlay", def.Name, "err", err)
+	}
+	n.followMTU()
+	n.log.Info("the overlay was changed", "overlay", def.Name)
 }
 
 func (h *hosted) statusOf(e *hostEndpoint) Endpoint {

@@ -136,6 +136,8 @@ func (n *Node) pulled(ctx context.Context, unreached []string) {
 func (n *Node) unused(want *OverlayRequest) error {
 	clash := func(node string, o discovery.Overlay) error {
 		switch {
+		case n.secure.place.WasShared(o.Name, uint32(o.VNI)):
+			return nil // the node leaves it
 		case o.Name == want.Name && n.secure.place.SharedOverlay(o.Name) == nil:
 			return tellf(errExists, "node %s has a static overlay %s: choose another name", node, o.Name)
 		case o.VNI == want.VNI && want.VNI != 0 && o.Name != want.Name:

@@ -281,3 +281,19 @@ func TestTakenWhileRenewing(t *testing.T) {
 		t.Fatalf("%+v, %v", l, err)
 	}
 }
+
+// TestRenewalEndsSilence: a node that renews is not reclaimed, though gossip does
+// not show it.
+func TestRenewalEndsSilence(t *testing.T) {
+	c, _, a, _, _ := raceCluster(t)
+	for range 100 {
+		if err := c.r.Reclaim(ctx, func(string) bool { return false }); err != nil {
+			t.Fatal(err)
+		}
+		c.pass(4 * time.Hour)
+		a.must(a.tick(ctx))
+	}
+	if l, err := c.r.Blocks(ctx, "blue"); err != nil || len(l.Blocks) != 1 || len(a.lost) > 0 {
+		t.Fatalf("%+v, %v, lost %q", l, err, a.lost)
+	}
+}

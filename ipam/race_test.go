@@ -281,3 +281,22 @@ func TestTakenWhileRenewing(t *testing.T) {
 		t.Fatalf("%+v, %v", l, err)
 	}
 }
+
+// TestRenewalEndsSilence: a node that renews is not reclaimed, though gossip does
+// not show it.
+func TestRenewalEndsSilence(t *testing.T) {
+	c, _, a, _, _ := raceCluster(t)
+	for range 100 {
+		for range 2 { // so that silence is written
+			if err := c.r.Reclaim(ctx, func(string) bool { return false }); err != nil {
+				t.Fatal(err)
+			}
+			// Looked at before the next renewal, which would readmit it.
+			if l, err := c.r.Blocks(ctx, "blue"); err != nil || len(l.Blocks) != 1 {
+				t.Fatalf("%+v, %v", l, err)
+			}
+			c.pass(2 * time.Hour)
+		}
+		a.must(a.tick(ctx))
+	}
+}

@@ -178,6 +178,8 @@ func TestLoadStore(t *testing.T) {
 		{"store: {peer-port: 17947, client-port: 17948}\n", Store{PeerPort: 17947, ClientPort: 17948}, ""},
 		{"store: {etcd: [https://192.0.2.9:2379], ca: /c, cert: /a, key: /k, prefix: /tulle/home}\n",
 			Store{Etcd: []string{"https://192.0.2.9:2379"}, CA: "/c", Cert: "/a", Key: "/k", Prefix: "/tulle/home/"}, ""},
+		{"store: {grace: 48h}\n", Store{Grace: 48 * time.Hour}, ""},
+		{"store: {grace: 1m}\n", Store{}, "from 10m to 8760h"},
 		{"store: {ca: /c}\n", Store{}, "say where, with etcd"},
 		{"store: {etcd: [https://192.0.2.9:2379], peer-port: 7947}\n", Store{}, "leave them out beside etcd"},
 		{"store: {etcd: [https://192.0.2.9:2379], cert: /a}\n", Store{}, "give both or none"},

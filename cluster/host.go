@@ -236,6 +236,11 @@ func (p *Place) push(ctx context.Context, except []string) []string {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	slot := make(chan struct{}, maxPushes)
+	wg.Go(func() { // beside the others, who do not wait for it
+		if err := p.pullShared(ctx, p.client()); err != nil {
+			p.cfg.Log.Debug("the shared overlays are not known here yet", "err", err)
+		}
+	})
 	for _, name := range names {
 		wg.Go(func() {
 			select {

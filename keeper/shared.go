@@ -22,9 +22,14 @@ import (
 const (
 	// FirstVNI is the lowest that a shared overlay gets by itself.
 	FirstVNI = 65_536
-	// MaxShared is the most shared overlays of a cluster: their definitions fit
-	// into one answer.
-	MaxShared = 4096
+	// MaxShared is the most shared overlays of a cluster, MaxSharedBytes the most
+	// bytes of their definitions: all of them fit into one answer.
+	MaxShared      = 4096
+	MaxSharedBytes = 3 << 20
+	// sharedItemBytes is what a definition takes in an answer besides.
+	sharedItemBytes = 64
+	// maxOverlayID is the most bytes of an overlay's ID: what package ipam takes.
+	maxOverlayID = 64
 	// maxRemovals is how many removed overlays a keeper remembers, to tell nodes
 	// what is gone; one that asks for older ones is told everything.
 	maxRemovals = 1024
@@ -193,6 +198,13 @@ func (c *call) createOverlay(ctx context.Context, b *createOverlayBody) (any, er
 	if err := crypto.CheckName(o.Name); err != nil {
 		return nil, invalid("%v", err)
 	}
+	if b.ID == "" || len(b.ID) > maxOverlayID {
+		return nil, invalid("a new overlay needs an id of 1 to %d bytes, and this one has %d", maxOverlayID, len(b.ID))
+	}
+	// Which subnets are free is only known when all definitions are.
+	if !c.k.shared.await(ctx, func() bool { return c.k.shared.ready }) {
+		return nil, peer.ErrUnavailable
+	}
 	o.By, o.Created, o.ID = c.cert.Name, c.k.now(), b.ID
 	var text []byte
 	err := c.k.cfg.Shared.Update(ctx, []string{store.KindVNI, store.Domain(store.OverlayKey(o.Name))}, func(t store.Txn) error {
@@ -221,7 +233,7 @@ func (c *call) createOverlay(ctx context.Context, b *createOverlayBody) (any, er
 		if err := o.Check(); err != nil {
 			return invalid("%v", err)
 		}
-		if text, err = o.Encode(); err != nil {
+		if text, err = c.k.encode(&o); err != nil {
 			return err
 		}
 		t.Put(store.OverlayKey(o.Name), text)
@@ -352,7 +364,7 @@ func (c *call) setOverlay(ctx context.Context, b *setOverlayBody) (any, error) {
 		if err := o.Check(); err != nil {
 			return invalid("%v", err)
 		}
-		if text, err = o.Encode(); err != nil {
+		if text, err = c.k.encode(o); err != nil {
 			return err
 		}
 		t.Put(store.OverlayKey(b.Name), text)
@@ -363,6 +375,27 @@ func (c *call) setOverlay(ctx context.Context, b *setOverlayBody) (any, error) {
 	}
 	c.k.cfg.Log.Info("keeper: overlay is changed", "overlay", b.Name, "peer", c.cert.Name)
 	return c.spreadOverlay(ctx, b.Name, text)
+}
+
+// encode returns the text of a definition, if there is room for it beside the
+// others, as far as this keeper knows them.
+func (k *Keeper) encode(o *store.Overlay) ([]byte, error) {
+	text, err := o.Encode()
+	if err != nil {
+		return nil, err
+	}
+	all := len(text) + sharedItemBytes
+	k.shared.mu.Lock()
+	for name, d := range k.shared.defined {
+		if name != o.Name {
+			all += len(d.text) + sharedItemBytes
+		}
+	}
+	k.shared.mu.Unlock()
+	if all > MaxSharedBytes {
+		return nil, limit("the definitions of all shared overlays would have %d bytes, more than %d: reserve fewer ranges, or remove overlays (`tulle overlay rm`)", all, MaxSharedBytes)
+	}
+	return text, nil
 }
 
 // definedIn returns the definition of an overlay that must be there.

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"net/netip"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -65,6 +64,14 @@ func alone(t *testing.T, nodes ...*tulle) {
 	}
 }
 
+// noFindings: what the keepers and the nodes say of addresses is one.
+func noFindings(t *testing.T, n *tulle) {
+	t.Helper()
+	if check := asked[node.IPAMCheck](n, "ipam", "check"); len(check.Findings)+len(check.Silent) > 0 {
+		t.Errorf("%s: ipam check: %+v", n.name, check)
+	}
+}
+
 func TestSharedKeeperDead(t *testing.T) {
 	t.Parallel()
 	l, _, h := hosts(t, 3, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
@@ -81,10 +88,7 @@ func TestSharedKeeperDead(t *testing.T) {
 	before := a.books()
 	a.kill()
 	rest := blue[1:]
-	for _, n := range []*tulle{b, c} { // with a token a node asks first whether it is believed, which takes 5 s now
-		at := slices.Index(n.args, "--token")
-		n.args = slices.Delete(slices.Clone(n.args), at, at+2)
-	}
+	untoken(b, c)
 
 	part(t, "traffic", nodes, func(t *testing.T) {
 		mesh(t, 2*time.Second, rest...)
@@ -135,21 +139,14 @@ func TestSharedKeeperDead(t *testing.T) {
 			t.Errorf("b has %s, and its blocks are %+v", p, blocks.Overlays)
 		}
 		mesh(t, 10*time.Second, rest...)
-		// Where it has no block, none can be had.
-		b.refuses([]string{"got no block", "no keeper answers"}, "expose", "green")
 	})
 
 	part(t, "changes", nodes, func(t *testing.T) {
-		for _, args := range [][]string{
-			{"overlay", "create", "red"}, {"overlay", "rm", "green"}, {"overlay", "set", "blue", "--mtu", "1300"},
-			{"node", "rm", "a"}, {"token", "create"}, {"node", "promote", "b"},
-		} {
-			start := time.Now()
-			b.refuses([]string{"no keeper answers", "start a keeper", "traffic goes on"}, args...)
-			if took := time.Since(start); took > 10*time.Second {
-				t.Errorf("%s: it takes %v to say so", strings.Join(args, " "), took)
-			}
-		}
+		b.refusesAll(10*time.Second, []string{"no keeper answers", "start a keeper", "traffic goes on"},
+			[]string{"overlay", "create", "red"}, []string{"overlay", "rm", "green"}, []string{"overlay", "set", "blue", "--mtu", "1300"},
+			[]string{"node", "rm", "a"}, []string{"token", "create"}, []string{"node", "promote", "b"},
+			[]string{"expose", "green"}, // where a node has no block it gets none
+		)
 	})
 
 	part(t, "return", nodes, func(t *testing.T) {
@@ -166,9 +163,7 @@ func TestSharedKeeperDead(t *testing.T) {
 			t.Errorf("b is told %s\nand before it was\n%s", got, before)
 		}
 		alone(t, nodes...)
-		if check := asked[node.IPAMCheck](a, "ipam", "check"); len(check.Findings)+len(check.Silent) > 0 {
-			t.Errorf("ipam check: %+v", check)
-		}
+		noFindings(t, a)
 		b.do("overlay", "create", "red")
 		known(t, 3*time.Second, "red", true, nodes...)
 	})

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -39,6 +40,16 @@ func joined(t *testing.T, l *lab.Lab, h []*lab.Host, own func(i int) []string) [
 	}
 	meet(t, 15*time.Second, nodes...)
 	return nodes
+}
+
+// untoken has nodes start again without their tokens: with one, a node that is a
+// member asks a keeper first whether it still is, for 5 s if none answers.
+func untoken(nodes ...*tulle) {
+	for _, n := range nodes {
+		if at := slices.Index(n.args, "--token"); at >= 0 {
+			n.args = slices.Delete(slices.Clone(n.args), at, at+2)
+		}
+	}
 }
 
 // part runs a subtest; the nodes fail it and not the test around it.
@@ -164,6 +175,22 @@ func (n *tulle) refuses(words []string, args ...string) {
 	wantRefusal(n.t, status, stderr, words...)
 }
 
+// refusesAll is refuses for several commands at once, each within the time.
+func (n *tulle) refusesAll(within time.Duration, words []string, commands ...[]string) {
+	n.t.Helper()
+	var wg sync.WaitGroup
+	for _, args := range commands {
+		wg.Go(func() {
+			start := time.Now()
+			n.refuses(words, args...)
+			if took := time.Since(start); took > within {
+				n.t.Errorf("%s: tulle %s: it takes %v to refuse it, want %v or less", n.name, strings.Join(args, " "), took, within)
+			}
+		})
+	}
+	wg.Wait()
+}
+
 // device checks that the endpoint's device is as the endpoint says.
 func (n *tulle) device(overlay string, want ...netip.Prefix) {
 	n.t.Helper()
@@ -195,18 +222,20 @@ type place struct {
 func mesh(t *testing.T, within time.Duration, at ...place) time.Duration {
 	t.Helper()
 	start := time.Now()
+	var failed atomic.Bool
 	var wg sync.WaitGroup
 	for _, p := range at {
 		wg.Go(func() {
 			for _, q := range at {
 				if p.n != q.n && !answers(t, p.n.host, q.addr, within) {
 					t.Errorf("%s: %s (%s) does not answer within %v", p.n.name, q.addr, q.n.name, within)
+					failed.Store(true)
 				}
 			}
 		})
 	}
 	wg.Wait()
-	if t.Failed() {
+	if failed.Load() {
 		t.FailNow()
 	}
 	return time.Since(start)

@@ -122,9 +122,10 @@ func TestSharedThreeKeepers(t *testing.T) {
 		blue = append(blue, place{n, n.exposed("blue").Addr()})
 	}
 	mesh(t, 10*time.Second, blue...)
+	untoken(nodes...)
 
 	part(t, "promote", nodes, func(t *testing.T) {
-		a.refuses([]string{"last keeper"}, "node", "demote", "a")
+		a.refuses([]string{"only keeper", "cannot be taken out"}, "node", "demote", "a")
 		d.refuses([]string{"no node", "nobody"}, "node", "promote", "nobody")
 		for _, n := range []*tulle{b, c} {
 			start := time.Now()
@@ -205,8 +206,8 @@ func TestSharedThreeKeepers(t *testing.T) {
 			n.kill()
 			took := d.creates(15*time.Second, fmt.Sprintf("without-%s", n.name))
 			t.Logf("kill -9 of %s (%s leads): an overlay is made after %v", n.name, leader, took.Round(time.Millisecond))
-			if took > 5*time.Second {
-				t.Errorf("it took %v, want 5s or less", took)
+			if took > 10*time.Second { // 4 until the one that asks gives up the dead one
+				t.Errorf("it took %v, want 10s or less", took)
 			}
 			var rest []place
 			for j, p := range blue {
@@ -244,12 +245,6 @@ func TestSharedThreeKeepers(t *testing.T) {
 		}
 		meet(t, 15*time.Second, nodes...)
 		a.refuses([]string{"c is no keeper"}, "node", "demote", "c")
-		// A keeper demotes itself; it asks, and then it is none.
-		a.do("node", "promote", "c")
-		a.whole(10*time.Second, "a b c")
-		c.do("node", "demote", "c")
-		a.whole(10*time.Second, "a b")
-		c.eventually(15*time.Second, "has no CA key and root secret", func() bool { return len(c.secrets()) == 0 && !c.status().Node.Keeper })
 		a.do("node", "promote", "c")
 		a.whole(10*time.Second, "a b c")
 	})
@@ -285,7 +280,7 @@ func TestSharedThreeKeepers(t *testing.T) {
 		}
 		d.creates(5*time.Second, "alone")
 		d.refuses([]string{"its majority", "nothing to recover"}, "store", "recover", "--yes")
-		d.refuses([]string{"last keeper"}, "node", "demote", "d")
+		d.refuses([]string{"only keeper", "cannot be taken out"}, "node", "demote", "d")
 		for _, name := range []string{"a", "b", "c"} {
 			d.do("node", "rm", name)
 		}

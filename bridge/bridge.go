@@ -80,6 +80,7 @@ type Bridge struct {
 	remotes *xsync.Map[netip.Addr, *place] // by source address; of a sealed overlay none
 	peers   *xsync.Map[string, *place]     // by name; of a sealed overlay only
 	gossip  atomic.Pointer[floodKeys]
+	early   early
 
 	mu      sync.Mutex // serialises changes of the above
 	members []netip.AddrPort
@@ -379,7 +380,11 @@ func (b *Bridge) setFlood() {
 			add(a)
 		}
 	}
-	b.flood.Store(&list)
+	old := b.flood.Swap(&list)
+	if old == nil || b.cfg.Group.IsValid() {
+		return // it begins; or a group has no beginners
+	}
+	b.catchUp(slices.DeleteFunc(slices.Clone(list), func(p *place) bool { return slices.Contains(*old, p) }))
 }
 
 // group returns the place that stands for the multicast group; no MAC lives there.

@@ -106,6 +106,9 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 			other.WriteFrame(f.Meta, l.parts[:])
 		}
 	}
+	// Before the list is looked at: whoever joins it in between may get the frame
+	// twice, as broadcasts may, but not never.
+	b.early.remember(l, f)
 	list := *b.flood.Load()
 	if len(list) == 0 {
 		return

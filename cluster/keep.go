@@ -41,12 +41,12 @@ func (p *Place) Extra() []byte {
 }
 
 // Notice takes what another's passport says of its news.
-func (p *Place) Notice(_ string, extra []byte) {
+func (p *Place) Notice(member string, extra []byte) {
 	if len(extra) < extraBytes {
 		return
 	}
 	if binary.BigEndian.Uint64(extra) > p.revoked.Load().Number() || binary.BigEndian.Uint64(extra[8:]) > p.ring.Load().Epoch ||
-		p.shared.notice(binary.BigEndian.Uint64(extra[16:])) {
+		p.shared.notice(member, binary.BigEndian.Uint64(extra[16:])) {
 		ring(p.bell)
 	}
 }

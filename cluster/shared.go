@@ -19,6 +19,9 @@ import (
 // fileShared is the shared overlays that this node may know of.
 const fileShared = "shared"
 
+// maxNoticed members are remembered by what they told of.
+const maxNoticed = keeper.MaxNodes
+
 var (
 	errSharedBehind = errors.New("cluster: the keeper knows less of the shared overlays than this node")
 	errSharedDigest = errors.New("cluster: the keeper's list of shared overlays contradicts itself")
@@ -30,7 +33,7 @@ type shared struct {
 
 	mu       sync.Mutex
 	revision int64
-	noticed  uint64 // the highest revision that anybody told of
+	noticed  map[string]uint64 // the highest revision that each member told of, maxNoticed at most
 	defined  map[string]keeper.SharedOverlay
 	asked    time.Time // when a keeper last answered
 	removed  []removed // not long ago, the oldest first
@@ -91,14 +94,19 @@ func (s *shared) known() uint64 {
 	return uint64(s.revision)
 }
 
-// notice reports whether a revision is higher than all that were told of before.
-func (s *shared) notice(revision uint64) bool {
+// notice reports whether a revision is higher than what this node knows, and
+// than all that the member told of before: a keeper may not know it yet. Who
+// claims what nobody has is believed once, and in the others' way never.
+func (s *shared) notice(member string, revision uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if revision <= s.noticed || revision <= uint64(s.revision) {
+	if revision <= s.noticed[member] || revision <= uint64(s.revision) {
 		return false
 	}
-	s.noticed = revision
+	if s.noticed == nil || len(s.noticed) >= maxNoticed {
+		s.noticed = map[string]uint64{}
+	}
+	s.noticed[member] = revision
 	return true
 }
 

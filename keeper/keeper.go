@@ -122,7 +122,8 @@ type Keeper struct {
 	revoked atomic.Pointer[readList]
 	// rotating has room for the one who changes the gossip keys.
 	rotating chan struct{}
-	pace     pace
+	pace     *pace // of changes of the ledger
+	leasing  *pace // of requests about addresses
 	shared   catalogue
 	registry *ipam.Registry // nil: no Shared
 
@@ -167,7 +168,7 @@ func New(cfg Config) (*Keeper, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	k := &Keeper{cfg: cfg, rotating: make(chan struct{}, 1), pace: pace{spent: map[string]spent{}}}
+	k := &Keeper{cfg: cfg, rotating: make(chan struct{}, 1), pace: newPace(paceBurst, paceEvery), leasing: newPace(leaseBurst, leaseEvery)}
 	k.shared.init()
 	if err := k.makeRegistry(); err != nil {
 		return nil, err

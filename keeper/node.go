@@ -197,7 +197,7 @@ func (c *call) dismiss(ctx context.Context, name string) {
 	ctx, cancel := c.k.detached(ctx)
 	defer cancel()
 	if err := c.k.expel(ctx, name); err != nil {
-		c.k.cfg.Log.Error("keeper: a node that is out still has its vote in the store: promote another one with --replace", "peer", name, "err", err)
+		c.k.cfg.Log.Error("keeper: a node that is out still has its vote in the store: take it with `tulle node demote "+name+"`", "peer", name, "err", err)
 	}
 }
 
@@ -240,11 +240,11 @@ func (k *Keeper) amend(l *Ledger, now time.Time, f func([]crypto.Revocation) []c
 		return err
 	}
 	list := slices.DeleteFunc(f(slices.Clone(old.All())), func(r crypto.Revocation) bool { return now.After(r.Until.Add(2 * crypto.Skew)) })
-	if len(list) > MaxRevocations {
-		return limit("%d identities are revoked already: wait until the first of them expire, on %s", MaxRevocations, firstEnd(list).Format(time.DateOnly))
-	}
 	if l.Revocations, err = k.cfg.CA.SignRevocations(old.Number()+1, list, now); err != nil {
 		return fmt.Errorf("keeper: sign the revocations: %w", err)
+	}
+	if len(l.Revocations) > maxSigned {
+		return limit("%d identities are revoked already: wait until the first of them expire, on %s", len(list)-1, firstEnd(list).Format(time.DateOnly))
 	}
 	return nil
 }

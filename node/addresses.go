@@ -57,7 +57,7 @@ func (n *Node) checkIPAM(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return nil, err
 		}
-		out := IPAMCheck{Findings: []IPAMFinding{}, Silent: append([]string{}, silent...)}
+		out := IPAMCheck{Findings: []IPAMFinding{}, Silent: silent}
 		for _, f := range found {
 			out.Findings = append(out.Findings, IPAMFinding{Overlay: f.Overlay, What: f.Text, Repaired: repaired && f.Repairable})
 		}

@@ -6,18 +6,21 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/keeper"
+	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/store"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
@@ -30,6 +33,11 @@ const (
 	// ownerHost and the overlay's name is who an address of the host is assigned to.
 	ownerHost     = "host/"
 	maxDeviceName = 15 // IFNAMSIZ less the terminating zero
+	// assignPatience is how long an address is asked for of keepers whose store is
+	// busy; the pauses grow from assignRetryMin to assignRetryMax.
+	assignPatience = 15 * time.Second
+	assignRetryMin = 100 * time.Millisecond
+	assignRetryMax = time.Second
 )
 
 var (
@@ -197,7 +205,7 @@ func (h *hosted) expose(ctx context.Context, r ExposeRequest) (*hostEndpoint, er
 		return nil, err
 	}
 	owner := ownerHost + def.Name
-	a, err := h.pool.Assign(ctx, ipam.Request{Overlay: def, Owner: owner, Want: r.IPs})
+	a, err := h.assign(ctx, ipam.Request{Overlay: def, Owner: owner, Want: r.IPs})
 	if err != nil {
 		return nil, err
 	}
@@ -214,6 +222,25 @@ func (h *hosted) expose(ctx context.Context, r ExposeRequest) (*hostEndpoint, er
 		return nil, errors.Join(err, h.n.do(context.WithoutCancel(ctx), func() error { return h.n.leaveShared(def.Name) }), h.pool.Release(owner))
 	}
 	return e, nil
+}
+
+// assign asks again while the keepers' store is busy: a rollout exposes all nodes
+// at once, and each needs a block.
+func (h *hosted) assign(ctx context.Context, q ipam.Request) (ipam.Assignment, error) {
+	until := time.Now().Add(assignPatience)
+	for wait := assignRetryMin; ; wait = min(2*wait, assignRetryMax) {
+		a, err := h.pool.Assign(ctx, q)
+		if !errors.Is(err, peer.ErrUnavailable) || time.Now().Add(wait).After(until) {
+			return a, err
+		}
+		t := time.NewTimer(wait/2 + rand.N(wait))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return a, err
+		}
+	}
 }
 
 func (h *hosted) forget(e *hostEndpoint) {

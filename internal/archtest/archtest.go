@@ -17,6 +17,8 @@ var imports = map[string][]string{
 	"keeper":            {"ipam", "store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
 
+	"ipam": {"store", "ether"},
+
 	"store":           {},
 	"store/storetest": {"store"},
 
@@ -63,6 +65,6 @@ var thirdParty = map[string][]string{
 	"google.golang.org/grpc":        {"store"},
 	"golang.org/x/crypto":           {"crypto"},
 	"golang.org/x/sys/cpu":          {"ether", "crypto"},
-	"golang.org/x/sys/unix":         {"tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
+	"golang.org/x/sys/unix":         {"ipam", "tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
 	"golang.org/x/net":              {"internal/lab"},
 }

@@ -39,6 +39,13 @@ func newPrey(t testing.TB) *prey {
 	p := &prey{cluster: c, mem: storetest.New(), block: map[string]netip.Prefix{}, fixed: netip.MustParseAddr("10.32.250.7")}
 	p.site = c.sharing("k1", p.mem)
 	p.blue, p.red = p.create(store.Overlay{Name: "blue"}), p.create(store.Overlay{Name: "red"})
+	for _, o := range []*store.Overlay{p.blue, p.red} { // what is fuzzed in one process is the same in another
+		o.ID = o.Name + "-id"
+		text, key := must[[]byte](t)(o.Encode()), store.OverlayKey(o.Name)
+		if err := p.mem.Update(ctx, []string{store.Domain(key)}, func(x store.Txn) error { x.Put(key, text); return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
 	lease := p.leases(c.node("victim", "blue", "red"))
 	for i, o := range []*store.Overlay{p.blue, p.red} {
 		b, err := lease.Take(ctx, ipam.TakeRequest{Caller: caller("victims", uint64(i+1)), Overlay: o.Name, OverlayID: o.ID, Family: 4, Nonce: "v"})
@@ -408,7 +415,6 @@ func FuzzCompromised(f *testing.F) {
 	}
 	cert := p.cluster.node("hostile", "blue")
 	seed := p.all(f)
-	p.update(func(l *keeper.Ledger) {})
 	ledger := p.ledger()
 	defer func() { p.cluster.t = f }()
 	f.Fuzz(func(t *testing.T, sub uint16, body []byte) {

@@ -391,6 +391,46 @@ func TestExhaust(t *testing.T) {
 	}
 }
 
+// A node that is no administrator does not fill the cluster with machines, nor
+// does one machine fill the store by joining again; an administrator's tokens
+// are not in its way.
+func TestJoinPace(t *testing.T) {
+	c := newCluster(t)
+	k := c.keeper("k1")
+	many := crypto.TokenOptions{TTL: time.Hour, Uses: crypto.MaxTokenUses, Name: "*", Overlays: crypto.Grants{"blue"}}
+	mine := must[*crypto.Token](t)(crypto.ParseToken(must[string](t)(k.as(c.node("hostile", "blue")).CreateToken(ctx, many))))
+	admins := k.token(many)
+	until := func(join func(i int) error) int {
+		for i := range 200 {
+			if err := join(i); errors.Is(err, peer.ErrBusy) {
+				return i
+			} else if err != nil {
+				t.Fatal(err)
+			}
+		}
+		return 200
+	}
+	key := crypto.NewPrivateKey()
+	for what, x := range map[string]struct {
+		join func(i int) error
+		all  bool
+	}{
+		"with its token": {func(i int) error {
+			_, err := k.Join(ctx, joining(t, mine, crypto.NewPrivateKey(), fmt.Sprintf("h%d", i)))
+			return err
+		}, false},
+		"with an administrator's": {func(i int) error {
+			_, err := k.Join(ctx, joining(t, admins, crypto.NewPrivateKey(), fmt.Sprintf("a%d", i)))
+			return err
+		}, true},
+		"again and again": {func(int) error { _, err := k.Join(ctx, joining(t, admins, key, "again")); return err }, false},
+	} {
+		if n := until(x.join); x.all && n != 200 || !x.all && (n < 64 || n > 100) {
+			t.Errorf("%s: %d joins at once", what, n)
+		}
+	}
+}
+
 // Whatever a node asks about overlays and addresses, nothing panics, and nothing
 // is changed but its own leases.
 func FuzzCompromised(f *testing.F) {

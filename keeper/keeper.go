@@ -128,6 +128,7 @@ type Keeper struct {
 	rotating chan struct{}
 	pace     *pace // of changes of the ledger
 	leasing  *pace // of requests about addresses
+	joining  *pace // of joins, see paced
 	shared   catalogue
 	registry *ipam.Registry // nil: no Shared
 
@@ -172,7 +173,7 @@ func New(cfg Config) (*Keeper, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	k := &Keeper{cfg: cfg, rotating: make(chan struct{}, 1), pace: newPace(paceBurst, paceEvery), leasing: newPace(leaseBurst, leaseEvery)}
+	k := &Keeper{cfg: cfg, rotating: make(chan struct{}, 1), pace: newPace(paceBurst, paceEvery), leasing: newPace(leaseBurst, leaseEvery), joining: newPace(joinBurst, joinEvery)}
 	k.shared.init()
 	if err := k.makeRegistry(); err != nil {
 		return nil, err

@@ -16,7 +16,8 @@ import (
 )
 
 const (
-	// MaxLedger is the most bytes of an encoded Ledger.
+	// MaxLedger is the most bytes of an encoded Ledger, as the first one is before
+	// it is in a store; there each record has a value of its own.
 	MaxLedger = 16 << 20
 	// MaxNodes of a cluster, those that are revoked or expired included.
 	MaxNodes = 16384

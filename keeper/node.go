@@ -155,17 +155,7 @@ func (c *call) remove(ctx context.Context, b *nodeBody) (any, error) {
 			return err
 		}
 		now := c.k.now()
-		err = c.k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation {
-			for i := range list {
-				if list[i].Name == b.Name {
-					list[i].Name = "" // the key stays
-				}
-			}
-			if n.Revoked.IsZero() {
-				list = append(list, crypto.Revocation{Key: n.Key, Until: until(n, now)})
-			}
-			return list
-		})
+		err = c.k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation { return freed(list, b.Name, n, now) })
 		if err != nil {
 			return err
 		}
@@ -186,6 +176,19 @@ func (c *call) remove(ctx context.Context, b *nodeBody) (any, error) {
 	out := c.k.spread(ctx, wanted, b.Name)
 	out.TokensRemoved = removed
 	return out, nil
+}
+
+// freed returns the list when a name is free for another machine than n.
+func freed(list []crypto.Revocation, name string, n Node, now time.Time) []crypto.Revocation {
+	for i := range list {
+		if list[i].Name == name {
+			list[i].Name = "" // the key stays
+		}
+	}
+	if n.Revoked.IsZero() {
+		list = append(list, crypto.Revocation{Key: n.Key, Until: until(n, now)})
+	}
+	return list
 }
 
 // dismiss takes a node that is out of the cluster out of the store, if it was a

@@ -291,9 +291,7 @@ func (k *Keeper) TakeOver(ctx context.Context, cert *crypto.Certificate) error {
 		}
 		now := k.now()
 		if old, taken := l.Nodes[cert.Name]; taken && old.Key != cert.Key {
-			err := k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation {
-				return append(list, crypto.Revocation{Key: old.Key, Until: until(old, now)})
-			})
+			err := k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation { return freed(list, cert.Name, old, now) })
 			if err != nil {
 				return err
 			}

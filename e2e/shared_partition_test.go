@@ -72,7 +72,7 @@ func TestSharedPartition(t *testing.T) {
 			[]string{"overlay", "create", "small"}, []string{"token", "create"}, []string{"overlay", "rm", "blue", "--force"}, []string{"node", "rm", "e"})
 	})
 	refused.Go(func() {
-		b.refusesAll(30*time.Second, nil, []string{"overlay", "create", "small"}, []string{"token", "create"}, []string{"node", "demote", "c"})
+		b.refusesAll(30*time.Second, []string{"store does not answer", "traffic goes on"}, []string{"overlay", "create", "small"}, []string{"token", "create"}, []string{"node", "demote", "c"})
 	})
 	// On the larger side all of it works.
 	d.token()

@@ -157,6 +157,7 @@ type Discovery struct {
 
 	// publish serialises what this node says of itself; serf is set under it.
 	publish sync.Mutex
+	again   *time.Timer // says it once more; nil: nothing was said yet
 	serf    atomic.Pointer[serf.Serf]
 	carried atomic.Pointer[list]
 
@@ -330,13 +331,31 @@ func (d *Discovery) SetOverlays(overlays []Overlay) error {
 	return nil
 }
 
-// gossip spreads what this node says of itself. d.publish is held. The error is
-// that no passport was made.
+// gossip spreads what this node says of itself, and says it once more a while
+// later. d.publish is held. The error is that no passport was made.
+//
+// memberlist 0.7 forgets some of what it is to spread: its queue numbers messages
+// from 1 again when it is empty for a moment, although one that was sent once is
+// about to be put back, and of two with one number and one length, as those of
+// two nodes whose names are equally long, the later takes the place of the other.
+// Members that change something at the same moment, as in a rollout, meet with
+// that often; push/pull would mend it after up to pushPullInterval.
 func (d *Discovery) gossip(s *serf.Serf) error {
 	tags, err := d.tagsNow()
 	if err != nil {
 		return err
 	}
+	if d.again != nil {
+		d.again.Stop()
+	}
+	// Not all at one time again.
+	d.again = time.AfterFunc(sayAgain/2+rand.N(sayAgain), func() {
+		d.publish.Lock()
+		defer d.publish.Unlock()
+		if s := d.serf.Load(); s != nil {
+			_ = s.SetTags(tags) // see below
+		}
+	})
 	// It can fail in one way: nobody took the news in time. It is queued, and
 	// whoever joins gets it anyway.
 	if err := s.SetTags(tags); err != nil {
@@ -344,6 +363,9 @@ func (d *Discovery) gossip(s *serf.Serf) error {
 	}
 	return nil
 }
+
+// sayAgain is about when what this node says of itself is said once more.
+const sayAgain = time.Second
 
 // tagsNow returns this node's tags, in a secure cluster with a new passport.
 // d.publish is held.
@@ -390,6 +412,9 @@ func (d *Discovery) Run(ctx context.Context) error {
 	}
 	d.publish.Lock()
 	d.serf.Store(nil) // from here Flood would wait for somebody to take its event
+	if d.again != nil {
+		d.again.Stop()
+	}
 	d.publish.Unlock()
 	err = errors.Join(left, s.Shutdown())
 	close(stop) // not before: Serf blocks when nobody takes its events

@@ -160,7 +160,10 @@ func (k *Keeper) completeCA(ctx context.Context) {
 	told, soon := "", caEvery
 	for {
 		wait := sweepEvery
-		mine, err := k.advanceCA(ctx)
+		mine, moved, err := k.advanceCA(ctx)
+		if moved {
+			soon = caEvery
+		}
 		switch {
 		case errors.Is(err, errRestarting):
 			<-ctx.Done()
@@ -188,23 +191,24 @@ func (k *Keeper) completeCA(ctx context.Context) {
 	}
 }
 
-// advanceCA goes as far as it can now. mine: the change is this keeper's to go on with.
-func (k *Keeper) advanceCA(ctx context.Context) (mine bool, err error) {
-	for {
+// advanceCA goes as far as it can now. mine: the change is this keeper's to go on
+// with; moved: a stage is over.
+func (k *Keeper) advanceCA(ctx context.Context) (mine, moved bool, err error) {
+	for ; ; moved = true {
 		l, err := k.takeCA(ctx)
 		if err != nil || l == nil {
-			return false, err
+			return false, moved, err
 		}
 		look, cancel := context.WithTimeout(ctx, caTimeout)
 		w, err := k.lookCA(look, l)
 		if err == nil && w != nil {
 			err = k.waitCA(look, l, w)
 			cancel()
-			return true, err
+			return true, moved, err
 		}
 		cancel()
 		if err != nil {
-			return true, err
+			return true, moved, err
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/store"
 )
 
 const (
@@ -40,6 +41,9 @@ func (k *Keeper) Join(ctx context.Context, r peer.JoinRequest) (*peer.JoinResult
 		}
 		if e, ok := errors.AsType[*peer.Error](err); ok {
 			return nil, e
+		}
+		if errors.Is(err, store.ErrUnavailable) {
+			return nil, errNoMajority
 		}
 		// What a store's error wraps must not be taken for the machine's fault.
 		return nil, errors.New(err.Error())

@@ -442,6 +442,11 @@ func (e *Endpoint) Moved(name string, to netip.Addr) {
 // closed, because the other ends send to where it was.
 func (e *Endpoint) MovedSelf() { e.reconnect(func(*conn) bool { return true }) }
 
+// Reconnect closes all connections, because this node shows another certificate
+// from now on, and the one that they began with is not believed for long. What was
+// under way is asked again over new ones.
+func (e *Endpoint) Reconnect() { e.reconnect(func(*conn) bool { return true }) }
+
 func (e *Endpoint) reconnect(which func(*conn) bool) {
 	e.mu.Lock()
 	open := e.open()

@@ -41,13 +41,13 @@ var errNoKeeper = errors.New("no keeper is known yet")
 
 // secure is what a node of a secure cluster has beside the rest.
 type secure struct {
-	place    *cluster.Place
-	token    *crypto.Token
-	expired  error // why the identity that is in the state cannot be used
+	place   *cluster.Place
+	token   *crypto.Token
+	expired error // why the identity that is in the state cannot be used
 	// unknown is why the token of a member may be another cluster's: it is of a CA
 	// that this node has not heard of. Else it is of this cluster, whose CA was
 	// changed while this node was away.
-	unknown error
+	unknown  error
 	endpoint *peer.Endpoint
 	sessions *peer.Sessions
 	keeping  *keeping

@@ -17,10 +17,15 @@ import (
 const (
 	// fileCANumber is the keeper.Authority's whose CA certificates this node has.
 	fileCANumber = "ca.number"
+	heardPoll    = 20 * time.Millisecond
 	// renewSpread is the time for each member over which nodes spread that renew
 	// because of the CA, up to renewMost: all at once would fight for the ledger.
 	renewSpread = 5 * time.Millisecond
 	renewMost   = 30 * time.Second
+	// renewRest is the time between renewing because of the CA, and telling that: what
+	// others know of this node by the former CA is to be known by the new one when
+	// the former is dropped: its connections, and its passport.
+	renewRest = time.Second
 	// pauseMost bounds the wait for a keeper that opens its store anew.
 	pauseMost = 10 * time.Second
 )
@@ -30,6 +35,7 @@ type ca struct {
 	number atomic.Uint64
 	// told is the CA of which a keeper was told that this node has its certificate.
 	told atomic.Pointer[crypto.KeyID]
+	rest atomic.Bool   // it is not to be told yet
 	bell chan struct{} // there may be something to do
 	// paused is closed when the keeper that is here answers again; nil: it does.
 	paused atomic.Pointer[chan struct{}]
@@ -87,7 +93,7 @@ func (p *Place) believed(id *crypto.Identity) {
 // CA changes.
 func (p *Place) holds() crypto.KeyID {
 	id := p.identity.Load()
-	if id.Roots().Len() < 2 {
+	if id.Roots().Len() < 2 || p.ca.rest.Load() {
 		return crypto.KeyID{}
 	}
 	return id.Certificate().Issuer
@@ -119,7 +125,13 @@ func (p *Place) followCA(ctx context.Context) {
 		var err error
 		switch {
 		case p.behind():
-			err = p.Renew(ctx)
+			if err = p.Renew(ctx); err == nil {
+				p.e.Reconnect()
+				p.ca.rest.Store(true)
+				sleep(ctx, renewRest, nil)
+				p.e.Reconnect() // those whose handshake was under way
+				p.ca.rest.Store(false)
+			}
 		case p.untold():
 			err = p.Refresh(ctx)
 		default:
@@ -246,13 +258,15 @@ func (p *Place) answering() *keeper.Keeper {
 	return p.keeper.Load()
 }
 
-var errNoRoots = errors.New("cluster: this node has not heard of the change of the CA yet")
+var errNoRoots = errors.New("cluster: this node has not heard of the change of the CA yet, or has no certificate of the new one")
 
-// HeardOf returns an error unless this node believes the CAs of that change, and
-// has a certificate of the one that signs.
-func (p *Place) HeardOf(number uint64) error {
-	if p.CANumber() < number || p.behind() {
-		return errNoRoots
+// Heard waits until this node believes the CAs of that change, and has a
+// certificate of the one that signs.
+func (p *Place) Heard(ctx context.Context, number uint64) error {
+	for p.CANumber() < number || p.behind() {
+		if !sleep(ctx, heardPoll, nil) {
+			return errNoRoots
+		}
 	}
 	return nil
 }

@@ -56,7 +56,9 @@ func (s *site) order(m *machine, payload []byte, self bool) ([]byte, error) {
 
 // reopen has a keeper's member start anew, if it believes others than the node.
 func (s *site) reopen(m *machine, number uint64, self bool) (bool, error) {
-	if err := m.HeardOf(number); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := m.Heard(ctx, number); err != nil {
 		return false, err
 	}
 	m.member.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -98,7 +99,7 @@ func (p *Place) apply(s *keeper.State) error {
 	var gossip *crypto.GossipRing
 	var revoked *crypto.Revocations
 	p.mu.Lock()
-	id := p.identity.Load()
+	id, before := p.identity.Load(), p.revoked.Load()
 	next, err := p.believing(id, s)
 	if err != nil {
 		p.mu.Unlock()
@@ -154,7 +155,8 @@ func (p *Place) apply(s *keeper.State) error {
 			p.cfg.Log.Info("connections with nodes that are believed no more are closed", "count", n)
 		}
 	}
-	if revoked != nil && p.cfg.OnRevoked != nil {
+	// A list that was only signed anew, because of the CA, revokes nobody.
+	if revoked != nil && (next == id || !slices.Equal(revoked.All(), before.All())) && p.cfg.OnRevoked != nil {
 		p.cfg.OnRevoked()
 	}
 	if next != id {
@@ -286,10 +288,6 @@ func (p *Place) Renew(ctx context.Context) error {
 	}
 	if err != nil {
 		return err
-	}
-	if id.Certificate().Issuer != old.Certificate().Issuer {
-		// What the others know of this node is by a CA that goes.
-		p.e.Reconnect()
 	}
 	p.keys.drop(p, id)
 	p.cfg.Log.Info("the certificate is renewed", "until", id.Certificate().NotAfter)

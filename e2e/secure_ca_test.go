@@ -43,6 +43,7 @@ func countPings(t *testing.T, h *lab.Host, dst netip.Addr) (stop func() (sent, l
 				r.sent++
 				if err != nil {
 					r.lost++
+					t.Logf("%s: lost a ping to %s at %s: %v", h.Name(), dst, time.Now().Format("15:04:05.000"), err)
 				}
 			}
 			end()

@@ -14,8 +14,13 @@ import (
 	"github.com/tulle-net/tulle/store"
 )
 
-// reopenRetry is the time between two tries to open a store that did not open.
-const reopenRetry = 2 * time.Second
+const (
+	// reopenRetry is the time between two tries to open a store that did not open.
+	reopenRetry = 2 * time.Second
+	// heardTime is how long a keeper that was told of a change of the CA may take to
+	// follow it.
+	heardTime = 3 * time.Second
+)
 
 // reopen has this keeper's member of the store show and believe the CA
 // certificates of now, as of that change of the CA or a later one. What it believes
@@ -23,9 +28,12 @@ const reopenRetry = 2 * time.Second
 // second or so, who asks this keeper waits. It returns when the store has its
 // majority again.
 func (k *keeping) reopen(number uint64) error {
+	if err := k.heard(number); err != nil {
+		return err
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	due, err := k.due(number)
+	due, err := k.due()
 	if err != nil || !due {
 		return err
 	}
@@ -42,9 +50,13 @@ func (k *keeping) orderedSelf(payload []byte) ([]byte, error) {
 	if err := json.Unmarshal(payload, &o); err != nil || o.Step != keeper.KeepReopen {
 		return nil, peer.ErrMalformed
 	}
-	k.mu.Lock()
-	due, err := k.due(o.Number)
-	k.mu.Unlock()
+	err := k.heard(o.Number)
+	due := false
+	if err == nil {
+		k.mu.Lock()
+		due, err = k.due()
+		k.mu.Unlock()
+	}
 	if err != nil {
 		return nil, peer.Errorf(peer.CodeFailed, "%s", oneLine(err))
 	}
@@ -58,13 +70,19 @@ func (k *keeping) orderedSelf(payload []byte) ([]byte, error) {
 	return json.Marshal(keeper.KeepAnswer{Addr: k.n.addr(), Restarting: due})
 }
 
+// heard waits a moment until this node has heard of a change of the CA.
+func (k *keeping) heard(number uint64) error {
+	ctx, cancel := k.running()
+	defer cancel()
+	ctx, cancel2 := context.WithTimeout(ctx, heardTime)
+	defer cancel2()
+	return k.n.secure.place.Heard(ctx, number)
+}
+
 // due reports whether the member has to start anew. Another certificate it shows
 // without that. Called with k.mu.
-func (k *keeping) due(number uint64) (bool, error) {
+func (k *keeping) due() (bool, error) {
 	p := k.n.secure.place
-	if err := p.HeardOf(number); err != nil {
-		return false, err
-	}
 	signer := p.Identity().Roots().Signer()
 	switch {
 	case k.etcd == nil && p.HoldsCA():

@@ -137,6 +137,18 @@ func (a *Authority) UnmarshalJSON(b []byte) error {
 	var j caJSON
 	x, err := split(b, &j, caFields)
 	*a = Authority(j)
+	// An empty list and none are written alike.
+	if len(a.Roots) == 0 {
+		a.Roots = nil
+	}
+	for _, names := range []*[]string{&a.Left, &a.Waits} {
+		if len(*names) == 0 {
+			*names = nil
+		}
+	}
+	if len(a.TokensRemoved) == 0 {
+		a.TokensRemoved = nil
+	}
 	a.extra = x
 	return err
 }

@@ -36,6 +36,7 @@ type ca struct {
 	// told is the CA of which a keeper was told that this node has its certificate.
 	told atomic.Pointer[crypto.KeyID]
 	rest atomic.Bool   // it is not to be told yet
+	left atomic.Bool   // the keepers are of a CA that this node does not know
 	bell chan struct{} // there may be something to do
 	// paused is closed when the keeper that is here answers again; nil: it does.
 	paused atomic.Pointer[chan struct{}]

@@ -232,6 +232,11 @@ func (p *Place) IsKeeper() bool { return p.keeper.Load() != nil }
 // do not believe this node: it is revoked or removed.
 func (p *Place) Outcast() bool { return p.outcast.Load() }
 
+// Left reports whether the keepers, when they were last asked, showed certificates
+// of a CA that this node does not know: it was replaced while this node was away,
+// and nobody waited.
+func (p *Place) Left() bool { return p.ca.left.Load() }
+
 // CheckToken returns an error that wraps crypto.ErrOtherCluster if the token is of
 // another cluster than the node is in already, or of a CA that the cluster got
 // while the node was away.

@@ -208,12 +208,18 @@ func (p *Place) keepState(ctx context.Context) {
 		bell, next := p.bell, refreshEvery-rand.N(refreshEvery/4)
 		outcast := errors.Is(err, peer.ErrNotBelieved) || errors.Is(err, keeper.ErrRevoked)
 		p.outcast.Store(outcast)
+		left := errors.Is(err, crypto.ErrForged)
+		p.ca.left.Store(left)
 		if err != nil && ctx.Err() == nil {
 			wait = min(max(2*wait, retryMin), retryMax)
 			next = wait
 			p.cfg.Log.Debug("no keeper tells what is new", "err", err)
 			if outcast {
 				p.cfg.Log.Warn("the keepers do not believe this node any more: have it removed (`tulle node rm`) and start it with a new token")
+				next = retryMax
+			}
+			if left {
+				p.cfg.Log.Warn("the keepers show certificates of a CA that this node does not know: the cluster's CA was replaced while this node was away; start it with a new token")
 				next = retryMax
 			}
 			bell = nil // it would be rung again and again, by the news that cannot be had

@@ -481,6 +481,9 @@ func (s *secure) conflicts() []string {
 	if s.place.Outcast() {
 		out = append(out, "the keepers do not believe this node any more, it was revoked or removed: have it removed (`tulle node rm`) and start it with a new token")
 	}
+	if s.place.Left() {
+		out = append(out, "the cluster's CA was replaced while this node was away, and nobody waited: start it with a new token")
+	}
 	for _, overlay := range s.place.Denied() {
 		out = append(out, fmt.Sprintf("overlay %s: this node's certificate does not grant it: have the node removed (`tulle node rm`) and start it with a token that does (`tulle token create --overlays %s`)", overlay, overlay))
 	}

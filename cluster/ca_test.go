@@ -407,3 +407,35 @@ func TestChangeCAKeyLost(t *testing.T) {
 		t.Error("a CA signs whose key is lost")
 	}
 }
+
+// A node that becomes a keeper in any stage has the keys that it needs, and the
+// change goes on with it.
+func TestChangeCAPromoteMeanwhile(t *testing.T) {
+	for number := uint64(1); number <= 3; number++ {
+		t.Run(fmt.Sprint(number), func(t *testing.T) {
+			s := newSite(t)
+			a := s.start("n1")
+			b := s.join("n2", s.token(a, 1, "*"))
+			s.hold.Store(number)
+			if _, err := a.Client().ChangeCA(within(t)); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "all have heard of it", func() bool {
+				return a.CANumber() == number && b.CANumber() == number && !a.behind() && !b.behind()
+			})
+			s.promote(a, "n2")
+			s.hold.Store(0)
+			s.settled(3)
+			for _, m := range []*machine{a, b} {
+				if m.caOf(m.Identity().Roots().Signer()) == nil {
+					t.Error("a keeper has not the key of the CA that signs")
+				}
+			}
+			// What the new keeper signs is believed.
+			s.stop("n1")
+			if err := b.Renew(within(t)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

@@ -491,5 +491,5 @@ func VerifyKeeper(chain [][]byte, want Fingerprint, now time.Time) (*Certificate
 		}
 		return keeper, roots, nil
 	}
-	return nil, nil, fmt.Errorf("crypto: whoever answers is %w than the token's: check the token and its keepers' addresses", ErrOtherCluster)
+	return nil, nil, fmt.Errorf("crypto: whoever answers is %w than the token's, or the cluster's CA was replaced since: check the token and its keepers' addresses, or make another token", ErrOtherCluster)
 }

@@ -41,7 +41,8 @@ A node that is away is waited for: the old CA stays until it is back. The keeper
 themselves; ` + "`tulle ca status`" + ` shows who is missing. --finish goes on without those that are away:
 they join again with a new token.
 
-Tokens that were made before go with the old CA.`,
+Tokens that were made before go with the old CA. Backups that were made before are of no use
+afterwards: make a new one (` + "`tulle store snapshot`" + `).`,
 		Example: `  tulle ca rotate
   tulle ca rotate --finish`,
 		Args: noArgs,
@@ -84,6 +85,7 @@ func tellCA(cmd *cobra.Command, c *node.CA) error {
 	if len(c.Left) > 0 {
 		fmt.Fprintf(w, "left behind, to join again with a new token: %s\n", clean(strings.Join(c.Left, ", ")))
 	}
+	fmt.Fprintln(w, "make a new backup (`tulle store snapshot`): those from before are of the old CA")
 	_, err := fmt.Fprintf(cmd.OutOrStdout(), "the CA is %s now, until %s\n", clean(c.Roots[0].Fingerprint), stamp(c.Roots[0].Expires))
 	return err
 }

@@ -75,9 +75,9 @@ func TestChanges(t *testing.T) {
 		{"overlay rotate-key blue", node.OverlayKeyRotated{Overlay: "blue", Epoch: 2}, "POST /v1/overlays/blue/rotate-key", "overlay blue uses key 2\n", ""},
 		{"overlay rotate-key blue", node.OverlayKeyRotated{Overlay: "blue", Epoch: 2, Changed: late}, "POST /v1/overlays/blue/rotate-key", "overlay blue uses key 2\n", lateText},
 		{"ca rotate", node.CA{Stage: "settled", Roots: []node.CARoot{{Fingerprint: "abcd", Expires: then}}, TokensRemoved: []string{"0123456789abcdef"}}, "POST /v1/ca/rotate {}",
-			"the CA is abcd now, until 2026-12-01 12:30 UTC\n", "tokens removed with the old CA: 0123456789abcdef\n"},
+			"the CA is abcd now, until 2026-12-01 12:30 UTC\n", "tokens removed with the old CA: 0123456789abcdef\nmake a new backup (`tulle store snapshot`): those from before are of the old CA\n"},
 		{"ca rotate --finish", node.CA{Stage: "settled", Roots: []node.CARoot{{Fingerprint: "abcd", Expires: then}}, Left: []string{"n3", "\x1b[31mn4"}}, `POST /v1/ca/rotate {"finish":true}`,
-			"the CA is abcd now, until 2026-12-01 12:30 UTC\n", "left behind, to join again with a new token: n3, ?[31mn4\n"},
+			"the CA is abcd now, until 2026-12-01 12:30 UTC\n", "left behind, to join again with a new token: n3, ?[31mn4\nmake a new backup (`tulle store snapshot`): those from before are of the old CA\n"},
 		{"ca rotate", node.CA{Stage: "signing", Why: "these nodes are late\x1b", Roots: []node.CARoot{{}, {}}, Waiting: []node.CAWaiting{{Name: "n1", Alive: true}, {Name: "n2", Keeper: true}, {Name: "n3\x1b"}}}, "POST /v1/ca/rotate {}",
 			"the CA is being changed, stage signing\n", "these nodes are late?\nwaiting for: n1, n2 (a keeper, away), n3? (away)\nthe keepers go on by themselves; `tulle ca status` says how far they are\n"},
 	} {

@@ -57,6 +57,31 @@ func countPings(t *testing.T, h *lab.Host, dst netip.Addr) (stop func() (sent, l
 	return func() (int, int) { cancel(); r := <-done; return r.sent, r.lost }
 }
 
+// askAlways has a node ask the keepers again and again, until stop; each request
+// must be answered.
+func askAlways(t *testing.T, n *tulle) (stop func() (asked int, longest time.Duration)) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	type result struct {
+		n       int
+		longest time.Duration
+	}
+	done := make(chan result, 1)
+	go func() {
+		var r result
+		for ; ctx.Err() == nil; r.n++ {
+			start := time.Now()
+			if err := n.try("/v1/nodes", &node.Nodes{}); err != nil && ctx.Err() == nil {
+				t.Errorf("a request to the keepers: %v", err)
+			}
+			r.longest = max(r.longest, time.Since(start))
+			time.Sleep(20 * time.Millisecond)
+		}
+		done <- r
+	}()
+	return func() (int, time.Duration) { cancel(); r := <-done; return r.n, r.longest }
+}
+
 // ca is what a node says of the cluster's CA.
 func (n *tulle) ca() (c node.CA) {
 	n.t.Helper()
@@ -111,6 +136,7 @@ func TestSecureRotateCA(t *testing.T) {
 	for i, n := range nodes {
 		stops = append(stops, countPings(t, n.host, address((i+1)%3+1)))
 	}
+	asked := askAlways(t, c)
 	time.Sleep(500 * time.Millisecond)
 	start := time.Now()
 	status, stdout, stderr := c.command("ca", "rotate")
@@ -119,6 +145,8 @@ func TestSecureRotateCA(t *testing.T) {
 		t.Fatalf("tulle ca rotate: status %d, %s%s\na:\n%s\nb:\n%s", status, stdout, stderr, a.proc.Log(), b.proc.Log())
 	}
 	time.Sleep(time.Second)
+	n, longest := asked()
+	t.Logf("%d requests to the keepers meanwhile, the longest took %v", n, longest.Round(time.Millisecond))
 	for i, stop := range stops {
 		sent, lost := stop()
 		t.Logf("%s: %d pings, %d lost", nodes[i].name, sent, lost)
@@ -237,5 +265,43 @@ func TestSecureRotateCAAway(t *testing.T) {
 		if got := a.nodesOf()["c"]; got.Status != "alive" {
 			t.Errorf("round %d: c is %s", round, fmt.Sprint(got))
 		}
+	}
+}
+
+// TestSecureRotateCAKilled kills the only keeper, at moments that are spread over
+// the change; the change is completed each time, and nobody else notices.
+func TestSecureRotateCAKilled(t *testing.T) {
+	t.Parallel()
+	_, _, nodes, _ := secureCluster(t, 3, 0)
+	a, b, c := nodes[0], nodes[1], nodes[2]
+	reachable(t, 10*time.Second, nodes...)
+	stop := countPings(t, b.host, address(3))
+	for _, after := range []time.Duration{50, 200, 500, 1000, 1600} {
+		before := c.ca().Roots[0].Fingerprint
+		said := make(chan string, 1)
+		go func() {
+			_, stdout, stderr := c.command("ca", "rotate")
+			said <- stdout + stderr
+		}()
+		time.Sleep(after * time.Millisecond)
+		a.kill()
+		a.start()
+		meet(t, 20*time.Second, nodes...)
+		out := <-said
+		if c.ca().Stage == "settled" && c.ca().Roots[0].Fingerprint == before {
+			t.Logf("killed after %d ms: nothing was begun: %s", after, out)
+			continue
+		}
+		c.eventually(30*time.Second, "the change is over", func() bool {
+			var ca node.CA
+			return c.try("/v1/ca", &ca) == nil && ca.Stage == "settled" && len(ca.Roots) == 1 && ca.Roots[0].Fingerprint != before
+		})
+		t.Logf("killed after %d ms: completed", after)
+		reachable(t, 10*time.Second, nodes...)
+	}
+	sent, lost := stop()
+	t.Logf("b → c: %d pings, %d lost", sent, lost)
+	if lost > 2 {
+		t.Errorf("b → c: %d of %d pings are lost", lost, sent)
 	}
 }

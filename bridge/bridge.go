@@ -70,6 +70,7 @@ type Config struct {
 // Bridge is one overlay on this node. Its methods are safe for concurrent use.
 type Bridge struct {
 	cfg    Config
+	clamp  atomic.Bool // cfg.ClampMSS, which may change
 	tunnel *Tunnel
 	fdb    *fdb
 
@@ -79,6 +80,7 @@ type Bridge struct {
 	remotes *xsync.Map[netip.Addr, *place] // by source address; of a sealed overlay none
 	peers   *xsync.Map[string, *place]     // by name; of a sealed overlay only
 	gossip  atomic.Pointer[floodKeys]
+	early   early
 
 	mu      sync.Mutex // serialises changes of the above
 	members []netip.AddrPort
@@ -160,6 +162,7 @@ func newBridge(t *Tunnel, cfg Config) *Bridge {
 		remotes: xsync.NewMap[netip.Addr, *place](),
 		peers:   xsync.NewMap[string, *place](),
 	}
+	b.clamp.Store(cfg.ClampMSS)
 	b.ports.Store(&[]*Port{})
 	b.refused.Store(&map[netip.Addr]struct{}{})
 	b.mu.Lock()
@@ -235,6 +238,9 @@ func (p *Port) ended() {
 		p.bridge.cfg.PortLost()
 	}
 }
+
+// SetClampMSS changes Config.ClampMSS.
+func (b *Bridge) SetClampMSS(on bool) { b.clamp.Store(on) }
 
 // mtu returns the MTU in bytes of the overlay's devices, 0 if it has none.
 func (b *Bridge) mtu() int {
@@ -374,7 +380,11 @@ func (b *Bridge) setFlood() {
 			add(a)
 		}
 	}
-	b.flood.Store(&list)
+	old := b.flood.Swap(&list)
+	if old == nil || b.cfg.Group.IsValid() {
+		return // it begins; or a group has no beginners
+	}
+	b.catchUp(slices.DeleteFunc(slices.Clone(list), func(p *place) bool { return slices.Contains(*old, p) }))
 }
 
 // group returns the place that stands for the multicast group; no MAC lives there.

@@ -106,6 +106,9 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 			other.WriteFrame(f.Meta, l.parts[:])
 		}
 	}
+	// Before the list is looked at: whoever joins it in between may get the frame
+	// twice, as broadcasts may, but not never.
+	b.early.remember(l, f)
 	list := *b.flood.Load()
 	if len(list) == 0 {
 		return
@@ -127,7 +130,7 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 // encap cuts a frame into what the wire takes and commits each piece, with its
 // VXLAN header, to the train for to; last: f is not needed any more.
 func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool) {
-	if b.cfg.ClampMSS {
+	if b.clamp.Load() {
 		b.clampMSS(f.B, f.Meta, to)
 	}
 	if b.cfg.Sealed {

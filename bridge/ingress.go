@@ -276,7 +276,7 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 			}
 		}
 	}
-	if in.b.cfg.ClampMSS {
+	if in.b.clamp.Load() {
 		in.b.clampMSS(frame, m, in.from)
 	}
 	in.frames++

@@ -334,7 +334,7 @@ func TestPathClampMSS(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
 						n := pathPair(t, underlaytest.NewNet(1), sealed, 1400, Config{})
 						defer end(n)
-						n[0].bridge.cfg.ClampMSS = true // of one side only: what it does in both directions
+						n[0].bridge.SetClampMSS(true) // of one side only: what it does in both directions
 						fits, port, headers := plainFits, 1450, 40
 						if sealed {
 							fits, port = sealedFits, 1418
@@ -365,7 +365,7 @@ func TestPathClampMSS(t *testing.T) {
 							n[0].tunnel.SetPathMTU(vtepOf(2).Addr(), 0)
 							carry(2, 1, ether.TCPSyn, 8960, port-headers)
 						}
-						n[0].bridge.cfg.ClampMSS = false
+						n[0].bridge.SetClampMSS(false)
 						carry(1, 2, ether.TCPSyn, 1460, 1460)
 					})
 				})
@@ -406,7 +406,7 @@ func TestMaySYN(t *testing.T) {
 // What is rare may happen to each frame: it allocates nothing either, told or not.
 func TestPathNoAllocs(t *testing.T) {
 	_, b, p := hotBridge(t)
-	b.cfg.ClampMSS = true
+	b.SetClampMSS(true)
 	at, _ := b.remotes.Load(vtepOf(2).Addr())
 	at.path.set(vtepOf(2).Addr(), func(p *path) { p.kernel = 600 })
 	f, m := syn(1, 2, ether.TCPSyn, 1460, false, false)

@@ -153,7 +153,8 @@ func TestSealedWaits(t *testing.T) {
 		defer end(n)
 		sent := 0
 		net.Tap(func(underlaytest.Datagram) { sent++ })
-		// Nobody has proven the key: nobody is flooded to, and nothing waits.
+		// Nobody has proven the key: nobody is flooded to, and nothing waits for
+		// anybody; but who proves it soon gets what was flooded (see early).
 		n[0].dev.Inject(numbered(macOf(1), ether.Broadcast, 0), ether.Meta{})
 		synctest.Wait()
 		if len(n[0].bridge.FloodList()) != 0 || sent != 0 || len(tells[0].got(&tells[0].wants)) != 0 {
@@ -171,7 +172,7 @@ func TestSealedWaits(t *testing.T) {
 		if w := tells[0].got(&tells[0].wants); len(w) == 0 || w[0] != "n2/blue" {
 			t.Errorf("wants %v, want n2/blue", w)
 		}
-		n[0].dropped(t, DropNoSession, 10)
+		n[0].dropped(t, DropNoSession, 11)
 		oneWay(t, n, 1, 2)
 		n[0].dev.Inject(numbered(macOf(1), ether.Broadcast, 1000), ether.Meta{})
 		got := n[1].got()

@@ -127,10 +127,10 @@ func (p *Place) followCA(ctx context.Context) {
 		switch {
 		case p.behind():
 			if err = p.Renew(ctx); err == nil {
-				p.e.Reconnect()
+				p.e.Reintroduce()
 				p.ca.rest.Store(true)
 				sleep(ctx, renewRest, nil)
-				p.e.Reconnect() // those whose handshake was under way
+				p.e.Reintroduce() // those whose handshake was under way
 				p.ca.rest.Store(false)
 			}
 		case p.untold():

@@ -58,8 +58,9 @@ func (p *Place) Keep(ctx context.Context, from Keeping) error {
 	if err != nil {
 		return err
 	}
+	st := keeper.Patient(from.Store)
 	k, err := keeper.New(keeper.Config{
-		Name: p.cfg.Name, CA: ca, CAs: p.caOf, KeepCA: p.keepCA, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(from.Store), Shared: from.Store, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace,
+		Name: p.cfg.Name, CA: ca, CAs: p.caOf, KeepCA: p.keepCA, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(st), Shared: st, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace,
 		Members: p.membersToTell, Addrs: p.keeperAddrs, Ring: p.Ring, SetRing: p.setRing, Push: p.push,
 		Now: p.Now, Log: p.cfg.Log,
 	})
@@ -218,7 +219,7 @@ func (p *Place) TellRing() {
 // have made a change that concerns itself.
 func (p *Place) push(ctx context.Context, except []string) []string {
 	unreached := []string{}
-	if err := p.refresh(ctx, p.client()); err != nil {
+	if err := p.Refresh(ctx); err != nil {
 		unreached = append(unreached, p.cfg.Name)
 	}
 	var names []string
@@ -232,6 +233,11 @@ func (p *Place) push(ctx context.Context, except []string) []string {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	slot := make(chan struct{}, maxPushes)
+	wg.Go(func() { // beside the others, who do not wait for it
+		if err := p.pullShared(ctx, p.client()); err != nil {
+			p.cfg.Log.Debug("the shared overlays are not known here yet", "err", err)
+		}
+	})
 	for _, name := range names {
 		wg.Go(func() {
 			select {

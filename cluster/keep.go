@@ -42,12 +42,12 @@ func (p *Place) Extra() []byte {
 }
 
 // Notice takes what another's passport says of its news.
-func (p *Place) Notice(_ string, extra []byte) {
+func (p *Place) Notice(member string, extra []byte) {
 	if len(extra) < extraBytes {
 		return
 	}
 	if binary.BigEndian.Uint64(extra) > p.revoked.Load().Number() || binary.BigEndian.Uint64(extra[8:]) > p.ring.Load().Epoch ||
-		p.shared.notice(binary.BigEndian.Uint64(extra[16:])) {
+		p.shared.notice(member, binary.BigEndian.Uint64(extra[16:])) {
 		ring(p.bell)
 	}
 }
@@ -294,6 +294,9 @@ func (p *Place) Renew(ctx context.Context) error {
 	}
 	if err != nil {
 		return err
+	}
+	if id.Certificate().Keeper != old.Certificate().Keeper {
+		p.e.Reintroduce() // by their connections the others still take it for what it was
 	}
 	p.keys.drop(p, id)
 	p.cfg.Log.Info("the certificate is renewed", "until", id.Certificate().NotAfter)

@@ -183,6 +183,17 @@ func (p *Place) Resolve(name string) []netip.AddrPort {
 	return out
 }
 
+// Met takes a keeper that answered where another node was expected: it took its
+// place, with a name of its own.
+func (p *Place) Met(m peer.Member) {
+	p.membersMu.Lock()
+	_, is := p.members[m.Name]
+	p.membersMu.Unlock()
+	if !is { // gossip knows better
+		p.learn([]peer.Member{m})
+	}
+}
+
 // Addrs returns where members may be, best first: for the way to them.
 func (p *Place) Addrs() []netip.AddrPort {
 	var out []netip.AddrPort
@@ -194,11 +205,18 @@ func (p *Place) Addrs() []netip.AddrPort {
 	return out
 }
 
-// Keepers returns the names of the other keepers, those that are there first.
+// Keepers returns the names of the other keepers, those that are there first: who
+// shows it in gossip, or was one when a keeper last told.
 func (p *Place) Keepers() []string {
+	told := map[string]bool{}
+	p.membersMu.Lock()
+	for _, m := range p.remembered {
+		told[m.Name] = m.Keeper
+	}
+	p.membersMu.Unlock()
 	var names []string
 	for _, m := range p.known() {
-		if m.Keeper {
+		if m.Keeper || told[m.Name] {
 			names = append(names, m.Name)
 		}
 	}

@@ -19,6 +19,9 @@ import (
 // fileShared is the shared overlays that this node may know of.
 const fileShared = "shared"
 
+// maxNoticed members are remembered by what they told of.
+const maxNoticed = keeper.MaxNodes
+
 var (
 	errSharedBehind = errors.New("cluster: the keeper knows less of the shared overlays than this node")
 	errSharedDigest = errors.New("cluster: the keeper's list of shared overlays contradicts itself")
@@ -26,14 +29,26 @@ var (
 
 // shared is the definitions of the shared overlays, as of the last answer of a keeper.
 type shared struct {
-	pulling sync.Mutex // one pull at a time
+	applying sync.Mutex // one answer at a time: on disk, then in memory
 
 	mu       sync.Mutex
 	revision int64
-	noticed  uint64 // the highest revision that anybody told of
+	noticed  map[string]uint64 // the highest revision that each member told of, maxNoticed at most
 	defined  map[string]keeper.SharedOverlay
 	asked    time.Time // when a keeper last answered
+	removed  []removed // not long ago, the oldest first
 }
+
+// removed is an overlay that was shared.
+type removed struct {
+	name string
+	vni  uint32
+	at   time.Time
+}
+
+// removedFor is how long others may be seen to carry an overlay that was
+// removed: they hear of the removal, and gossip tells that they left it.
+const removedFor = time.Minute
 
 // sharedFile is the text of fileShared.
 type sharedFile struct {
@@ -79,14 +94,19 @@ func (s *shared) known() uint64 {
 	return uint64(s.revision)
 }
 
-// notice reports whether a revision is higher than all that were told of before.
-func (s *shared) notice(revision uint64) bool {
+// notice reports whether a revision is higher than what this node knows, and
+// than all that the member told of before: a keeper may not know it yet. Who
+// claims what nobody has is believed once, and in the others' way never.
+func (s *shared) notice(member string, revision uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if revision <= s.noticed || revision <= uint64(s.revision) {
+	if revision <= s.noticed[member] || revision <= uint64(s.revision) {
 		return false
 	}
-	s.noticed = revision
+	if s.noticed == nil || len(s.noticed) >= maxNoticed {
+		s.noticed = map[string]uint64{}
+	}
+	s.noticed[member] = revision
 	return true
 }
 
@@ -109,15 +129,25 @@ func (p *Place) SharedOverlay(name string) *store.Overlay {
 	return p.shared.defined[name].Overlay
 }
 
+// WasShared reports whether an overlay was a shared one until not long ago. Others
+// may be seen to carry it still.
+func (p *Place) WasShared(name string, vni uint32) bool {
+	p.shared.mu.Lock()
+	defer p.shared.mu.Unlock()
+	return slices.ContainsFunc(p.shared.removed, func(r removed) bool {
+		return r.name == name && r.vni == vni && time.Since(r.at) < removedFor
+	})
+}
+
 // pullShared pulls what is new of the shared overlays.
 func (p *Place) pullShared(ctx context.Context, c keeper.Client) error {
-	p.shared.pulling.Lock()
-	defer p.shared.pulling.Unlock()
 	p.shared.mu.Lock()
 	since := p.shared.revision
 	p.shared.mu.Unlock()
 	changed, err := p.takeShared(ctx, c, since)
-	if errors.Is(err, errSharedDigest) && since != 0 {
+	if errors.Is(err, errSharedDigest) {
+		// Another answer came in between, or what this node has is not what the
+		// keeper thinks: everything, then.
 		changed, err = p.takeShared(ctx, c, 0)
 	}
 	if err != nil {
@@ -129,16 +159,19 @@ func (p *Place) pullShared(ctx context.Context, c keeper.Client) error {
 	return nil
 }
 
-// takeShared asks once, and keeps what is new: on disk, then in memory.
+// takeShared asks once, and keeps what is new.
 func (p *Place) takeShared(ctx context.Context, c keeper.Client, since int64) (changed bool, err error) {
 	a, err := c.Shared(ctx, since)
 	if err != nil {
 		return false, err
 	}
 	s := &p.shared
+	s.applying.Lock()
+	defer s.applying.Unlock()
 	s.mu.Lock()
-	next := maps.Clone(s.defined)
+	old, before := s.defined, s.revision
 	s.mu.Unlock()
+	next := maps.Clone(old)
 	if a.Whole {
 		clear(next)
 	}
@@ -155,20 +188,25 @@ func (p *Place) takeShared(ctx context.Context, c keeper.Client, since int64) (c
 	if !bytes.Equal(keeper.SharedDigest(have), a.Digest) {
 		return false, errSharedDigest
 	}
-	s.mu.Lock()
-	changed = !maps.EqualFunc(s.defined, next, func(a, b keeper.SharedOverlay) bool { return a.Revision == b.Revision })
-	revision, before := max(a.Revision, s.revision), s.revision
-	s.mu.Unlock()
+	changed = !maps.EqualFunc(old, next, func(a, b keeper.SharedOverlay) bool { return a.Revision == b.Revision })
 	if changed && a.Revision < before {
 		return false, errSharedBehind // it will know more, or another one does
 	}
+	revision := max(a.Revision, before)
 	if changed || revision != before {
 		if err := p.saveShared(revision, next); err != nil {
 			return false, err
 		}
 	}
 	s.mu.Lock()
-	s.revision, s.defined, s.asked = revision, next, time.Now()
+	now := time.Now()
+	s.removed = slices.DeleteFunc(s.removed, func(r removed) bool { return now.Sub(r.at) >= removedFor })
+	for name, o := range s.defined {
+		if is, there := next[name]; !there || is.ID != o.ID {
+			s.removed = append(s.removed, removed{name, o.VNI, now})
+		}
+	}
+	s.revision, s.defined, s.asked = revision, next, now
 	s.mu.Unlock()
 	return changed, nil
 }

@@ -42,6 +42,8 @@ const (
 	maxDeviceName      = 15  // IFNAMSIZ less the terminating zero
 	maxSocketPath      = 103 // sun_path less the terminating zero, and ".new", which the node makes first
 	maxFileBytes       = 4 << 20
+	minGrace           = 10 * time.Minute
+	maxGrace           = 365 * 24 * time.Hour
 	encryptionNone     = "none"
 	encryptionRequired = "required"
 	floodUnicast       = "unicast"
@@ -114,6 +116,9 @@ type Store struct {
 	Prefix string
 	// PeerPort and ClientPort of a member of its own, TCP; default 7947 and 7948.
 	PeerPort, ClientPort uint16
+	// Grace is how long a node that is away keeps its addresses, 10 minutes to a
+	// year; default 24 hours. A node goes by what it was told when it last renewed.
+	Grace time.Duration
 }
 
 // External reports whether the store is an etcd cluster that is there.

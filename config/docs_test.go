@@ -13,14 +13,15 @@ func TestSettingsAreDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node, overlay, ok := strings.Cut(string(text), "\n## Overlay")
-	if !ok {
-		t.Fatal("docs/settings.md has no part about overlays")
+	rest, overlay, ok := strings.Cut(string(text), "\n## Overlay")
+	node, store, also := strings.Cut(rest, "\n## Store")
+	if !ok || !also {
+		t.Fatal("docs/settings.md has no part about overlays, or about the store")
 	}
 	for _, part := range []struct {
 		name, text string
 		keys       []string
-	}{{"Node", node, keysOf(nodeFields)}, {"Overlay", overlay, keysOf(overlayFields)}} {
+	}{{"Node", node, keysOf(nodeFields)}, {"Store", store, keysOf(storeFields)}, {"Overlay", overlay, keysOf(overlayFields)}} {
 		keys := map[string]bool{}
 		for line := range strings.SplitSeq(part.text, "\n") {
 			if cells := strings.Split(line, "|"); len(cells) == 5 {

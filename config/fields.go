@@ -95,6 +95,12 @@ var storeFields = []field[Store]{
 	}},
 	{key: "peer-port", set: port(func(s *Store) *uint16 { return &s.PeerPort })},
 	{key: "client-port", set: port(func(s *Store) *uint16 { return &s.ClientPort })},
+	{key: "grace", set: func(s *Store, t string) (err error) {
+		if s.Grace, err = time.ParseDuration(t); err != nil || s.Grace < minGrace || s.Grace > maxGrace {
+			return errors.New("want a duration from 10m to 8760h, as in 24h")
+		}
+		return nil
+	}},
 }
 
 func port[T any](at func(*T) *uint16) func(*T, string) error {

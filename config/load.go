@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -104,6 +105,9 @@ func (d *decoder) overlays(c *Config, n ast.Node) {
 }
 
 func (d *decoder) store(c *Config, n ast.Node) {
+	if _, null := n.(*ast.NullNode); null {
+		return
+	}
 	for key, v := range d.entries(n, "what the store is, as in etcd: [https://192.0.2.9:2379]") {
 		if f := find(storeFields, key.text); f != nil {
 			decodeField(d, &c.Store, f, v)
@@ -111,6 +115,20 @@ func (d *decoder) store(c *Config, n ast.Node) {
 		}
 		d.fault(key.node, "%w", unknown(key.text, keysOf(storeFields)))
 	}
+}
+
+// splitURL returns the URL that the parser takes for a mapping within { }, where
+// YAML does not: it finds a key https://192.0.2.9 in https://192.0.2.9:2379.
+func splitURL(n ast.Node) (string, bool) {
+	if m, ok := n.(*ast.MappingNode); ok && len(m.Values) == 1 {
+		n = m.Values[0]
+	}
+	m, ok := n.(*ast.MappingValueNode)
+	if !ok {
+		return "", false
+	}
+	key, value := m.Key.GetToken().Value, m.Value.GetToken().Value
+	return key + ":" + value, strings.Contains(key, "://") && value != ""
 }
 
 func decodeField[T any](d *decoder, t *T, f *field[T], n ast.Node) {
@@ -124,6 +142,9 @@ func decodeField[T any](d *decoder, t *T, f *field[T], n ast.Node) {
 	}
 	for _, item := range items {
 		s, ok := scalar(item)
+		if !ok {
+			s, ok = splitURL(item)
+		}
 		if !ok {
 			d.fault(item, "%s: want a plain value%s", f.key, shape(item))
 			continue

@@ -166,3 +166,41 @@ func checkFaults(t *testing.T, c *Config) {
 		t.Errorf("Validate(%+v) = %v, then %v", *c, first, second)
 	}
 }
+
+// TestLoadStore: a keeper's store is its own, or an etcd cluster that is there.
+func TestLoadStore(t *testing.T) {
+	for _, c := range []struct {
+		text string
+		want Store
+		err  string
+	}{
+		{"store:\n", Store{}, ""},
+		{"store: {peer-port: 17947, client-port: 17948}\n", Store{PeerPort: 17947, ClientPort: 17948}, ""},
+		{"store: {etcd: [https://192.0.2.9:2379], ca: /c, cert: /a, key: /k, prefix: /tulle/home}\n",
+			Store{Etcd: []string{"https://192.0.2.9:2379"}, CA: "/c", Cert: "/a", Key: "/k", Prefix: "/tulle/home/"}, ""},
+		{"store: {grace: 48h}\n", Store{Grace: 48 * time.Hour}, ""},
+		{"store: {grace: 1m}\n", Store{}, "from 10m to 8760h"},
+		{"store: {ca: /c}\n", Store{}, "say where, with etcd"},
+		{"store: {etcd: [https://192.0.2.9:2379], peer-port: 7947}\n", Store{}, "leave them out beside etcd"},
+		{"store: {etcd: [https://192.0.2.9:2379], cert: /a}\n", Store{}, "give both or none"},
+		{"store: here\n", Store{}, "what the store is"},
+	} {
+		path := filepath.Join(t.TempDir(), "tulle.yaml")
+		if err := os.WriteFile(path, []byte("name: n1\n"+c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := Load(path)
+		if err == nil {
+			err = got.Validate()
+		}
+		if c.err != "" {
+			if err == nil || !strings.Contains(err.Error(), c.err) {
+				t.Errorf("%s: %v, want %q", c.text, err, c.err)
+			}
+			continue
+		}
+		if err != nil || !reflect.DeepEqual(got.Store, c.want) || got.Store.External() != (len(c.want.Etcd) > 0) {
+			t.Errorf("%s: %+v, %v, want %+v", c.text, got.Store, err, c.want)
+		}
+	}
+}

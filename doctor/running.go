@@ -49,6 +49,20 @@ type Node interface {
 	Conflicts() []string
 	// MTUs has one entry an overlay.
 	MTUs() []MTU
+	// Store looks at the store of a keeper; nil: this node is none.
+	Store(context.Context) *Store
+	// Endpoints that this node should have and has not, one sentence each.
+	Endpoints() []string
+}
+
+// Store is a keeper's view of the store.
+type Store struct {
+	// Keepers that have a vote in it, and how many of them are out of reach; 0
+	// where it is an etcd of its own.
+	Keepers, Away int
+	// Quorum: it can be changed. Fault says why not, or what etcd warns of.
+	Quorum bool
+	Fault  string
 }
 
 // ErrNotBelieved: the node was revoked or removed, or its certificate is not of
@@ -83,17 +97,18 @@ type MTU struct {
 func Running(ctx context.Context, n Node) []Check {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	var gossip, keeper []Check
+	var gossip, keeper, kept []Check
 	var asked sync.WaitGroup
 	asked.Go(func() { gossip = []Check{reach(n.ProbeGossip(ctx))} })
 	cert := n.Certificate()
 	if cert != nil {
 		asked.Go(func() { keeper = ask(ctx, n) })
+		asked.Go(func() { kept = store(n.Store(ctx)) })
 	}
 	asked.Wait()
 	return slices.Concat(
-		[]Check{certificate(cert, n.Now())}, keeper, gossip,
-		[]Check{offloads(n.Underlay(), n.Taps()), buffer(n.Underlay().ReceiveBuffer), conflicts(n.Conflicts()), mtus(n.MTUs())},
+		[]Check{certificate(cert, n.Now())}, keeper, kept, gossip,
+		[]Check{endpoints(n.Endpoints()), offloads(n.Underlay(), n.Taps()), buffer(n.Underlay().ReceiveBuffer), conflicts(n.Conflicts()), mtus(n.MTUs())},
 	)
 }
 
@@ -138,6 +153,36 @@ func ask(ctx context.Context, n Node) []Check {
 		answers = ok("keeper", "this node is one")
 	}
 	return []Check{answers, clockSkew(k.Name, skew)}
+}
+
+// store is about a keeper's store.
+func store(s *Store) []Check {
+	const name = "store"
+	switch {
+	case s == nil:
+		return nil
+	case !s.Quorum:
+		return []Check{failed(name, "the store does not answer, so nothing of the cluster can be changed: "+s.Fault,
+			"`tulle store status` shows its members: start the keepers that are away, and let TCP through to their store")}
+	case s.Fault != "":
+		return []Check{warn(name, s.Fault, "`tulle store status` says more")}
+	case s.Away > 0:
+		return []Check{warn(name, fmt.Sprintf("%d of %d keepers are away", s.Away, s.Keepers), "start them, or `tulle node promote NEW --replace LOST`")}
+	case s.Keepers == 2:
+		return []Check{warn(name, "of 2 keepers neither may be lost: each is half of them", "`tulle node promote` a third one, or demote one")}
+	case s.Keepers == 0:
+		return []Check{ok(name, "the etcd cluster answers")}
+	}
+	return []Check{ok(name, "%s, and can be changed", countOf(s.Keepers, "keeper has it", "keepers have it"))}
+}
+
+// endpoints is about what this node should have in overlays and has not.
+func endpoints(faults []string) Check {
+	const name = "endpoints"
+	if len(faults) == 0 {
+		return ok(name, "all are there")
+	}
+	return failed(name, join(faults), "`tulle endpoints` shows them; `tulle unexpose OVERLAY` gives one up")
 }
 
 func clockSkew(keeper string, skew time.Duration) Check {

@@ -41,6 +41,8 @@ type fakeNode struct {
 	hang      bool
 	conflicts []string
 	mtus      []MTU
+	store     *Store
+	missing   []string
 	asked     int
 }
 
@@ -65,6 +67,8 @@ func (n *fakeNode) Underlay() underlay.Offloads   { return good }
 func (n *fakeNode) Taps() map[string]tap.Offloads { return taps }
 func (n *fakeNode) Conflicts() []string           { return n.conflicts }
 func (n *fakeNode) MTUs() []MTU                   { return n.mtus }
+func (n *fakeNode) Store(context.Context) *Store  { return n.store }
+func (n *fakeNode) Endpoints() []string           { return n.missing }
 
 func names(checks []Check) (list []string) {
 	for _, c := range checks {
@@ -76,10 +80,10 @@ func names(checks []Check) (list []string) {
 func TestRunning(t *testing.T) {
 	secure := &fakeNode{
 		cert: validFor(20 * 24 * time.Hour), keeper: Keeper{"n1", now, time.Millisecond}, probes: []Probe{{Peer: "n2"}},
-		mtus: []MTU{{"blue", 1418, 1418}},
+		mtus: []MTU{{"blue", 1418, 1418}}, store: &Store{Keepers: 3, Quorum: true},
 	}
 	checks := Running(t.Context(), secure)
-	if got, all := names(checks), []string{"certificate", "keeper", "clock_skew", "gossip", "offloads", "receive_buffer", "conflicts", "mtu"}; !slices.Equal(got, all) {
+	if got, all := names(checks), []string{"certificate", "keeper", "clock_skew", "store", "gossip", "endpoints", "offloads", "receive_buffer", "conflicts", "mtu"}; !slices.Equal(got, all) {
 		t.Errorf("secure: %q, want %q", got, all)
 	}
 	for _, c := range checks {
@@ -87,7 +91,7 @@ func TestRunning(t *testing.T) {
 	}
 	open := &fakeNode{}
 	checks = Running(t.Context(), open)
-	if got, all := names(checks), []string{"certificate", "gossip", "offloads", "receive_buffer", "conflicts", "mtu"}; !slices.Equal(got, all) || open.asked > 0 {
+	if got, all := names(checks), []string{"certificate", "gossip", "endpoints", "offloads", "receive_buffer", "conflicts", "mtu"}; !slices.Equal(got, all) || open.asked > 0 {
 		t.Errorf("open: %q, want %q; %d keepers asked", got, all, open.asked)
 	}
 	for _, c := range checks {
@@ -204,4 +208,30 @@ func TestBufferConflictsMTUs(t *testing.T) {
 	want(t, mtus([]MTU{{"blue", 1418, 1418}, {"red", 1400, 1418}}), OK, "blue 1418, red 1400")
 	want(t, mtus([]MTU{{"blue", 1418, 1418}, {"red", 1279, 1418}}), Warn, "overlay red has 1279: below 1280")
 	want(t, mtus([]MTU{{"blue", 1450, 1418}, {"red", 0, 1418}, {"x", 1000, 1418}}), Failed, "overlay blue has 1450 and the underlay carries 1418, overlay red has no device")
+}
+
+func TestStore(t *testing.T) {
+	if c := store(nil); c != nil {
+		t.Errorf("no keeper: %+v", c)
+	}
+	for _, c := range []struct {
+		s      Store
+		status Result
+		detail string
+	}{
+		{Store{Keepers: 1, Quorum: true}, OK, "1 keeper has it, and can be changed"},
+		{Store{Keepers: 3, Quorum: true}, OK, "3 keepers have it, and can be changed"},
+		{Store{Quorum: true}, OK, "the etcd cluster answers"},
+		{Store{Keepers: 2, Quorum: true}, Warn, "of 2 keepers neither may be lost: each is half of them"},
+		{Store{Keepers: 3, Away: 1, Quorum: true}, Warn, "1 of 3 keepers are away"},
+		{Store{Keepers: 3, Quorum: true, Fault: "NOSPACE"}, Warn, "NOSPACE"},
+		{Store{Keepers: 3, Away: 2, Fault: "no leader"}, Failed, "the store does not answer, so nothing of the cluster can be changed: no leader"},
+	} {
+		want(t, store(&c.s)[0], c.status, c.detail)
+	}
+}
+
+func TestEndpoints(t *testing.T) {
+	want(t, endpoints(nil), OK, "all are there")
+	want(t, endpoints([]string{"blue: its lease has run out"}), Failed, "blue: its lease has run out")
 }

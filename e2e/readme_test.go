@@ -24,8 +24,8 @@ func TestREADME(t *testing.T) {
 		t.Fatal(err)
 	}
 	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(text), -1)
-	if len(blocks) != 4 {
-		t.Fatalf("README has %d blocks of commands, want 4: first host, a token there, second host, either", len(blocks))
+	if len(blocks) != 5 {
+		t.Fatalf("README has %d blocks of commands, want 5: first host, a token there, second host, an overlay on the first, the second", len(blocks))
 	}
 	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: netip.MustParsePrefix("192.0.2.0/24")})
 	type on struct {
@@ -78,16 +78,23 @@ func TestREADME(t *testing.T) {
 		t.Fatalf("%q printed %q; it goes in place of TOKEN in %q", blocks[1][1], token, blocks[2][1])
 	}
 	start(h[1], strings.Replace(blocks[2][1], "TOKEN", token, 1))
-	ping(t, h[1], address(1), 3*time.Second)
-	for _, o := range hosts {
-		for line := range strings.Lines(blocks[3][1]) {
-			out := run(o, line)
-			if strings.Contains(line, "fdb") && !strings.Contains(out, "02:54:0a:20:00:02") {
-				t.Errorf("%s shows no MAC of the second host:\n%s", strings.TrimSpace(line), out)
+	for line := range strings.Lines(blocks[3][1]) {
+		run(hosts[0], line)
+	}
+	for line := range strings.Lines(blocks[4][1]) {
+		out := run(hosts[1], line)
+		if strings.Contains(line, "expose") {
+			p, err := netip.ParsePrefix(strings.TrimSpace(out))
+			if err != nil || !netip.MustParsePrefix("10.32.0.0/16").Contains(p.Addr()) {
+				t.Errorf("%s prints %q, want an address and its prefix length", strings.TrimSpace(line), out)
 			}
-			if strings.Contains(line, "peers") && !strings.Contains(out, "blue:aes-256-gcm:") && !strings.Contains(out, "blue:chacha20-poly1305:") {
-				t.Errorf("%s shows no cipher:\n%s", strings.TrimSpace(line), out)
-			}
+			ping(t, h[1], address(2), 5*time.Second) // until the two have met
+		}
+		if strings.Contains(line, "fdb") && !strings.Contains(out, "02:54:0a:20:00:02") {
+			t.Errorf("%s shows no MAC of the first host:\n%s", strings.TrimSpace(line), out)
+		}
+		if strings.Contains(line, "peers") && !strings.Contains(out, "blue:aes-256-gcm:") && !strings.Contains(out, "blue:chacha20-poly1305:") {
+			t.Errorf("%s shows no cipher:\n%s", strings.TrimSpace(line), out)
 		}
 	}
 }

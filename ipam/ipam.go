@@ -64,8 +64,8 @@ var (
 	ErrFull = errors.New("no free block")
 	// ErrTaken: somebody has the address.
 	ErrTaken = errors.New("address is taken")
-	// ErrNotUsable: the node's lease has run out, and no keeper has renewed it.
-	ErrNotUsable = errors.New("the lease on this node's addresses has run out")
+	// ErrNotUsable: the node has no lease, or it has run out.
+	ErrNotUsable = errors.New("its addresses are not leased now")
 )
 
 // margin of a grace period.

@@ -214,7 +214,7 @@ func (s *state) fill(k *block, holes map[netip.Addr]uint64) {
 
 // beginAnew: keepers do not take the state. All is lost.
 func (p *Pool) beginAnew(why string) (lost []string, err error) {
-	p.cfg.Log.Error("keepers do not take this node's addresses: attach the endpoints again", "err", why)
+	p.cfg.Log.Warn("all addresses of this node are lost: attach its endpoints again")
 	for _, ep := range p.s.list {
 		lost = append(lost, ep.Owner)
 	}
@@ -240,7 +240,7 @@ func (p *Pool) stop() {
 			}
 		}
 		if len(lost) > 0 {
-			p.cfg.Log.Error("the lease on this node's addresses has run out: see that a keeper can be reached", "count", len(lost), "err", p.lastErr)
+			p.cfg.Log.Error("the lease on this node's addresses has run out: see that a keeper can be reached", "err", p.lastErr)
 		}
 	}
 	p.mu.Unlock()

@@ -79,9 +79,9 @@ func TestRenewedWhileAsked(t *testing.T) {
 	c.r.cfg.Cede = func(ctx context.Context, owner string, q CedeRequest) error {
 		err := c.cede(ctx, owner, q)
 		a.must(a.tick(ctx))
-		c.cut = true
+		c.cut.Store(true)
 		a.mustNot(blue, x)
-		c.cut = false
+		c.cut.Store(false)
 		return err
 	}
 	b.assign(blue, "x", x)
@@ -100,7 +100,7 @@ func TestCededWhileRenewing(t *testing.T) {
 		}
 		a.hook().afterRenew = func() { b.assign(blue, "x", x) }
 		a.must(a.tick(ctx))
-		c.cut = true
+		c.cut.Store(true)
 		a.mustNot(blue, x)
 	}
 }
@@ -130,7 +130,11 @@ func TestSlowKeeper(t *testing.T) {
 				go func() {
 					ended <- c.r.Fix(ctx, "b", FixRequest{Caller: Caller{State: b.s.State, Number: 1000}, Overlay: "blue", OverlayID: blue.ID, Addr: q.Addr, Nonce: "again"})
 				}()
-				<-cedes
+				select {
+				case <-cedes:
+				case err := <-ended:
+					t.Fatalf("the second attempt asked nobody: %v", err)
+				}
 			}
 			return err
 		}
@@ -229,7 +233,7 @@ func TestSilenceSurvives(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for range 2 {
+		for range 3 {
 			if err := r.Reclaim(ctx, func(string) bool { return false }); err != nil {
 				t.Fatal(err)
 			}
@@ -240,5 +244,59 @@ func TestSilenceSurvives(t *testing.T) {
 	}
 	if l, err := c.r.Blocks(ctx, "blue"); err != nil || len(l.Blocks) != 0 {
 		t.Fatalf("%+v, %v", l, err)
+	}
+}
+
+// TestNonce: a request whose answer was lost gets the same block, with the holes
+// that it has by then.
+func TestNonce(t *testing.T) {
+	c, blue, _, b, _ := raceCluster(t)
+	q := TakeRequest{Caller: Caller{State: "s", Number: 1}, Overlay: "blue", OverlayID: blue.ID, Family: 4, Nonce: "x"}
+	first, err := c.r.Take(ctx, "n", q)
+	if err != nil || len(first.Holes) != 0 {
+		t.Fatalf("%+v, %v", first, err)
+	}
+	c.r.cfg.Cede = func(context.Context, string, CedeRequest) error { return nil }
+	b.assign(blue, "x", first.Prefix.Addr().Next().Next().String())
+	q.Number = 2
+	second, err := c.r.Take(ctx, "n", q)
+	if err != nil || second.Prefix != first.Prefix || len(second.Holes) != 1 {
+		t.Fatalf("%+v, then %+v, %v", first, second, err)
+	}
+	q.Nonce = "y"
+	if third, err := c.r.Take(ctx, "n", q); err != nil || third.Prefix == first.Prefix {
+		t.Fatalf("%+v, %v", third, err)
+	}
+}
+
+// TestTakenWhileRenewing: a renewal that arrives late frees no block that was
+// taken after it was made.
+func TestTakenWhileRenewing(t *testing.T) {
+	c, blue, _, b, _ := raceCluster(t)
+	old := RenewRequest{Caller: Caller{State: b.s.State, Number: 1}}
+	b.assign(blue, "e") // renews with number 1, takes
+	b.assign(blue, "f", "10.32.99.99")
+	b.must(func() error { _, err := c.r.Renew(ctx, "b", old); return err }())
+	if l, err := c.r.Blocks(ctx, "blue"); err != nil || len(l.Blocks) != 2 || len(l.Fixed) != 1 {
+		t.Fatalf("%+v, %v", l, err)
+	}
+}
+
+// TestRenewalEndsSilence: a node that renews is not reclaimed, though gossip does
+// not show it.
+func TestRenewalEndsSilence(t *testing.T) {
+	c, _, a, _, _ := raceCluster(t)
+	for range 100 {
+		for range 2 { // so that silence is written
+			if err := c.r.Reclaim(ctx, func(string) bool { return false }); err != nil {
+				t.Fatal(err)
+			}
+			// Looked at before the next renewal, which would readmit it.
+			if l, err := c.r.Blocks(ctx, "blue"); err != nil || len(l.Blocks) != 1 {
+				t.Fatalf("%+v, %v", l, err)
+			}
+			c.pass(2 * time.Hour)
+		}
+		a.must(a.tick(ctx))
 	}
 }

@@ -47,13 +47,14 @@ func (r *Registry) forgetHeard(there map[heardKey]bool) {
 	}
 }
 
-// silenceShare: silence is written when it has grown by grace/silenceShare.
-const silenceShare = 48
+// silenceShare: silence is written when it has grown by grace/silenceShare, so
+// that of a node that renews it never is.
+const silenceShare = 16
 
 // Reclaim frees what leases have that were silent for longer than grace and a
 // margin: of nodes that are not alive, and of states that were lost or removed.
-// Every keeper calls it, every few minutes; between two calls it must not be
-// longer than it wants silence to be counted.
+// Every keeper calls it, every few minutes; what passes before a keeper's first
+// call is not counted.
 func (r *Registry) Reclaim(ctx context.Context, alive func(node string) bool) error {
 	type found struct {
 		node    string
@@ -91,7 +92,7 @@ func (r *Registry) Reclaim(ctx context.Context, alive func(node string) bool) er
 		live := f.current && !f.l.Removed && alive(f.node)
 		switch limit := f.l.reclaimable(); {
 		case f.silence >= limit && !live:
-			err = r.reclaim(ctx, f.node, f.l, f.silence)
+			err = r.reclaim(ctx, f.node, f.l)
 		case f.silence < limit && f.silence.Milliseconds()-f.l.SilentMS >= f.l.GraceMS/silenceShare:
 			err = r.writeSilence(ctx, f.node, f.l, f.silence)
 		}
@@ -119,10 +120,10 @@ func (r *Registry) writeSilence(ctx context.Context, node string, seen *lease, s
 }
 
 // reclaim frees all that the lease has, unless it is renewed meanwhile.
-func (r *Registry) reclaim(ctx context.Context, node string, seen *lease, silence time.Duration) error {
+func (r *Registry) reclaim(ctx context.Context, node string, seen *lease) error {
 	freed, err := r.free(ctx, node, seen, func(l *lease) bool { return l.Number == seen.Number })
 	if err == nil && freed > 0 {
-		r.cfg.Log.Info("addresses of a node that is gone are free again", "peer", node, "silent", silence, "count", freed)
+		r.cfg.Log.Info("addresses of a node that is gone are free again", "peer", node)
 	}
 	return err
 }

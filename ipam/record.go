@@ -422,7 +422,9 @@ func (e *edit) settleNode(b *book, endpoints int) error {
 			return fmt.Errorf("ipam: overlay %s has endpoints on %d nodes, the most that it can: make another overlay", b.name, MaxNodes)
 		}
 		old = &nodeRecord{Endpoints: -1}
-		endpoints = max(endpoints, 0)
+		if endpoints < 0 {
+			endpoints = 1 // the one for which it asks
+		}
 	}
 	if endpoints < 0 || endpoints == old.Endpoints {
 		return nil // nothing to write: renewals of one overlay's nodes do not disturb each other

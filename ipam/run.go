@@ -2,6 +2,7 @@ package ipam
 
 import (
 	"context"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"time"
@@ -37,7 +38,11 @@ func (p *Pool) Run(ctx context.Context) error {
 				if ctx.Err() != nil {
 					return nil
 				}
-				p.cfg.Log.Debug("addresses not renewed", "err", err)
+				level := slog.LevelDebug
+				if !away {
+					level = slog.LevelWarn
+				}
+				p.cfg.Log.Log(ctx, level, "no keeper renews this node's addresses", "err", err)
 				due, retry, away = now+retry, min(2*retry, lastRetry, max(firstRetry, p.interval())), true
 			} else {
 				due, retry, away = now+p.interval(), firstRetry, false
@@ -185,7 +190,7 @@ func (p *Pool) giveBack(ctx context.Context) error {
 			p.s.blocks = slices.DeleteFunc(p.s.blocks, func(k *block) bool { return k.Returning && k.OverlayID == q.OverlayID })
 			err = p.save()
 			p.mu.Unlock()
-			p.cfg.Log.Info("empty blocks given back", "overlay", q.Overlay, "count", len(q.Prefixes))
+			p.cfg.Log.Info("empty blocks given back", "overlay", q.Overlay)
 		}
 	}
 	return err

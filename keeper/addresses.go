@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -69,6 +70,9 @@ func leasing[Q, A any](f func(*ipam.Registry, context.Context, string, Q) (A, er
 		if name := overlay(b.Request); name != "" && !c.asker.allow(name) {
 			return nil, peer.Errorf(peer.CodeDenied, "%s may not join overlay %.70q", c.cert.Name, name)
 		}
+		if !c.k.leasing.allow(c.cert.Name, time.Now()) {
+			return nil, peer.Errorf(peer.CodeBusy, "%s asks for too many addresses: wait a second", c.cert.Name)
+		}
 		a, err := f(c.k.registry, ctx, c.cert.Name, b.Request)
 		if err != nil {
 			return nil, leaseError(err)
@@ -84,13 +88,47 @@ func leaseError(err error) error {
 		return peer.Errorf(CodeFull, "%v", err)
 	case errors.Is(err, ipam.ErrTaken):
 		return peer.Errorf(CodeTaken, "%v", err)
-	case errors.Is(err, store.ErrUnavailable):
+	case errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrTooLarge), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		return shareError(err)
 	}
-	if _, is := errors.AsType[*peer.Error](err); is {
-		return err
+	if e, is := errors.AsType[*peer.Error](err); is { // of the node whose block it is
+		return peer.Errorf(e.Code, "%v", err)
 	}
 	return invalid("%v", err) // the registry's own: they say what to do
+}
+
+// renewLeases renews what the asker has. Of overlays that it may not join it
+// keeps what it has, until it says that it does not use it, and gets nothing: a
+// claim may lease a block anew.
+func (c *call) renewLeases(ctx context.Context, b *leaseBody[ipam.RenewRequest]) (any, error) {
+	if err := c.mustShare(); err != nil {
+		return nil, err
+	}
+	had := map[string]ipam.Listing{}
+	for i := range b.Request.Claims {
+		q := &b.Request.Claims[i]
+		if c.asker.allow(q.Overlay) {
+			continue
+		}
+		l, known := had[q.Overlay]
+		if !known && len(had) >= ipam.MaxOverlays {
+			return nil, invalid("%s claims addresses in more than %d overlays that it may not join", c.cert.Name, ipam.MaxOverlays)
+		}
+		if !known {
+			var err error
+			if l, err = c.k.registry.Blocks(ctx, q.Overlay); err != nil {
+				return nil, leaseError(err)
+			}
+			had[q.Overlay] = l
+		}
+		q.Blocks = slices.DeleteFunc(q.Blocks, func(p netip.Prefix) bool {
+			return !slices.ContainsFunc(l.Blocks, func(h ipam.LeasedBlock) bool { return h.Prefix == p && h.Node == c.cert.Name })
+		})
+		q.Fixed = slices.DeleteFunc(q.Fixed, func(a netip.Addr) bool {
+			return !slices.ContainsFunc(l.Fixed, func(h ipam.FixedAddress) bool { return h.Addr == a && h.Node == c.cert.Name })
+		})
+	}
+	return renewBlocks(c, ctx, b)
 }
 
 func nothing[Q any](f func(*ipam.Registry, context.Context, string, Q) error) func(*ipam.Registry, context.Context, string, Q) (done, error) {
@@ -155,6 +193,17 @@ func (c *call) checkAddresses(ctx context.Context, b *checkBody) (any, error) {
 // reports asks all nodes that are there which addresses they have; silent are
 // those that do not answer.
 func (k *Keeper) reports(ctx context.Context) (out []ipam.Status, silent []string) {
+	var names []string
+	for _, m := range k.cfg.Members() {
+		if m.Name == k.cfg.Name || k.cfg.Alive == nil || k.cfg.Alive(m.Name) {
+			names = append(names, m.Name)
+		}
+	}
+	return k.reportsOf(ctx, names)
+}
+
+// reportsOf asks some.
+func (k *Keeper) reportsOf(ctx context.Context, names []string) (out []ipam.Status, silent []string) {
 	if k.cfg.Tell == nil {
 		return nil, nil
 	}
@@ -163,25 +212,22 @@ func (k *Keeper) reports(ctx context.Context) (out []ipam.Status, silent []strin
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	slot := make(chan struct{}, maxReports)
-	for _, m := range k.cfg.Members() {
-		if m.Name != k.cfg.Name && k.cfg.Alive != nil && !k.cfg.Alive(m.Name) {
-			continue
-		}
+	for _, name := range names {
 		wg.Go(func() {
 			slot <- struct{}{}
 			defer func() { <-slot }()
 			var s ipam.Status
-			b, err := k.cfg.Tell(ctx, m.Name, peer.KindReport, nil)
+			b, err := k.cfg.Tell(ctx, name, peer.KindReport, nil)
 			if err == nil {
 				err = json.Unmarshal(b, &s)
 			}
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
-				silent = append(silent, m.Name)
+				silent = append(silent, name)
 				return
 			}
-			s.Node = m.Name // not what it says of itself
+			s.Node = name // not what it says of itself
 			out = append(out, s)
 		})
 	}

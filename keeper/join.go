@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
@@ -208,10 +209,20 @@ func (k *Keeper) members(l *Ledger, most int) []peer.Member {
 		if len(out) == most {
 			break
 		}
-		if l.Nodes[m.Name].Revoked.IsZero() {
+		if n := l.Nodes[m.Name]; n.Revoked.IsZero() {
+			m.Keeper = n.Keeper // gossip may not have heard of it yet
 			out = append(out, m)
 		}
 	}
+	slices.SortStableFunc(out, func(a, b peer.Member) int {
+		switch {
+		case a.Keeper == b.Keeper:
+			return 0
+		case a.Keeper:
+			return -1
+		}
+		return 1
+	})
 	return out
 }
 

@@ -1,23 +1,27 @@
 // Package keeper answers for the cluster: it admits nodes, knows whose each name is, and takes identities back.
 //
 //	a machine ──token──▶ Join ──┐
-//	a node ──Client──▶ serve ───┼──▶ Store.Update(Ledger)
+//	a node ──Client──▶ serve ───┼──▶ Store.Update(Ledger); Shared: definitions, leases
 //	the operator ──Client───────┘        │
 //	                                     └──▶ Push: nodes pull State; GossipRing: Stage, Promote, Retire
 //
 // What a cluster knows of itself is one Ledger in a Store that all keepers
-// share; each change is one transaction, in which the asker's rights are looked
-// at again, so several keepers may work at once. The CA's key and the root
+// share; each change of it is one transaction, in which the asker's rights are
+// looked at again, so several keepers may work at once. The CA's key and the root
 // secret are each keeper's own and never in the Ledger; nor are gossip keys.
+// Shared overlays and who leases which addresses are in a store.Store, in
+// transactions of their own: an asker's rights are those of when it asked.
 //
 // An asker's rights are those that its certificate and its record both allow.
 // One with the grant `*`, or a keeper, is an administrator. Others may make,
-// list and remove tokens within their grants, ask for the keys of overlays that
-// they are granted, change the key of those that their grants name in full,
+// list and remove tokens within their grants, ask for the keys, the definitions
+// and the addresses of overlays that they are granted, lease addresses of those
+// in their own name, change the key of those that their grants name in full,
 // renew their own certificate, and nothing else.
 //
 // The package opens no connection and keeps no file. It does not know who is
-// reachable, nor which overlays exist: every name that is granted has a key.
+// reachable. Every name that is granted has a key, whether or not there is a
+// shared overlay of the name: static ones are not defined here.
 package keeper
 
 import (
@@ -131,10 +135,12 @@ type Keeper struct {
 	// rotating has room for the one who changes the gossip keys, changing for the
 	// one who begins to change the CA.
 	rotating, changing chan struct{}
-	// resume is rung when there may be more to do of a change of the CA.
+	// resume is rung when there may be more to do of a change of the CA; pushed is
+	// what came of its last push.
 	resume   chan struct{}
 	pushed   atomic.Pointer[pushedCA]
-	pace     pace
+	pace     *pace // of changes of the ledger
+	leasing  *pace // of requests about addresses
 	shared   catalogue
 	registry *ipam.Registry // nil: no Shared
 
@@ -179,7 +185,10 @@ func New(cfg Config) (*Keeper, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	k := &Keeper{cfg: cfg, rotating: make(chan struct{}, 1), changing: make(chan struct{}, 1), resume: make(chan struct{}, 1), pace: pace{spent: map[string]spent{}}}
+	k := &Keeper{
+		cfg: cfg, rotating: make(chan struct{}, 1), changing: make(chan struct{}, 1), resume: make(chan struct{}, 1),
+		pace: newPace(paceBurst, paceEvery), leasing: newPace(leaseBurst, leaseEvery),
+	}
 	k.shared.init()
 	if err := k.makeRegistry(); err != nil {
 		return nil, err

@@ -12,10 +12,12 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/store"
 )
 
 const (
-	// MaxLedger is the most bytes of an encoded Ledger.
+	// MaxLedger is the most bytes of an encoded Ledger, as the first one is before
+	// it is in a store; there each record has a value of its own.
 	MaxLedger = 16 << 20
 	// MaxNodes of a cluster, those that are revoked or expired included.
 	MaxNodes = 16384
@@ -25,16 +27,18 @@ const (
 	MaxTokensEach = 100
 	// MaxTokensOver are remembered, to say of them that they were removed or have expired.
 	MaxTokensOver = 1000
-	// MaxRevocations in the list: with the longest names it fits into an answer.
-	MaxRevocations = 16384
+	// MaxRevocations in the list, where they have no name, as those of nodes that
+	// were removed; with the longest names there is room for 3,500.
+	MaxRevocations = maxSigned / (8 + 8 + crypto.PublicKeyBytes + 1)
 	// MaxOverlays whose key was ever changed.
 	MaxOverlays = 65536
 
 	// tokenMemory is how long an expired token is remembered.
 	tokenMemory   = 24 * time.Hour
 	ledgerVersion = 1
-	// maxSigned is the most bytes of a signed list of MaxRevocations.
-	maxSigned = 128 + MaxRevocations*(8+8+crypto.PublicKeyBytes+1+63)
+	// maxSigned is the most bytes of a signed list: one value of the store has
+	// room for it in base64.
+	maxSigned = (store.MaxValue - 64) / 4 * 3
 )
 
 // ErrLedger: what the store has is no Ledger, or of a later release.
@@ -333,11 +337,13 @@ func (l *Ledger) sweep(now time.Time) {
 	}
 }
 
-// removeTokens ends the live ones that pick says, and returns which.
+// removeTokens ends the live ones that pick says, and returns which. What they
+// let in is forgotten: with it, revoking a node that made many would be more than
+// the store takes in one change.
 func (l *Ledger) removeTokens(now time.Time, pick func(Token) bool) (ids []crypto.TokenID) {
 	for id, t := range l.Tokens {
 		if _, over := t.over(now); !over && pick(t) {
-			t.Removed = now
+			t.Removed, t.Spent, t.Overlays = now, nil, nil
 			l.Tokens[id] = t
 			ids = append(ids, id)
 		}

@@ -36,11 +36,26 @@ func TestAnswersFit(t *testing.T) {
 	}
 	cfg.Members = func() []peer.Member { return members }
 	s.Keeper = must[*keeper.Keeper](t)(keeper.New(cfg))
-	list := make([]crypto.Revocation, keeper.MaxRevocations)
-	for i := range list {
-		list[i] = crypto.Revocation{Name: longest(i), Key: crypto.PublicKey{byte(i), byte(i >> 8), 1}, Until: c.time().Add(time.Hour)}
+	const bare = 8 + 8 + crypto.PublicKeyBytes + 1 // bytes of a revocation without a name
+	revocation := func(i int, name string) crypto.Revocation {
+		return crypto.Revocation{Name: name, Key: crypto.PublicKey{byte(i), byte(i >> 8), 1}, Until: c.time().Add(time.Hour)}
+	}
+	var list []crypto.Revocation
+	room := keeper.MaxRevocations*bare - len(must[[]byte](t)(c.ca.SignRevocations(7, nil, c.time())))
+	for i := 0; room >= bare; i++ {
+		name := longest(i)
+		name = name[:min(len(name), room-bare)]
+		if rest := room - bare - len(name); rest > 0 && rest < bare {
+			name = name[:len(name)-bare+rest]
+		}
+		list = append(list, revocation(i, name))
+		room -= bare + len(name)
 	}
 	signed := must[[]byte](t)(c.ca.SignRevocations(7, list, c.time()))
+	t.Logf("%d revocations in %d bytes", len(list), len(signed))
+	if room != 0 || len(list) < 3400 {
+		t.Fatalf("a full list of %d has %d bytes, and room for %d", len(list), len(signed), room)
+	}
 	patterns := make(crypto.Grants, 32)
 	for i := range patterns {
 		patterns[i] = longest(i)

@@ -169,17 +169,7 @@ func (c *call) remove(ctx context.Context, b *nodeBody) (any, error) {
 			return err
 		}
 		now := c.k.now()
-		err = c.k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation {
-			for i := range list {
-				if list[i].Name == b.Name {
-					list[i].Name = "" // the key stays
-				}
-			}
-			if n.Revoked.IsZero() {
-				list = append(list, crypto.Revocation{Key: n.Key, Until: until(n, now)})
-			}
-			return list
-		})
+		err = c.k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation { return freed(list, b.Name, n, now) })
 		if err != nil {
 			return err
 		}
@@ -202,6 +192,19 @@ func (c *call) remove(ctx context.Context, b *nodeBody) (any, error) {
 	return out, nil
 }
 
+// freed returns the list when a name is free for another machine than n.
+func freed(list []crypto.Revocation, name string, n Node, now time.Time) []crypto.Revocation {
+	for i := range list {
+		if list[i].Name == name {
+			list[i].Name = "" // the key stays
+		}
+	}
+	if n.Revoked.IsZero() {
+		list = append(list, crypto.Revocation{Key: n.Key, Until: until(n, now)})
+	}
+	return list
+}
+
 // dismiss takes a node that is out of the cluster out of the store, if it was a
 // keeper. The ledger does not let it in any more, whatever becomes of this.
 func (c *call) dismiss(ctx context.Context, name string) {
@@ -211,7 +214,7 @@ func (c *call) dismiss(ctx context.Context, name string) {
 	ctx, cancel := c.k.detached(ctx)
 	defer cancel()
 	if err := c.k.expel(ctx, name); err != nil {
-		c.k.cfg.Log.Error("keeper: a node that is out still has its vote in the store: promote another one with --replace", "peer", name, "err", err)
+		c.k.cfg.Log.Error("keeper: a node that is out still has its vote in the store: take it with `tulle node demote "+name+"`", "peer", name, "err", err)
 	}
 }
 
@@ -254,15 +257,15 @@ func (k *Keeper) amend(l *Ledger, now time.Time, f func([]crypto.Revocation) []c
 		return err
 	}
 	list := slices.DeleteFunc(f(slices.Clone(old.All())), func(r crypto.Revocation) bool { return now.After(r.Until.Add(2 * crypto.Skew)) })
-	if len(list) > MaxRevocations {
-		return limit("%d identities are revoked already: wait until the first of them expire, on %s", MaxRevocations, firstEnd(list).Format(time.DateOnly))
-	}
 	ca, err := k.signer(l)
 	if err != nil {
 		return err
 	}
 	if l.Revocations, err = ca.SignRevocations(old.Number()+1, list, now); err != nil {
 		return fmt.Errorf("keeper: sign the revocations: %w", err)
+	}
+	if len(l.Revocations) > maxSigned {
+		return limit("%d identities are revoked already: wait until the first of them expire, on %s", len(list)-1, firstEnd(list).Format(time.DateOnly))
 	}
 	return nil
 }

@@ -10,24 +10,35 @@ const (
 	// this keeper at once; one more for every paceEvery after that.
 	paceBurst = 32
 	paceEvery = time.Second
+	// leaseBurst and leaseEvery are the same of requests about addresses, of any
+	// node: etcd keeps what it overwrites for an hour, and has room for 1 GiB.
+	leaseBurst = 256
+	leaseEvery = time.Second / 2
 )
 
 // pace bounds how fast nodes make the keeper write.
 type pace struct {
+	burst int
+	every time.Duration
+
 	mu sync.Mutex
 	// spent by node, at most MaxNodes.
 	spent map[string]spent
 }
 
-// spent is an amount that shrinks by one every paceEvery since at.
+func newPace(burst int, every time.Duration) *pace {
+	return &pace{burst: burst, every: every, spent: map[string]spent{}}
+}
+
+// spent is an amount that shrinks by one for each that passes since at.
 type spent struct {
 	n  int
 	at time.Time
 }
 
-func (s spent) after(now time.Time) spent {
-	if back := int(max(now.Sub(s.at), 0) / paceEvery); back < s.n {
-		return spent{s.n - back, s.at.Add(time.Duration(back) * paceEvery)}
+func (s spent) after(now time.Time, every time.Duration) spent {
+	if back := int(max(now.Sub(s.at), 0) / every); back < s.n {
+		return spent{s.n - back, s.at.Add(time.Duration(back) * every)}
 	}
 	return spent{0, now}
 }
@@ -39,13 +50,13 @@ func (p *pace) allow(node string, now time.Time) bool {
 	s, ok := p.spent[node]
 	if !ok && len(p.spent) >= MaxNodes {
 		for other, o := range p.spent {
-			if o.after(now).n == 0 {
+			if o.after(now, p.every).n == 0 {
 				delete(p.spent, other)
 			}
 		}
 	}
-	s = s.after(now)
-	if s.n >= paceBurst || !ok && len(p.spent) >= MaxNodes {
+	s = s.after(now, p.every)
+	if s.n >= p.burst || !ok && len(p.spent) >= MaxNodes {
 		return false
 	}
 	s.n++

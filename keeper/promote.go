@@ -113,10 +113,12 @@ func (c *call) promote(ctx context.Context, b *promoteBody) (any, error) {
 		return nil, peer.Errorf(CodeNoSuch, "there is no node %.70q: see `tulle node ls`", b.Name)
 	case !n.Revoked.IsZero():
 		return nil, invalid("node %s is revoked", b.Name)
-	case b.Name == c.k.cfg.Name:
-		return Outcome{}, nil // it is one, or this would not be asked here
 	case b.Name == b.Replace:
 		return nil, invalid("a node cannot replace itself")
+	case b.Name == c.k.cfg.Name && b.Replace != "":
+		return nil, invalid("%s is a keeper already: to end another one, demote that (`tulle node demote %.70s`)", b.Name, b.Replace)
+	case b.Name == c.k.cfg.Name:
+		return Outcome{}, nil // it is one, or this would not be asked here
 	}
 	if b.Replace != "" {
 		if old, ok := c.ledger.Nodes[b.Replace]; !ok || !old.Keeper {
@@ -140,7 +142,10 @@ func (c *call) promote(ctx context.Context, b *promoteBody) (any, error) {
 			return nil, err
 		}
 	}
-	if err := c.change(ctx, func(l *Ledger, _ asker) error {
+	if err := c.change(ctx, func(l *Ledger, a asker) error {
+		if err := a.mustAdmin("make keepers"); err != nil {
+			return err
+		}
 		n := l.Nodes[b.Name]
 		if n.Key == c.ledger.Nodes[b.Name].Key && n.Revoked.IsZero() {
 			n.Keeper = true
@@ -199,17 +204,29 @@ func (c *call) demote(ctx context.Context, b *nodeBody) (any, error) {
 	if err := c.asker.mustAdmin("end keepers"); err != nil {
 		return nil, err
 	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), promoteTimeout)
+	defer cancel()
 	n, ok := c.ledger.Nodes[b.Name]
+	left := false // an earlier try, or the removal of the node, came only so far
+	if !n.Keeper {
+		var err error
+		if left, err = c.k.takesPart(ctx, b.Name); err != nil {
+			return nil, err
+		}
+	}
 	switch {
+	case left:
+		if err := c.k.expel(ctx, b.Name); err != nil {
+			return nil, err
+		}
 	case !ok:
 		return nil, peer.Errorf(CodeNoSuch, "there is no node %.70q: see `tulle node ls`", b.Name)
 	case !n.Keeper:
 		return nil, invalid("%s is no keeper", b.Name)
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), promoteTimeout)
-	defer cancel()
-	if err := c.k.retire(ctx, c, b.Name); err != nil {
-		return nil, err
+	default:
+		if err := c.k.retire(ctx, c, b.Name); err != nil {
+			return nil, err
+		}
 	}
 	out := Outcome{Unreached: c.k.push(ctx, nil)}
 	if _, err := c.k.order(ctx, b.Name, KeepOrder{Step: KeepEnd}); err != nil && !slices.Contains(out.Unreached, b.Name) {
@@ -221,7 +238,10 @@ func (c *call) demote(ctx context.Context, b *nodeBody) (any, error) {
 
 // retire takes a keeper's vote and its rights.
 func (k *Keeper) retire(ctx context.Context, c *call, name string) error {
-	err := c.change(ctx, func(l *Ledger, _ asker) error {
+	err := c.change(ctx, func(l *Ledger, a asker) error {
+		if err := a.mustAdmin("end keepers"); err != nil {
+			return err
+		}
 		n, err := k.dispensable(l, name)
 		if err != nil {
 			return err
@@ -236,17 +256,22 @@ func (k *Keeper) retire(ctx context.Context, c *call, name string) error {
 	return k.expel(ctx, name)
 }
 
-// expel takes a node's member out of the store, if it has one.
-func (k *Keeper) expel(ctx context.Context, name string) error {
+// takesPart reports whether a node has a member of the store.
+func (k *Keeper) takesPart(ctx context.Context, name string) (bool, error) {
 	if k.cfg.Quorum == nil {
-		return nil
+		return false, nil
 	}
 	members, err := k.cfg.Quorum.Members(ctx)
 	if err != nil {
-		return shareError(err)
+		return false, shareError(err)
 	}
-	if !slices.ContainsFunc(members, func(m store.MemberInfo) bool { return m.Name == name }) {
-		return nil
+	return slices.ContainsFunc(members, func(m store.MemberInfo) bool { return m.Name == name }), nil
+}
+
+// expel takes a node's member out of the store, if it has one.
+func (k *Keeper) expel(ctx context.Context, name string) error {
+	if in, err := k.takesPart(ctx, name); err != nil || !in {
+		return err
 	}
 	if err := k.cfg.Quorum.Remove(ctx, name); err != nil {
 		return peer.Errorf(peer.CodeUnavailable, "%s has its vote in the store still: demote it again (%v)", name, err)
@@ -292,9 +317,7 @@ func (k *Keeper) TakeOver(ctx context.Context, cert *crypto.Certificate) error {
 		}
 		now := k.now()
 		if old, taken := l.Nodes[cert.Name]; taken && old.Key != cert.Key {
-			err := k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation {
-				return append(list, crypto.Revocation{Key: old.Key, Until: until(old, now)})
-			})
+			err := k.amend(l, now, func(list []crypto.Revocation) []crypto.Revocation { return freed(list, cert.Name, old, now) })
 			if err != nil {
 				return err
 			}

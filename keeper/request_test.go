@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/keeper"
 	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/store"
@@ -40,6 +42,19 @@ func bodies(t testing.TB) map[uint16][]byte {
 	mtu := 1400
 	_, _, _ = c.SetOverlay(ctx, "blue", keeper.OverlayChange{MTU: &mtu})
 	_, _ = c.RemoveOverlay(ctx, "blue", true)
+	_, _ = c.Promote(ctx, "n1", "k9")
+	_, _ = c.Demote(ctx, "k9")
+	_, _ = c.Addresses(ctx, "blue")
+	a := keeper.Addresses{Client: func() keeper.Client { return c }}
+	me := ipam.Caller{State: "s", Number: 7}
+	block, addr := netip.MustParsePrefix("10.32.0.0/26"), netip.MustParseAddr("10.32.0.9")
+	_, _ = a.Take(ctx, ipam.TakeRequest{Caller: me, Overlay: "blue", OverlayID: "x", Family: 4, Nonce: "n"})
+	_, _ = a.Renew(ctx, ipam.RenewRequest{Caller: me, Claims: []ipam.Claim{
+		{Overlay: "blue", OverlayID: "x", Blocks: []netip.Prefix{block}, Fixed: []netip.Addr{addr}, Endpoints: 3},
+	}})
+	_ = a.Return(ctx, ipam.ReturnRequest{Caller: me, Overlay: "blue", OverlayID: "x", Prefixes: []netip.Prefix{block}})
+	_ = a.Fix(ctx, ipam.FixRequest{Caller: me, Overlay: "blue", OverlayID: "x", Addr: addr, Nonce: "n"})
+	_ = a.Unfix(ctx, ipam.UnfixRequest{Caller: me, Overlay: "blue", OverlayID: "x", Addr: addr})
 	return all
 }
 
@@ -58,6 +73,14 @@ func TestBodies(t *testing.T) {
 		keeper.SubShared:        `{"version":1,"since":"7"}`,
 		keeper.SubSetOverlay:    `{"version":1,"name":"blue","mtu":1400}`,
 		keeper.SubRemoveOverlay: `{"version":1,"name":"blue","force":true}`,
+		keeper.SubPromote:       `{"version":1,"name":"n1","replace":"k9"}`,
+		keeper.SubDemote:        `{"version":1,"name":"k9"}`,
+		keeper.SubAddresses:     `{"version":1,"name":"blue"}`,
+		keeper.SubTakeBlock:     `{"version":1,"request":{"state":"s","number":7,"overlay":"blue","overlay_id":"x","family":4,"nonce":"n"}}`,
+		keeper.SubRenewBlocks:   `{"version":1,"request":{"state":"s","number":7,"claims":[{"overlay":"blue","overlay_id":"x","blocks":["10.32.0.0/26"],"fixed":["10.32.0.9"],"endpoints":3}]}}`,
+		keeper.SubReturnBlocks:  `{"version":1,"request":{"state":"s","number":7,"overlay":"blue","overlay_id":"x","prefixes":["10.32.0.0/26"]}}`,
+		keeper.SubFixAddress:    `{"version":1,"request":{"state":"s","number":7,"overlay":"blue","overlay_id":"x","addr":"10.32.0.9","nonce":"n"}}`,
+		keeper.SubUnfixAddress:  `{"version":1,"request":{"state":"s","number":7,"overlay":"blue","overlay_id":"x","addr":"10.32.0.9"}}`,
 	} {
 		if string(all[sub]) != want {
 			t.Errorf("request %d is %s, want %s", sub, all[sub], want)
@@ -73,7 +96,7 @@ func TestBodies(t *testing.T) {
 			t.Errorf("request %d is %s, want %s…", sub, all[sub], want)
 		}
 	}
-	if len(all) != 15 {
+	if len(all) != 23 {
 		t.Errorf("%d kinds", len(all))
 	}
 }

@@ -99,7 +99,7 @@ var kinds = map[uint16]kind{
 	SubPromote:       of(maxSmallBody, (*call).promote),
 	SubDemote:        of(maxSmallBody, (*call).demote),
 	SubTakeBlock:     of(maxSmallBody, takeBlock),
-	SubRenewBlocks:   of(maxBody, renewBlocks),
+	SubRenewBlocks:   of(maxBody, (*call).renewLeases),
 	SubReturnBlocks:  of(maxBody, returnBlocks),
 	SubFixAddress:    of(maxSmallBody, fixAddress),
 	SubUnfixAddress:  of(maxSmallBody, unfixAddress),
@@ -156,6 +156,10 @@ func (k *Keeper) told(ctx context.Context, cert *crypto.Certificate, err error) 
 	if errors.Is(err, store.ErrUnavailable) {
 		k.cfg.Log.Debug("keeper: the store does not answer", "peer", cert.Name, "err", err)
 		return errNoMajority
+	}
+	if errors.Is(err, store.ErrTooLarge) {
+		k.cfg.Log.Error("keeper: a change is larger than the store takes", "peer", cert.Name, "err", err)
+		return limit("the change is larger than the store takes at once: make it in parts, or remove what is no longer needed; the keeper's log says more")
 	}
 	if ctx.Err() != nil {
 		return peer.ErrTimeout

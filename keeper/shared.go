@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -21,9 +22,14 @@ import (
 const (
 	// FirstVNI is the lowest that a shared overlay gets by itself.
 	FirstVNI = 65_536
-	// MaxShared is the most shared overlays of a cluster: their definitions fit
-	// into one answer.
-	MaxShared = 4096
+	// MaxShared is the most shared overlays of a cluster, MaxSharedBytes the most
+	// bytes of their definitions: all of them fit into one answer.
+	MaxShared      = 4096
+	MaxSharedBytes = 3 << 20
+	// sharedItemBytes is what a definition takes in an answer besides.
+	sharedItemBytes = 64
+	// maxOverlayID is the most bytes of an overlay's ID: what package ipam takes.
+	maxOverlayID = 64
 	// maxRemovals is how many removed overlays a keeper remembers, to tell nodes
 	// what is gone; one that asks for older ones is told everything.
 	maxRemovals = 1024
@@ -32,12 +38,24 @@ const (
 // defaultSubnets are those that overlays get by themselves: /16 each.
 var defaultSubnets = netip.MustParsePrefix("10.32.0.0/11")
 
+// DefaultSubnets are those that overlays get which ask for none, in order.
+func DefaultSubnets() iter.Seq[netip.Prefix] {
+	return func(yield func(netip.Prefix) bool) {
+		for a := defaultSubnets.Addr().As4(); defaultSubnets.Contains(netip.AddrFrom4(a)); a[1]++ {
+			if !yield(netip.PrefixFrom(netip.AddrFrom4(a), 16)) {
+				return
+			}
+		}
+	}
+}
+
 // catalogue is the definitions of all shared overlays as this keeper last saw them.
 type catalogue struct {
 	mu    sync.Mutex
 	ready bool // everything was there once
-	// revision is that of the last change that is seen: keepers that have the
-	// same may know another one, where the last change was a removal.
+	// revision up to which everything is seen: of the last change, or of the
+	// store when everything was read, so that keepers that have the same may know
+	// another one. It never is that of less than it has.
 	revision int64
 	defined  map[string]definition
 	removed  []removal // oldest first
@@ -65,7 +83,7 @@ func (c *catalogue) take(ch store.Change) {
 	defer c.mu.Unlock()
 	if ch.Whole {
 		clear(c.defined)
-		c.removed, c.revision = nil, 0
+		c.removed, c.revision = nil, ch.Revision
 	}
 	for _, i := range ch.Put {
 		c.defined[strings.TrimPrefix(i.Key, store.KindOverlay+"/")] = definition{i.Value, i.Revision}
@@ -106,11 +124,12 @@ func (c *catalogue) await(ctx context.Context, done func() bool) bool {
 }
 
 // since returns what a node that may see these overlays and has everything up to
-// revision needs.
+// revision needs: nothing, if that is more than this keeper knows. By the digest
+// the node finds out whether it should have asked for everything.
 func (c *catalogue) since(revision int64, visible func(string) bool) sharedAnswer {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	a := sharedAnswer{Revision: c.revision, Whole: revision < c.floor || revision > c.revision || revision == 0}
+	a := sharedAnswer{Revision: c.revision, Whole: revision < c.floor || revision == 0}
 	have := map[string]int64{}
 	for name, d := range c.defined {
 		if !visible(name) {
@@ -179,6 +198,13 @@ func (c *call) createOverlay(ctx context.Context, b *createOverlayBody) (any, er
 	if err := crypto.CheckName(o.Name); err != nil {
 		return nil, invalid("%v", err)
 	}
+	if b.ID == "" || len(b.ID) > maxOverlayID {
+		return nil, invalid("a new overlay needs an id of 1 to %d bytes, and this one has %d", maxOverlayID, len(b.ID))
+	}
+	// Which subnets are free is only known when all definitions are.
+	if !c.k.shared.await(ctx, func() bool { return c.k.shared.ready }) {
+		return nil, peer.ErrUnavailable
+	}
 	o.By, o.Created, o.ID = c.cert.Name, c.k.now(), b.ID
 	var text []byte
 	err := c.k.cfg.Shared.Update(ctx, []string{store.KindVNI, store.Domain(store.OverlayKey(o.Name))}, func(t store.Txn) error {
@@ -207,7 +233,7 @@ func (c *call) createOverlay(ctx context.Context, b *createOverlayBody) (any, er
 		if err := o.Check(); err != nil {
 			return invalid("%v", err)
 		}
-		if text, err = o.Encode(); err != nil {
+		if text, err = c.k.encode(&o); err != nil {
 			return err
 		}
 		t.Put(store.OverlayKey(o.Name), text)
@@ -298,14 +324,10 @@ func (k *Keeper) freeSubnet() (netip.Prefix, error) {
 		}
 	}
 	k.shared.mu.Unlock()
-	for a := defaultSubnets.Addr(); defaultSubnets.Contains(a); {
-		s := netip.PrefixFrom(a, 16)
+	for s := range DefaultSubnets() {
 		if !slices.ContainsFunc(used, s.Overlaps) {
 			return s, nil
 		}
-		b := a.As4()
-		b[1]++
-		a = netip.AddrFrom4(b)
 	}
 	return netip.Prefix{}, limit("every /16 of %s is used: give a --subnet", defaultSubnets)
 }
@@ -342,7 +364,7 @@ func (c *call) setOverlay(ctx context.Context, b *setOverlayBody) (any, error) {
 		if err := o.Check(); err != nil {
 			return invalid("%v", err)
 		}
-		if text, err = o.Encode(); err != nil {
+		if text, err = c.k.encode(o); err != nil {
 			return err
 		}
 		t.Put(store.OverlayKey(b.Name), text)
@@ -353,6 +375,27 @@ func (c *call) setOverlay(ctx context.Context, b *setOverlayBody) (any, error) {
 	}
 	c.k.cfg.Log.Info("keeper: overlay is changed", "overlay", b.Name, "peer", c.cert.Name)
 	return c.spreadOverlay(ctx, b.Name, text)
+}
+
+// encode returns the text of a definition, if there is room for it beside the
+// others, as far as this keeper knows them.
+func (k *Keeper) encode(o *store.Overlay) ([]byte, error) {
+	text, err := o.Encode()
+	if err != nil {
+		return nil, err
+	}
+	all := len(text) + sharedItemBytes
+	k.shared.mu.Lock()
+	for name, d := range k.shared.defined {
+		if name != o.Name {
+			all += len(d.text) + sharedItemBytes
+		}
+	}
+	k.shared.mu.Unlock()
+	if all > MaxSharedBytes {
+		return nil, limit("the definitions of all shared overlays would have %d bytes, more than %d: reserve fewer ranges, or remove overlays (`tulle overlay rm`)", all, MaxSharedBytes)
+	}
+	return text, nil
 }
 
 // definedIn returns the definition of an overlay that must be there.
@@ -385,11 +428,15 @@ func (c *call) removeOverlay(ctx context.Context, b *removeOverlayBody) (any, er
 	if err := c.mustShare(); err != nil {
 		return nil, err
 	}
-	if err := c.rekey(ctx, b); err != nil {
+	left, err := c.left(ctx, b)
+	if err != nil {
 		return nil, err
 	}
-	err := c.k.cfg.Shared.Update(ctx, []string{store.KindVNI, store.Domain(store.OverlayKey(b.Name))}, func(t store.Txn) error {
-		o, err := c.removable(t, b)
+	if err := c.rekey(ctx, b, left); err != nil {
+		return nil, err
+	}
+	err = c.k.cfg.Shared.Update(ctx, []string{store.KindVNI, store.Domain(store.OverlayKey(b.Name))}, func(t store.Txn) error {
+		o, err := c.removable(t, b, left)
 		if err != nil {
 			return err
 		}
@@ -409,8 +456,32 @@ func (c *call) removeOverlay(ctx context.Context, b *removeOverlayBody) (any, er
 	return Outcome{Unreached: c.k.push(ctx, nil)}, nil
 }
 
-// removable returns the definition if the overlay may go.
-func (c *call) removable(r store.Reader, b *removeOverlayBody) (*store.Overlay, error) {
+// left are nodes that have a block of the overlay still and say that they have no
+// endpoint in it: they give the block back in a while, and nobody has to wait for
+// that. One that gets an endpoint before the overlay is gone loses it with the
+// overlay, as by force. Who does not answer may have some.
+func (c *call) left(ctx context.Context, b *removeOverlayBody) (nodes map[string]bool, err error) {
+	if b.Force {
+		return nil, nil
+	}
+	var in []string
+	err = c.k.cfg.Shared.View(ctx, func(r store.Reader) (err error) {
+		in, err = ipam.InUse(r, b.Name)
+		return err
+	})
+	if err != nil {
+		return nil, shareError(err)
+	}
+	nodes = map[string]bool{}
+	reports, _ := c.k.reportsOf(ctx, in)
+	for _, s := range reports {
+		nodes[s.Node] = !slices.ContainsFunc(s.Endpoints, func(e ipam.EndpointStatus) bool { return e.Overlay == b.Name })
+	}
+	return nodes, nil
+}
+
+// removable returns the definition if the overlay may go; left are nodes that are in it no more.
+func (c *call) removable(r store.Reader, b *removeOverlayBody, left map[string]bool) (*store.Overlay, error) {
 	o, err := definedIn(r, b.Name)
 	if err != nil {
 		return nil, err
@@ -419,6 +490,7 @@ func (c *call) removable(r store.Reader, b *removeOverlayBody) (*store.Overlay, 
 	if err != nil {
 		return nil, err
 	}
+	nodes = slices.DeleteFunc(nodes, func(n string) bool { return left[n] })
 	if len(nodes) > 0 && !b.Force {
 		return nil, peer.Errorf(CodeInUse, "overlay %s has endpoints on %s: detach them (`tulle unexpose %s` there), or give --force, which detaches them", b.Name, strings.Join(nodes, ", "), b.Name)
 	}
@@ -428,10 +500,10 @@ func (c *call) removable(r store.Reader, b *removeOverlayBody) (*store.Overlay, 
 // rekey changes the key of an overlay that goes: one that gets the name later
 // is another overlay, and must not have its key. A key that is changed although
 // the removal then fails does no harm.
-func (c *call) rekey(ctx context.Context, b *removeOverlayBody) error {
+func (c *call) rekey(ctx context.Context, b *removeOverlayBody, left map[string]bool) error {
 	var o *store.Overlay
 	err := c.k.cfg.Shared.View(ctx, func(r store.Reader) (err error) {
-		o, err = c.removable(r, b)
+		o, err = c.removable(r, b, left)
 		return err
 	})
 	if err != nil {
@@ -440,8 +512,14 @@ func (c *call) rekey(ctx context.Context, b *removeOverlayBody) error {
 	if o.Encryption != "required" {
 		return nil
 	}
-	return c.change(ctx, func(l *Ledger, _ asker) error {
-		e := l.Overlays[b.Name]
+	return c.change(ctx, func(l *Ledger, a asker) error {
+		if err := a.mustAdmin("remove overlays"); err != nil {
+			return err
+		}
+		e, again := l.Overlays[b.Name]
+		if !again && len(l.Overlays) >= MaxOverlays {
+			return limit("%d overlays have had their key changed, and there is no room for more: do not remove %s, but use it again", MaxOverlays, b.Name)
+		}
 		e.Epoch, e.Changed = l.epoch(b.Name)+1, c.k.now()
 		l.Overlays[b.Name] = e
 		return nil

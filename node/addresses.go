@@ -59,7 +59,7 @@ func (n *Node) checkIPAM(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return nil, err
 		}
-		out := IPAMCheck{Findings: []IPAMFinding{}, Silent: append([]string{}, silent...)}
+		out := IPAMCheck{Findings: []IPAMFinding{}, Silent: silent}
 		for _, f := range found {
 			out.Findings = append(out.Findings, IPAMFinding{Overlay: f.Overlay, What: f.Text, Repaired: repaired && f.Repairable})
 		}
@@ -75,16 +75,24 @@ func (n *Node) ipam(w http.ResponseWriter, r *http.Request) {
 		if len(st.Blocks)+len(st.Fixed) > 0 {
 			out.Expires = time.Now().Add(time.Duration(st.LeftSeconds * float64(time.Second))).UTC().Truncate(time.Second)
 		}
-		used := map[netip.Prefix]int{}
+		type key struct {
+			overlay string
+			prefix  netip.Prefix
+		}
+		used := map[key]int{}
 		for _, b := range st.Blocks {
-			used[b.Prefix] = b.Used
+			used[key{b.Overlay, b.Prefix}] = b.Used
 		}
 		defs, _ := n.secure.place.Shared()
 		for _, d := range defs {
 			o := OverlayIPAM{Overlay: d.Name, Blocks: []IPAMBlock{}, Fixed: []IPAMFixed{}}
-			l, err := c.Addresses(ctx, d.Name)
-			if err != nil {
-				out.Stale = true
+			var l *ipam.Listing
+			if !out.Stale {
+				var err error
+				l, err = c.Addresses(ctx, d.Name)
+				out.Stale = err != nil // and it takes seconds, so once is enough
+			}
+			if out.Stale {
 				n.own(&o, st)
 				out.Overlays = append(out.Overlays, o)
 				continue
@@ -92,7 +100,7 @@ func (n *Node) ipam(w http.ResponseWriter, r *http.Request) {
 			for _, b := range l.Blocks {
 				count := -1
 				if b.Node == n.cfg.Name {
-					count = used[b.Prefix]
+					count = used[key{d.Name, b.Prefix}]
 				}
 				o.Blocks = append(o.Blocks, IPAMBlock{Prefix: b.Prefix, Node: b.Node, Used: count, Renewed: b.Renewed})
 			}

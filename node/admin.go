@@ -42,14 +42,11 @@ func (n *Node) admin(w http.ResponseWriter, r *http.Request, do func(context.Con
 	reply(w, http.StatusOK, answer)
 }
 
-// unasked says what to do where no keeper did what it was asked: a keeper that
+// unasked says what to do where no keeper was there to be asked: one that
 // answered has said it.
 func unasked(err error) error {
 	if !errors.Is(err, peer.ErrNoKeeper) {
 		return err
-	}
-	if e, ok := errors.AsType[*peer.Error](err); ok && (e.Code == peer.CodeBusy || e.Code == peer.CodeUnavailable) {
-		return e
 	}
 	return fmt.Errorf("no keeper answers, and only one can do this: start a keeper (`tulle node ls` on it says that it is one); traffic goes on without: %w", err)
 }

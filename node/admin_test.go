@@ -30,7 +30,7 @@ func TestChangeOf(t *testing.T) {
 // TestUnasked: a keeper that answers is not said to be away.
 func TestUnasked(t *testing.T) {
 	wait := peer.Errorf(peer.CodeBusy, "n2 asks for too many changes: wait a second for each")
-	if err := unasked(errors.Join(peer.ErrNoKeeper, wait)); err.Error() != wait.Error() {
+	if err := unasked(wait); err.Error() != wait.Error() {
 		t.Errorf("a keeper that is busy: %v", err)
 	}
 	for _, away := range []error{peer.ErrNoKeeper, errors.Join(peer.ErrNoKeeper, peer.ErrTimeout)} {

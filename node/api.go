@@ -387,8 +387,8 @@ type IPAMFixed struct {
 // IPAMCheck answers `tulle ipam check`.
 type IPAMCheck struct {
 	Findings []IPAMFinding `json:"findings"` // empty is well
-	// Silent are nodes that did not say which addresses they use.
-	Silent []string `json:"silent"`
+	// Silent are nodes that did not say which addresses they use; absent: all did.
+	Silent []string `json:"silent,omitempty"`
 }
 
 // IPAMFinding is something that should not be.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
@@ -176,7 +177,29 @@ func Restore(ctx context.Context, path string, cfg config.Config, log *slog.Logg
 	if err != nil {
 		return m, err
 	}
+	if err := ownOnly(filepath.Join(cfg.StateDir, dirStore)); err != nil {
+		return m, err
+	}
 	return m, made.Commit()
+}
+
+// ownOnly lets nobody but the owner read what is in a folder: etcd writes a
+// restored snapshot for all.
+func ownOnly(dir string) error {
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.Type()&fs.ModeSymlink != 0 {
+			return err
+		}
+		i, err := d.Info()
+		if err == nil && i.Mode().Perm()&0o077 != 0 {
+			err = os.Chmod(path, i.Mode().Perm()&0o700)
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("node: %w", err)
+	}
+	return nil
 }
 
 // readBackup returns the secrets, the path of the snapshot, which is put into
@@ -198,7 +221,10 @@ func readBackup(path, dir string) (files map[string][]byte, db string, m BackupM
 			return nil, db, m, fmt.Errorf("node: %s is no snapshot of `tulle store snapshot`, or only a part of one: %w", path, err)
 		}
 		if h.Name == backupStore {
-			if db, err = copyOut(a, dir); err != nil {
+			if db, err = copyOut(a, dir); errors.Is(err, io.ErrUnexpectedEOF) {
+				err = fmt.Errorf("node: %s is only a part of a snapshot: %w", path, err)
+			}
+			if err != nil {
 				return nil, db, m, err
 			}
 			continue

@@ -1,11 +1,13 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
@@ -65,6 +67,40 @@ func (p patient) AskKeeper(ctx context.Context) (doctor.Keeper, error) {
 		last = errNoKeeper
 	}
 	return doctor.Keeper{}, last
+}
+
+func (p patient) Store(ctx context.Context) *doctor.Store {
+	if p.n.secure == nil || !p.n.secure.place.IsKeeper() {
+		return nil
+	}
+	st, err := p.n.secure.keeping.status(ctx)
+	if err != nil {
+		return &doctor.Store{Fault: oneLine(err)}
+	}
+	s := &doctor.Store{Quorum: st.Quorum, Fault: st.Error}
+	for _, m := range st.Members {
+		if m.Role == "learner" || m.Role == "unstarted" {
+			continue
+		}
+		s.Keepers++
+		if !m.Healthy {
+			s.Away++
+		}
+	}
+	if len(st.Alarms) > 0 {
+		s.Fault = "etcd warns: " + strings.Join(st.Alarms, ", ")
+	}
+	return s
+}
+
+func (p patient) Endpoints() []string {
+	var out []string
+	for _, e := range p.n.endpoints().Endpoints {
+		if !e.Up {
+			out = append(out, e.Overlay+": "+cmp.Or(e.Error, "its device is not there"))
+		}
+	}
+	return out
 }
 
 func (p patient) ProbeGossip(ctx context.Context) []doctor.Probe {

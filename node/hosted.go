@@ -6,18 +6,21 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/keeper"
+	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/store"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
@@ -30,6 +33,11 @@ const (
 	// ownerHost and the overlay's name is who an address of the host is assigned to.
 	ownerHost     = "host/"
 	maxDeviceName = 15 // IFNAMSIZ less the terminating zero
+	// assignPatience is how long an address is asked for of keepers whose store is
+	// busy; the pauses grow from assignRetryMin to assignRetryMax.
+	assignPatience = 15 * time.Second
+	assignRetryMin = 100 * time.Millisecond
+	assignRetryMax = time.Second
 )
 
 var (
@@ -197,7 +205,7 @@ func (h *hosted) expose(ctx context.Context, r ExposeRequest) (*hostEndpoint, er
 		return nil, err
 	}
 	owner := ownerHost + def.Name
-	a, err := h.pool.Assign(ctx, ipam.Request{Overlay: def, Owner: owner, Want: r.IPs})
+	a, err := h.assign(ctx, ipam.Request{Overlay: def, Owner: owner, Want: r.IPs})
 	if err != nil {
 		return nil, err
 	}
@@ -214,6 +222,25 @@ func (h *hosted) expose(ctx context.Context, r ExposeRequest) (*hostEndpoint, er
 		return nil, errors.Join(err, h.n.do(context.WithoutCancel(ctx), func() error { return h.n.leaveShared(def.Name) }), h.pool.Release(owner))
 	}
 	return e, nil
+}
+
+// assign asks again while the keepers' store is busy: a rollout exposes all nodes
+// at once, and each needs a block.
+func (h *hosted) assign(ctx context.Context, q ipam.Request) (ipam.Assignment, error) {
+	until := time.Now().Add(assignPatience)
+	for wait := assignRetryMin; ; wait = min(2*wait, assignRetryMax) {
+		a, err := h.pool.Assign(ctx, q)
+		if !errors.Is(err, peer.ErrUnavailable) || time.Now().Add(wait).After(until) {
+			return a, err
+		}
+		t := time.NewTimer(wait/2 + rand.N(wait))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return a, err
+		}
+	}
 }
 
 func (h *hosted) forget(e *hostEndpoint) {
@@ -409,7 +436,9 @@ func (h *hosted) follow() {
 		case def == nil && !asked.IsZero():
 			h.n.log.Warn("the overlay was removed: this host is in it no more", "overlay", e.Overlay)
 			go h.dropRemoved(e)
-		case def != nil && !sameWire(ov.shared, def):
+		case def != nil && ov.shared != def && sameSessions(ov.shared, def):
+			h.n.adjust(ov, def)
+		case def != nil && ov.shared != def:
 			h.n.log.Info("the overlay was changed: its device is made anew", "overlay", e.Overlay)
 			if err := h.n.leaveShared(e.Overlay); err != nil {
 				h.n.log.Warn("cannot close the overlay's device", "overlay", e.Overlay, "err", err)
@@ -431,9 +460,29 @@ func (h *hosted) dropRemoved(e *hostEndpoint) {
 	}
 }
 
-// sameWire reports whether two definitions make the same devices and sessions.
-func sameWire(a, b *store.Overlay) bool {
-	return a.VNI == b.VNI && a.Encryption == b.Encryption && a.Cipher == b.Cipher && a.MTU == b.MTU && a.Flood == b.Flood && a.ClampMSS == b.ClampMSS
+// sameSessions reports whether two definitions make the same sessions and floods.
+func sameSessions(a, b *store.Overlay) bool {
+	return a.VNI == b.VNI && a.Encryption == b.Encryption && a.Cipher == b.Cipher && a.Flood == b.Flood
+}
+
+// adjust has a shared overlay be as its definition says now, on the device that it
+// has: what flows flows on. Called by Run's goroutine.
+func (n *Node) adjust(ov *overlay, def *store.Overlay) {
+	next := &overlay{cfg: ov.cfg, addrs: ov.addrs, ciphers: ov.ciphers, shared: def, br: ov.br}
+	next.cfg.MTU, next.cfg.ClampMSS = def.MTU, def.ClampMSS
+	next.tap.Store(ov.tap.Load())
+	next.br.SetClampMSS(def.ClampMSS)
+	list := slices.Clone(n.list())
+	list[slices.Index(list, ov)] = next
+	n.overlays.Store(&list)
+	if next.cfg.MTU == ov.cfg.MTU && next.cfg.ClampMSS == ov.cfg.ClampMSS {
+		return
+	}
+	if _, err := n.fitMTU(next.cfg); err != nil {
+		n.log.Warn("the overlay has a smaller MTU here than it should", "overlay", def.Name, "err", err)
+	}
+	n.followMTU()
+	n.log.Info("the overlay was changed", "overlay", def.Name)
 }
 
 func (h *hosted) statusOf(e *hostEndpoint) Endpoint {

@@ -152,7 +152,7 @@ func (k *keeping) use(ctx context.Context, m *store.Member, e *store.Etcd) error
 	if m != nil {
 		q = m
 	}
-	if err := k.n.secure.place.Keep(ctx, cluster.Keeping{Store: e, Quorum: q}); err != nil {
+	if err := k.n.secure.place.Keep(ctx, cluster.Keeping{Store: e, Quorum: q, Grace: k.n.cfg.Store.Grace}); err != nil {
 		if m != nil {
 			return errors.Join(err, m.Close())
 		}

@@ -175,7 +175,7 @@ func (s *secure) listen(ctx context.Context, n *Node) (err error) {
 	s.tellSelf(n)
 	s.endpoint, err = peer.New(peer.Config{
 		Identity: s.place.Identity(), Revoked: s.place.Revoked, Send: n.conn.SendControl,
-		Resolve: s.place.Resolve, Keepers: s.place.Keepers, Known: s.place.Known,
+		Resolve: s.place.Resolve, Keepers: s.place.Keepers, Known: s.place.Known, Met: s.place.Met,
 		ResetKey: s.place.ResetKey(), TokenKey: s.place.TokenKey(), Joiner: s.place.Joiner(),
 		Version: version.String(), Now: s.place.Now, Log: n.log,
 	})

@@ -92,6 +92,9 @@ func (n *Node) createShared(w http.ResponseWriter, r *http.Request) {
 		if err := n.unused(want); err != nil {
 			return nil, err
 		}
+		if len(want.Subnets) == 0 {
+			want.Subnets = n.freeSubnet()
+		}
 		o, unreached, err := c.CreateOverlay(ctx, store.Overlay{
 			Name: want.Name, VNI: uint32(want.VNI), Subnets: want.Subnets, Gateways: want.Gateways, Reserved: want.Reserved,
 			Encryption: want.Encryption, Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood, ClampMSS: want.ClampMSS,
@@ -102,6 +105,20 @@ func (n *Node) createShared(w http.ResponseWriter, r *http.Request) {
 		n.pulled(ctx, unreached)
 		return n.sharedOf(o), nil
 	})
+}
+
+// freeSubnet returns the first of the subnets for overlays that ask for none which
+// neither another overlay nor a route of this host uses; none: the keeper chooses,
+// who does not know this host.
+func (n *Node) freeSubnet() []netip.Prefix {
+	defs, _ := n.secure.place.Shared()
+	for s := range keeper.DefaultSubnets() {
+		taken := slices.ContainsFunc(defs, func(d *store.Overlay) bool { return slices.ContainsFunc(d.Subnets, s.Overlaps) })
+		if to, _, err := underlay.Overlap(s); !taken && err == nil && !to.IsValid() {
+			return []netip.Prefix{s}
+		}
+	}
+	return nil
 }
 
 // pulled has this node know what it has just asked for, and logs who does not know it yet.
@@ -119,6 +136,8 @@ func (n *Node) pulled(ctx context.Context, unreached []string) {
 func (n *Node) unused(want *OverlayRequest) error {
 	clash := func(node string, o discovery.Overlay) error {
 		switch {
+		case n.secure.place.WasShared(o.Name, uint32(o.VNI)):
+			return nil // the node leaves it
 		case o.Name == want.Name && n.secure.place.SharedOverlay(o.Name) == nil:
 			return tellf(errExists, "node %s has a static overlay %s: choose another name", node, o.Name)
 		case o.VNI == want.VNI && want.VNI != 0 && o.Name != want.Name:

@@ -2,6 +2,7 @@ package peer
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -181,7 +182,16 @@ func (e *Endpoint) dial(ctx context.Context, id *crypto.Identity, name string) (
 		return nil, ErrUnknown
 	}
 	q, err := e.dialAny(ctx, addrs, func(ctx context.Context, a netip.AddrPort) (*quic.Conn, error) {
-		return e.tr.Dial(ctx, net.UDPAddrFromAddrPort(a), e.clientTLS(id, name), e.quicConfig())
+		conf := e.clientTLS(id, name)
+		believed := conf.VerifyConnection
+		conf.VerifyConnection = func(s tls.ConnectionState) error {
+			err := believed(s)
+			if o, other := errors.AsType[otherNode](err); other && o.is.Keeper && e.cfg.Met != nil {
+				e.cfg.Met(Member{Name: o.is.Name, VTEP: a, Keeper: true})
+			}
+			return err
+		}
+		return e.tr.Dial(ctx, net.UDPAddrFromAddrPort(a), conf, e.quicConfig())
 	})
 	if err != nil {
 		return nil, err
@@ -442,10 +452,9 @@ func (e *Endpoint) Moved(name string, to netip.Addr) {
 // closed, because the other ends send to where it was.
 func (e *Endpoint) MovedSelf() { e.reconnect(func(*conn) bool { return true }) }
 
-// Reconnect closes all connections, because this node shows another certificate
-// from now on, and the one that they began with is not believed for long. What was
-// under way is asked again over new ones.
-func (e *Endpoint) Reconnect() { e.reconnect(func(*conn) bool { return true }) }
+// Reintroduce has all peers see this node's certificate of now: connections are
+// closed, and what was under way is asked again over new ones.
+func (e *Endpoint) Reintroduce() { e.reconnect(func(*conn) bool { return true }) }
 
 func (e *Endpoint) reconnect(which func(*conn) bool) {
 	e.mu.Lock()

@@ -52,6 +52,9 @@ type Config struct {
 	Resolve func(name string) []netip.AddrPort
 	// Keepers returns the names of the keepers, best first.
 	Keepers func() []string
+	// Met is told of a keeper that answered where another node was expected; nil:
+	// nobody wants to know.
+	Met func(Member)
 	// Known says whether an address is a member's: a flood from elsewhere does
 	// not hold up its handshakes. It is called on the data path; nil: none is.
 	Known func(netip.Addr) bool

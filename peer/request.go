@@ -179,25 +179,64 @@ func exchange(ctx context.Context, q *quic.Conn, k Kind, id uint64, payload []by
 	return answer, nil
 }
 
-// Ask asks a keeper, the first that answers. What a keeper tells is final, but
-// for ErrNotKeeper, ErrBusy and ErrUnavailable: then the next one is asked. ctx bounds all of it.
+// whoamiPatience is how long a keeper has to show that it is there, where there
+// are others to ask.
+const whoamiPatience = 1500 * time.Millisecond
+
+// Ask asks a keeper, the first that answers: those that do not show at once that
+// they are there are asked last. What a keeper tells is final, but for
+// ErrNotKeeper, ErrBusy and ErrUnavailable: then the next one is asked. ctx bounds
+// all of it. The error wraps ErrNoKeeper unless one of them was busy or unavailable.
 func (e *Endpoint) Ask(ctx context.Context, sub uint16, body []byte) ([]byte, error) {
+	var silent []string
 	errs := []error{ErrNoKeeper}
-	for _, name := range e.cfg.Keepers() {
-		answer, err := e.AskKeeper(ctx, name, sub, body)
-		if err == nil {
-			return answer, nil
-		}
-		if ctx.Err() != nil {
-			return nil, err
+	var busy error
+	ask := func(name string) (answer []byte, final bool, err error) {
+		answer, err = e.AskKeeper(ctx, name, sub, body)
+		if err == nil || ctx.Err() != nil {
+			return answer, true, err
 		}
 		told, ok := errors.AsType[*Error](err)
-		if ok && told.Code != CodeNotKeeper && told.Code != CodeBusy && told.Code != CodeUnavailable && told.Code != CodeTimeout {
-			return nil, err
+		switch {
+		case !ok, told.Code == CodeNotKeeper, told.Code == CodeTimeout:
+			errs = append(errs, err)
+			return nil, false, err
+		case told.Code == CodeBusy, told.Code == CodeUnavailable:
+			busy = err
+			return nil, false, err
 		}
-		errs = append(errs, err)
+		return nil, true, err
+	}
+	keepers := e.cfg.Keepers()
+	for _, name := range keepers {
+		if len(keepers) > 1 && !e.isThere(ctx, name) {
+			silent = append(silent, name)
+			continue
+		}
+		if answer, final, err := ask(name); final {
+			return answer, err
+		}
+	}
+	if busy != nil {
+		return nil, busy
+	}
+	for _, name := range silent {
+		if answer, final, err := ask(name); final {
+			return answer, err
+		}
+	}
+	if busy != nil {
+		return nil, busy
 	}
 	return nil, errors.Join(errs...)
+}
+
+// isThere reports whether a node answers soon.
+func (e *Endpoint) isThere(ctx context.Context, name string) bool {
+	ctx, cancel := context.WithTimeout(ctx, whoamiPatience)
+	defer cancel()
+	_, err := e.request(ctx, name, KindWhoami, nil)
+	return err == nil
 }
 
 // AskKeeper is Ask of the keeper of this name.

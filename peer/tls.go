@@ -91,9 +91,19 @@ func (e *Endpoint) verifyChain(chain [][]byte, want string) (*crypto.Certificate
 	case n.Name == id.Name():
 		return nil, errOwnName
 	case want != "" && n.Name != want:
-		return nil, fmt.Errorf("peer: the certificate is of node %s, not of %s", n.Name, want)
+		return nil, otherNode{n, want}
 	}
 	return n, nil
+}
+
+// otherNode is the error of a certificate that is in order, but of another node.
+type otherNode struct {
+	is   *crypto.Certificate
+	want string
+}
+
+func (o otherNode) Error() string {
+	return fmt.Sprintf("peer: the certificate is of node %s, not of %s", o.is.Name, o.want)
 }
 
 func raw(chain []*x509.Certificate) [][]byte {

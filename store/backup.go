@@ -8,12 +8,16 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/version"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/etcdutl/v3/snapshot"
 )
+
+// snapshotTimeout bounds Snapshot if its context has no deadline.
+const snapshotTimeout = 10 * time.Minute
 
 // restoreBump is how far Restore moves the revision on: more than a cluster
 // makes in years, so that none is used twice.
@@ -41,8 +45,11 @@ type Status struct {
 
 // Status needs no majority.
 func (m *Member) Status(ctx context.Context) (Status, error) {
-	ctx, cancel := bound(ctx)
-	defer cancel()
+	ctx, end, err := m.enter(ctx, opTimeout)
+	if err != nil {
+		return Status{}, err
+	}
+	defer end()
 	s := m.server.Server
 	out := Status{
 		Version: version.Version, QuotaBytes: quotaBytes,
@@ -74,11 +81,17 @@ func (m *Member) Status(ctx context.Context) (Status, error) {
 
 // Snapshot writes all of the database to w, followed by the hash that Restore
 // checks, and returns how many bytes that were and a revision that it contains.
-// Without a majority it is what this member has.
+// Without a majority it is what this member has. It takes 10 minutes at most if
+// ctx has no deadline.
 func (m *Member) Snapshot(ctx context.Context, w io.Writer) (size, revision int64, err error) {
+	ctx, end, err := m.enter(ctx, snapshotTimeout)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer end()
 	if m.server.Server.Leader() != 0 {
 		// All that was written before is to be in it.
-		ctx, cancel := bound(ctx)
+		ctx, cancel := context.WithTimeout(ctx, opTimeout)
 		defer cancel()
 		if _, err := m.client.Get(ctx, namesPrefix, clientv3.WithCountOnly()); err != nil {
 			return 0, 0, fault("read", err)
@@ -113,7 +126,7 @@ func (c contextWriter) Write(b []byte) (int, error) {
 }
 
 // Restore makes, in a Dir without data, what StartMember starts as the only
-// member of a new cluster that has what is in the file. Nothing may run there.
+// member of a new cluster that has what is in the file. No member may run there.
 // Revisions go on after those of the old cluster, and Incarnation is another.
 func Restore(path string, cfg MemberConfig) error {
 	if err := cfg.complete(); err != nil {
@@ -122,11 +135,20 @@ func Restore(path string, cfg MemberConfig) error {
 	if _, err := os.Stat(path); err != nil {
 		return fmt.Errorf("store: the snapshot cannot be read: %w", err)
 	}
-	if HasData(cfg.Dir) {
-		return fmt.Errorf("store: there is data in %s: move it away before a snapshot is restored", cfg.Dir)
+	lock, err := cfg.lock()
+	if err != nil {
+		return err
 	}
+	defer lock.Close()
 	if err := os.MkdirAll(dataDir(cfg.Dir), 0o700); err != nil {
 		return fmt.Errorf("store: make the member's directory: %w", err)
+	}
+	there, err := os.ReadDir(dataDir(cfg.Dir))
+	if err != nil {
+		return fmt.Errorf("store: read the member's directory: %w", err)
+	}
+	if len(there) > 0 {
+		return fmt.Errorf("store: there is data in %s: move it away before a snapshot is restored", dataDir(cfg.Dir))
 	}
 	at := cfg.peerURL(cfg.Advertise)
 	if err := restore(snapshot.RestoreConfig{

@@ -263,6 +263,33 @@ func TestMembership(t *testing.T) {
 	}
 }
 
+// TestJoinAgain: a node that finds nobody when it joins tries again.
+func TestJoinAgain(t *testing.T) {
+	a := newAuthority(t)
+	cfg := config(t, a, "n1")
+	m := start(t, cfg)
+	ready(t, m)
+	cfg2 := config(t, a, "n2")
+	cluster, err := m.AddLearner(t.Context(), "n2", cfg2.Advertise)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg2.New, cfg2.InitialCluster = false, cluster
+	closed(t, m.Close)
+	if m2, err := store.StartMember(t.Context(), cfg2); err == nil {
+		closed(t, m2.Close)
+		t.Fatal("a node joined nobody")
+	}
+	cfg.New = false
+	m = start(t, cfg)
+	ready(t, m)
+	m2 := start(t, cfg2)
+	ready(t, m2)
+	put(t, open(t, m2), "vni/1", "from a learner")
+	wantValue(t, open(t, m), "vni/1", "from a learner")
+	wantMembers(t, m2, "n1 n2(learner)")
+}
+
 func TestSnapshot(t *testing.T) {
 	a := newAuthority(t)
 	m := start(t, config(t, a, "n1"))

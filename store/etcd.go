@@ -28,7 +28,7 @@ const (
 	fanOut     = 32
 	// maxPrefix bytes: MaxWrites keys with it and MaxBytes stay below the
 	// 1.5 MiB that etcd takes in one request.
-	maxPrefix = 64
+	maxPrefix = 96
 	// listPage is the most values in one answer of etcd.
 	listPage = 512
 	// conflictFirst is the first wait after a conflict, conflictMost the longest.
@@ -51,8 +51,8 @@ var errGuard = errors.New("store: a later release of tulle has changed how this 
 type Etcd struct {
 	client *clientv3.Client
 	prefix string
-	// leader waits a little until the cluster has one; nil: etcd's own answers tell.
-	leader func(context.Context) error
+	// member is the one in this process that client talks to; nil: none.
+	member *Member
 	// turn is held by an Update that has met with a conflict, so that those of
 	// one process do not fight each other.
 	turn chan struct{}
@@ -63,25 +63,31 @@ var _ Store = (*Etcd)(nil)
 // DefaultPrefix is under which the keys of a cluster are.
 func DefaultPrefix(cluster string) string { return "/tulle/" + cluster + "/" }
 
-func newEtcd(client *clientv3.Client, prefix string, leader func(context.Context) error) (*Etcd, error) {
+func newEtcd(client *clientv3.Client, prefix string, member *Member) (*Etcd, error) {
 	if len(prefix) > maxPrefix || !strings.HasSuffix(prefix, "/") {
 		return nil, fmt.Errorf("store: prefix %q: it must end in / and have at most %d bytes", prefix, maxPrefix)
 	}
-	return &Etcd{client: client, prefix: prefix, leader: leader, turn: make(chan struct{}, 1)}, nil
+	return &Etcd{client: client, prefix: prefix, member: member, turn: make(chan struct{}, 1)}, nil
 }
 
-// Close ends what is under way, with an error that wraps ErrUnavailable. Store's
-// own is closed by Member.Close.
+// Close ends what is under way, with an error that wraps ErrUnavailable. One
+// that Member.Store made ends with the member instead.
 func (e *Etcd) Close() error {
-	if e.leader != nil {
+	if e.member != nil {
 		return nil
 	}
 	return ignoreCanceled(e.client.Close())
 }
 
-// bound gives ctx a deadline, and has a server that sees no leader say so at once.
-func bound(ctx context.Context) (context.Context, context.CancelFunc) {
-	return deadline(clientv3.WithRequireLeader(ctx), opTimeout)
+// begin gives ctx a deadline; end must be called. Without an error there is a
+// leader, as far as this process knows.
+func (e *Etcd) begin(ctx context.Context) (_ context.Context, end func(), err error) {
+	if e.member != nil {
+		return e.member.begin(ctx, opTimeout)
+	}
+	// A server that sees no leader is to say so at once.
+	ctx, cancel := deadline(clientv3.WithRequireLeader(ctx), opTimeout)
+	return ctx, cancel, nil
 }
 
 // deadline gives ctx one, unless it has one.
@@ -95,20 +101,13 @@ func deadline(ctx context.Context, after time.Duration) (context.Context, contex
 // View implements Store. Where etcd forgets the state while f reads it, the
 // error wraps ErrUnavailable: f is not called again.
 func (e *Etcd) View(ctx context.Context, f func(Reader) error) error {
-	ctx, cancel := bound(ctx)
-	defer cancel()
-	if err := e.awaitLeader(ctx); err != nil {
+	ctx, end, err := e.begin(ctx)
+	if err != nil {
 		return err
 	}
+	defer end()
 	t := &txn{e: e, ctx: ctx}
 	return cmp.Or(f(t), t.err)
-}
-
-func (e *Etcd) awaitLeader(ctx context.Context) error {
-	if e.leader == nil {
-		return nil
-	}
-	return e.leader(ctx)
 }
 
 // Update implements Store. It gives up with an error that wraps ErrUnavailable
@@ -118,8 +117,11 @@ func (e *Etcd) Update(ctx context.Context, domains []string, f func(Txn) error) 
 	if len(domains) > maxDomains {
 		return fmt.Errorf("%w: %d domains in one change, more than %d", ErrTooLarge, len(domains), maxDomains)
 	}
-	ctx, cancel := bound(ctx)
-	defer cancel()
+	ctx, end, err := e.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	again := backoff{next: conflictFirst, most: conflictMost}
 	mine := false
 	for {
@@ -144,9 +146,6 @@ func (e *Etcd) Update(ctx context.Context, domains []string, f func(Txn) error) 
 
 // try does Update once. Without an error, done is false if there was a conflict.
 func (e *Etcd) try(ctx context.Context, domains []string, f func(Txn) error) (done bool, err error) {
-	if err := e.awaitLeader(ctx); err != nil {
-		return false, err
-	}
 	t := &txn{e: e, ctx: ctx, update: true, domains: domains, writes: map[string][]byte{}}
 	seen, err := t.guards()
 	if err != nil {
@@ -178,7 +177,7 @@ func (t *txn) guards() (map[string]int64, error) {
 	for _, d := range t.domains {
 		gets = append(gets, clientv3.OpGet(t.e.guard(d)))
 	}
-	resp, err := t.e.client.Txn(t.ctx).Then(gets...).Commit()
+	resp, err := reading(t.ctx, func() (*clientv3.TxnResponse, error) { return t.e.client.Txn(t.ctx).Then(gets...).Commit() })
 	if err != nil {
 		return nil, fault("read", err)
 	}
@@ -193,6 +192,18 @@ func (t *txn) guards() (map[string]int64, error) {
 		}
 	}
 	return seen, nil
+}
+
+// reading reads again where a new leader was elected in between: a client over
+// the network does that by itself.
+func reading[T any](ctx context.Context, read func() (T, error)) (T, error) {
+	again := backoff{next: conflictFirst, most: conflictMost}
+	for {
+		out, err := read()
+		if !errors.Is(err, rpctypes.ErrLeaderChanged) || !again.wait(ctx) {
+			return out, err
+		}
+	}
 }
 
 func checkGuard(b []byte) error {
@@ -249,11 +260,11 @@ func nest(ops []clientv3.Op) []clientv3.Op {
 // Incarnation returns which life of the store this is, in hexadecimal: another
 // one if a snapshot was restored, so that what was since is gone.
 func (e *Etcd) Incarnation(ctx context.Context) (string, error) {
-	ctx, cancel := bound(ctx)
-	defer cancel()
-	if err := e.awaitLeader(ctx); err != nil {
+	ctx, end, err := e.begin(ctx)
+	if err != nil {
 		return "", err
 	}
+	defer end()
 	resp, err := e.client.Get(ctx, e.prefix, clientv3.WithCountOnly())
 	if err != nil {
 		return "", fault("read", err)
@@ -299,7 +310,7 @@ func (t *txn) read(key string, opts ...clientv3.OpOption) (*clientv3.GetResponse
 	if t.revision != 0 {
 		opts = append(opts, clientv3.WithRev(t.revision))
 	}
-	resp, err := t.e.client.Get(t.ctx, key, opts...)
+	resp, err := reading(t.ctx, func() (*clientv3.GetResponse, error) { return t.e.client.Get(t.ctx, key, opts...) })
 	if err != nil {
 		t.forgotten = errors.Is(err, rpctypes.ErrCompacted)
 		return nil, t.fail(fault("read", err))

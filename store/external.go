@@ -33,7 +33,7 @@ type External struct {
 	Cert, Key string
 	// Cluster names the tulle cluster, for Prefix.
 	Cluster string
-	// Prefix of all keys; it ends in "/". Default /tulle/CLUSTER/; at most 64 bytes.
+	// Prefix of all keys; it ends in "/". Default /tulle/CLUSTER/; at most 96 bytes.
 	Prefix string
 	// Log takes warnings; default none.
 	Log *slog.Logger

@@ -65,8 +65,9 @@ func (e *Etcd) follow(ctx context.Context, prefix string, f func(Change)) {
 		if resp.Err() != nil || resp.Header.Revision < at || cluster != 0 && resp.Header.ClusterId != cluster {
 			return
 		}
-		at, cluster = resp.Header.Revision, resp.Header.ClusterId
-		if c := e.change(resp.Events); ctx.Err() == nil && len(c.Put)+len(c.Deleted) > 0 {
+		cluster = resp.Header.ClusterId
+		if c := e.change(resp.Events); ctx.Err() == nil && len(resp.Events) > 0 {
+			at = c.Revision
 			f(c)
 		}
 	}
@@ -94,7 +95,8 @@ func (e *Etcd) change(events []*clientv3.Event) Change {
 // Hold keeps value under key while ctx lives. It is gone at once after ctx ends
 // if the store can be reached, else ttl after the last time that it could;
 // ttl is rounded up to seconds and at least 2 s. While the store is away it
-// waits, and puts the value again if it had gone meanwhile. It returns nil when
+// waits. If somebody else removes or replaces the value it is put again, within
+// a third of ttl. It returns nil when
 // ctx ends, and an error at once if key or value are larger than the limits.
 //
 // A held key comes and goes without a transaction: Update does not notice.
@@ -105,9 +107,13 @@ func (e *Etcd) Hold(ctx context.Context, key string, value []byte, ttl time.Dura
 	ttl = max(minHold, (ttl + time.Second - 1).Truncate(time.Second))
 	lease := clientv3.LeaseID(clientv3.NoLease)
 	defer func() {
-		if lease != clientv3.NoLease {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), revokeTimeout)
-			defer cancel()
+		if lease == clientv3.NoLease {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), revokeTimeout)
+		defer cancel()
+		if ctx, end, err := e.begin(ctx); err == nil {
+			defer end()
 			_, _ = e.client.Revoke(ctx, lease) // it ends by itself, too
 		}
 	}()
@@ -132,13 +138,18 @@ func (e *Etcd) Hold(ctx context.Context, key string, value []byte, ttl time.Dura
 
 // hold renews the lease, or puts the value under a new one.
 func (e *Etcd) hold(ctx context.Context, lease clientv3.LeaseID, key string, value []byte, ttl time.Duration) (clientv3.LeaseID, error) {
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), ttl/3)
+	ctx, cancel := context.WithTimeout(ctx, ttl/3)
 	defer cancel()
-	if err := e.awaitLeader(ctx); err != nil {
+	ctx, end, err := e.begin(ctx)
+	if err != nil {
 		return lease, err
 	}
+	defer end()
 	if lease != clientv3.NoLease {
 		_, err := e.client.KeepAliveOnce(ctx, lease)
+		if err == nil {
+			return lease, e.holdAgain(ctx, lease, key, value)
+		}
 		if !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 			return lease, err
 		}
@@ -153,4 +164,14 @@ func (e *Etcd) hold(ctx context.Context, lease clientv3.LeaseID, key string, val
 		return clientv3.NoLease, err
 	}
 	return grant.ID, nil
+}
+
+// holdAgain puts the value if somebody has removed or replaced it.
+func (e *Etcd) holdAgain(ctx context.Context, lease clientv3.LeaseID, key string, value []byte) error {
+	resp, err := e.client.Get(ctx, e.prefix+key, clientv3.WithKeysOnly())
+	if err != nil || len(resp.Kvs) == 1 && resp.Kvs[0].Lease == int64(lease) {
+		return err
+	}
+	_, err = e.client.Put(ctx, e.prefix+key, string(value), clientv3.WithLease(lease))
+	return err
 }

@@ -61,6 +61,9 @@ const (
 	leaderWait = 3
 )
 
+// errStopped: the member was closed or removed.
+var errStopped = fmt.Errorf("%w: this member has stopped", ErrUnavailable)
+
 // TLS is what a member shows and believes, as PEM. It is for servers and for
 // clients at once.
 type TLS struct {
@@ -71,8 +74,8 @@ type TLS struct {
 
 // MemberConfig of StartMember, Restore and ForceNew.
 type MemberConfig struct {
-	// Dir is the member's own, made with mode 0700 if it is not there: data/
-	// and tls/ are in it.
+	// Dir is the member's own, made with mode 0700 if it is not there: data/,
+	// tls/ and lock are in it.
 	Dir string
 	// Name of this node.
 	Name string
@@ -109,7 +112,15 @@ type Member struct {
 	server *embed.Etcd
 	client *clientv3.Client
 	muted  *atomic.Bool // etcd has nothing more to say
-	close  sync.Once
+	lock   *os.File
+
+	// mu guards closed, after which no operation begins.
+	mu     sync.Mutex
+	closed bool
+	// ctx ends with Close; under is what was under way then.
+	ctx    context.Context
+	cancel context.CancelFunc
+	under  sync.WaitGroup
 }
 
 // HasData returns whether a member has been in dir: StartMember restarts it.
@@ -142,9 +153,15 @@ func start(ctx context.Context, cfg MemberConfig, force bool) (*Member, error) {
 	if !cfg.New && cfg.InitialCluster == "" && !HasData(cfg.Dir) {
 		return nil, fmt.Errorf("store: there is no data in %s: promote this node anew, or restore a snapshot", cfg.Dir)
 	}
-	if err := cfg.prepare(); err != nil {
+	lock, err := cfg.prepare()
+	if err != nil {
 		return nil, err
 	}
+	return cfg.run(ctx, force, lock)
+}
+
+// run starts etcd; lock is closed when that is over.
+func (cfg *MemberConfig) run(ctx context.Context, force bool, lock *os.File) (*Member, error) {
 	ctx, cancel := deadline(ctx, startTimeout)
 	defer cancel()
 	quiet()
@@ -163,17 +180,20 @@ func start(ctx context.Context, cfg MemberConfig, force bool) (*Member, error) {
 	select {
 	case r := <-done:
 		if r.err != nil {
-			return nil, cfg.explain(r.err)
+			return nil, errors.Join(cfg.explain(r.err), lock.Close())
 		}
-		return &Member{cfg: cfg, server: r.server, client: v3client.New(r.server.Server), muted: muted}, nil
+		m := &Member{cfg: *cfg, lock: lock, server: r.server, client: v3client.New(r.server.Server), muted: muted}
+		m.ctx, m.cancel = context.WithCancel(context.Background())
+		return m, nil
 	case <-ctx.Done():
 		go func() { // etcd cannot be told to give up
 			muted.Store(true)
 			if r := <-done; r.err == nil {
 				stop(r.server)
 			}
+			_ = lock.Close()
 		}()
-		return nil, fmt.Errorf("store: the member does not start: does another process use %s, or is a disk slow? %w", cfg.Dir, ctx.Err())
+		return nil, fmt.Errorf("store: the member does not start in time: is the disk under %s slow? %w", cfg.Dir, ctx.Err())
 	}
 }
 
@@ -228,14 +248,37 @@ func (cfg *MemberConfig) complete() error {
 	return errors.Join(faults...)
 }
 
-// prepare makes the directories and writes the TLS files.
-func (cfg *MemberConfig) prepare() error {
-	for _, dir := range []string{cfg.Dir, dataDir(cfg.Dir), filepath.Dir(cfg.certFile())} {
+// prepare makes the directories, locks them and writes the TLS files.
+func (cfg *MemberConfig) prepare() (*os.File, error) {
+	lock, err := cfg.lock()
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{dataDir(cfg.Dir), filepath.Dir(cfg.certFile())} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return fmt.Errorf("store: make the member's directory: %w", err)
+			return nil, errors.Join(fmt.Errorf("store: make the member's directory: %w", err), lock.Close())
 		}
 	}
-	return cfg.writeTLS(cfg.TLS)
+	if err := cfg.writeTLS(cfg.TLS); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return lock, nil
+}
+
+// lock keeps others off Dir until the file is closed. etcd has locks, too, but
+// would wait for them for ever.
+func (cfg *MemberConfig) lock() (*os.File, error) {
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("store: make the member's directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(cfg.Dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("store: lock the member's directory: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("store: a member runs in %s already: stop it: %w", cfg.Dir, err), f.Close())
+	}
+	return f, nil
 }
 
 // certFile has the certificate and the key: etcd reads it for each connection,
@@ -329,12 +372,50 @@ func (m *Member) Done() <-chan struct{} { return m.server.Server.StopNotify() }
 
 // Store returns what is under prefix, which ends in "/"; see DefaultPrefix. It
 // is at an end with the member.
-func (m *Member) Store(prefix string) (*Etcd, error) { return newEtcd(m.client, prefix, m.awaitLeader) }
+func (m *Member) Store(prefix string) (*Etcd, error) { return newEtcd(m.client, prefix, m) }
 
-// awaitLeader waits until there is a leader, but not long, since without one
-// etcd would leave the caller waiting for all the time that it has.
+// begin gives ctx a deadline, and waits until there is a leader, but not long:
+// without one etcd would leave the caller waiting for all the time that it has.
+func (m *Member) begin(ctx context.Context, after time.Duration) (_ context.Context, end func(), err error) {
+	ctx, end, err = m.enter(ctx, after)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := m.awaitLeader(ctx); err != nil {
+		end()
+		return nil, nil, err
+	}
+	return ctx, end, nil
+}
+
+// enter gives ctx a deadline, and has Close wait for end: etcd must not stop
+// under an operation, since its database is gone then.
+func (m *Member) enter(ctx context.Context, after time.Duration) (_ context.Context, end func(), err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	select {
+	case <-m.server.Server.StoppingNotify():
+		return nil, nil, errStopped
+	default:
+	}
+	if m.closed {
+		return nil, nil, errStopped
+	}
+	m.under.Add(1)
+	ctx, cancel := deadline(ctx, after)
+	unhook := context.AfterFunc(m.ctx, cancel)
+	return ctx, func() {
+		unhook()
+		cancel()
+		m.under.Done()
+	}, nil
+}
+
 func (m *Member) awaitLeader(ctx context.Context) error {
 	s := m.server.Server
+	if s.Leader() != 0 {
+		return nil
+	}
 	timeout := time.NewTimer(leaderWait * m.cfg.Election)
 	defer timeout.Stop()
 	for {
@@ -347,7 +428,7 @@ func (m *Member) awaitLeader(ctx context.Context) error {
 		case <-timeout.C:
 			return fmt.Errorf("%w: no leader: a majority of the keepers must run and reach each other on TCP port %d", ErrUnavailable, m.cfg.PeerPort)
 		case <-s.StoppingNotify():
-			return fmt.Errorf("%w: this member has stopped", ErrUnavailable)
+			return errStopped
 		case <-ctx.Done():
 			return fmt.Errorf("%w: no leader: %w", ErrUnavailable, ctx.Err())
 		}
@@ -358,15 +439,22 @@ func (m *Member) awaitLeader(ctx context.Context) error {
 // it believes, t.CA, counts from the next start.
 func (m *Member) SetTLS(t TLS) error { return m.cfg.writeTLS(t) }
 
-// Close stops the member. A leader first gives its office to another.
+// Close stops the member. What is under way ends with an error that wraps
+// ErrUnavailable. A leader first gives its office to another.
 func (m *Member) Close() error {
-	var err error
-	m.close.Do(func() {
-		m.muted.Store(true)
-		err = ignoreCanceled(m.client.Close())
-		stop(m.server)
-	})
-	return err
+	m.mu.Lock()
+	again := m.closed
+	m.closed = true
+	m.mu.Unlock()
+	if again {
+		return nil
+	}
+	m.muted.Store(true)
+	m.cancel()
+	m.under.Wait()
+	err := ignoreCanceled(m.client.Close())
+	stop(m.server)
+	return errors.Join(err, m.lock.Close())
 }
 
 func stop(server *embed.Etcd) {

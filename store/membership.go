@@ -52,8 +52,11 @@ type MemberInfo struct {
 // Members returns all, in order of names. Without a majority it is what this
 // member last heard.
 func (m *Member) Members(ctx context.Context) ([]MemberInfo, error) {
-	ctx, cancel := bound(ctx)
-	defer cancel()
+	ctx, end, err := m.enter(ctx, opTimeout)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	var opts []clientv3.OpOption
 	if m.server.Server.Leader() == 0 {
 		opts = append(opts, clientv3.WithSerializable())
@@ -139,11 +142,11 @@ func info(p *etcdserverpb.Member, added string, leader uint64) MemberInfo {
 // AddLearner and Remove may have to wait until the members have been connected
 // for 5 s; so do not give them less, but 15 s, as is the default.
 func (m *Member) AddLearner(ctx context.Context, name string, addr netip.Addr) (initialCluster string, err error) {
-	ctx, cancel := deadline(ctx, changeTimeout)
-	defer cancel()
-	if err := m.awaitLeader(ctx); err != nil {
+	ctx, end, err := m.begin(ctx, changeTimeout)
+	if err != nil {
 		return "", err
 	}
+	defer end()
 	all, err := m.members(ctx)
 	if err != nil {
 		return "", err
@@ -231,8 +234,11 @@ func (m *Member) named(ctx context.Context, name string) (MemberInfo, []MemberIn
 // Promote gives a learner its vote, as soon as it has caught up: it tries until
 // ctx ends, or for a minute if ctx has no deadline. One that has its vote is fine.
 func (m *Member) Promote(ctx context.Context, name string) error {
-	ctx, cancel := deadline(ctx, promoteTimeout)
-	defer cancel()
+	ctx, end, err := m.enter(ctx, promoteTimeout)
+	if err != nil {
+		return err
+	}
+	defer end()
 	pace := backoff{next: changeEvery, most: changeEvery}
 	for {
 		i, _, err := m.named(ctx, name)
@@ -266,8 +272,11 @@ func passing(err error) bool {
 
 // Remove takes a member out; it stops. The last one with a vote stays.
 func (m *Member) Remove(ctx context.Context, name string) error {
-	ctx, cancel := deadline(ctx, changeTimeout)
-	defer cancel()
+	ctx, end, err := m.begin(ctx, changeTimeout)
+	if err != nil {
+		return err
+	}
+	defer end()
 	i, all, err := m.named(ctx, name)
 	if err != nil {
 		return err
@@ -297,11 +306,11 @@ func (m *Member) remove(ctx context.Context, i MemberInfo) error {
 // Move tells the cluster that this member is to be found at addr. It listens
 // there from its next start, with MemberConfig.Advertise.
 func (m *Member) Move(ctx context.Context, addr netip.Addr) error {
-	ctx, cancel := deadline(ctx, changeTimeout)
-	defer cancel()
-	if err := m.awaitLeader(ctx); err != nil {
+	ctx, end, err := m.begin(ctx, changeTimeout)
+	if err != nil {
 		return err
 	}
+	defer end()
 	at := m.cfg.peerURL(addr.Unmap())
 	if _, err := m.client.MemberUpdate(ctx, m.id(), []string{at.String()}); err != nil {
 		return membershipFault("move to "+addr.String(), err)

@@ -110,13 +110,18 @@ func (o *Overlay) Check() error {
 	if len(o.Subnets) == 0 {
 		fault("no subnet is given")
 	}
+	gateways := map[netip.Prefix]bool{}
 	for _, g := range o.Gateways {
-		if o.Within(g) == (netip.Prefix{}) {
+		switch s := o.Within(g); {
+		case s == (netip.Prefix{}):
 			fault("gateway %s lies in none of its subnets", g)
+		case g == s.Addr():
+			fault("gateway %s is the address of its subnet: want a host's, such as %s", g, g.Next())
+		case gateways[s]:
+			fault("gateway %s is another one of subnet %s: one a subnet at most", g, s)
+		default:
+			gateways[s] = true
 		}
-	}
-	if len(o.Gateways) > len(o.Subnets) {
-		fault("%d gateways: one a subnet at most", len(o.Gateways))
 	}
 	for _, r := range o.Reserved {
 		if r != r.Masked() || o.Within(r.Addr()) == (netip.Prefix{}) || r.Bits() < o.Within(r.Addr()).Bits() {

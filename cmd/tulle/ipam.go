@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -68,6 +69,9 @@ Exit status: 0 if nothing is left to repair, 1 if something is.`,
 		}
 		if _, err := cmd.OutOrStdout().Write(b); err != nil {
 			return err
+		}
+		if len(found.Silent) > 0 {
+			fmt.Fprintf(cmd.ErrOrStderr(), "which addresses they use, these did not say: %s\n", clean(strings.Join(found.Silent, ", ")))
 		}
 		return leftOver(found, *repair)
 	}

@@ -148,6 +148,7 @@ func (d *demo) play(ctx context.Context) {
 		{"What is on the cable", false, d.wire},
 		{"Who is where, and sealed how", false, d.fdb},
 		{"A TCP transfer", false, d.transfer},
+		{"An overlay for all, made once", false, d.share},
 		{"host3 is killed", false, d.kill},
 		{"host3 comes back", false, d.restart},
 		{"host2 leaves", false, d.leave},

@@ -358,19 +358,20 @@ func (k *Keeper) lookSigning(ctx context.Context, l *Ledger) (*waiting, error) {
 		return w, err
 	}
 	var w *waiting
+	dropped := false
 	err = k.stepCA(ctx, l, func(l *Ledger) error {
 		w = nil
 		behind := l.behind(roots.Signer(), k.now())
 		needed := slices.DeleteFunc(slices.Clone(behind), func(name string) bool {
 			return l.CA.Finish && !l.Nodes[name].Keeper && !k.alive(name)
 		})
-		if len(needed) == 0 {
+		if dropped = len(needed) == 0; dropped {
 			return k.dropCA(l, behind[:min(len(behind), maxLeft)])
 		}
 		w = &waiting{"these nodes have no certificate of the new CA yet: they get it when they are back; `tulle ca rotate --finish` goes on without those that are away and no keepers", needed}
 		return nil
 	})
-	if err == nil && w == nil {
+	if err == nil && dropped {
 		k.cfg.Log.Info("keeper: the former CA is believed no more")
 	}
 	return w, err
@@ -389,7 +390,9 @@ func (k *Keeper) lookGone(ctx context.Context, l *Ledger) (*waiting, error) {
 		return nil, err
 	}
 	f := roots.Signer()
+	settled := false
 	for more := true; more; {
+		more = false // if the change is not this keeper's any more
 		err := k.stepCA(ctx, l, func(l *Ledger) error {
 			n := 0
 			gone := l.removeTokens(k.now(), func(t Token) bool {
@@ -404,13 +407,16 @@ func (k *Keeper) lookGone(ctx context.Context, l *Ledger) (*waiting, error) {
 				l.CA.Waits, l.CA.Why = nil, ""
 			}
 			l.CA.TokensRemoved = append(slices.Clone(l.CA.TokensRemoved), gone...)
+			settled = !more
 			return nil
 		})
 		if err != nil {
 			return nil, err
 		}
 	}
-	k.cfg.Log.Info("keeper: the CA is changed")
+	if settled {
+		k.cfg.Log.Info("keeper: the CA is changed")
+	}
 	return nil, nil
 }
 

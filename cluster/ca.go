@@ -126,13 +126,13 @@ func (p *Place) followCA(ctx context.Context) {
 		var err error
 		switch {
 		case p.behind():
+			p.ca.rest.Store(true)
 			if err = p.Renew(ctx); err == nil {
 				p.e.Reintroduce()
-				p.ca.rest.Store(true)
 				sleep(ctx, renewRest, nil)
 				p.e.Reintroduce() // those whose handshake was under way
-				p.ca.rest.Store(false)
 			}
+			p.ca.rest.Store(false)
 		case p.untold():
 			err = p.Refresh(ctx)
 		default:

@@ -413,6 +413,8 @@ func TestGrants(t *testing.T) {
 		t.Errorf("a renewal made the grants %v", g)
 	}
 	// The key goes with its grant.
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	for file := range b.state.Files {
 		if strings.HasSuffix(file, ".red") {
 			t.Errorf("the state has %s", file)
@@ -625,7 +627,10 @@ func TestModes(t *testing.T) {
 		}
 	}
 	// No secret shows when a Place is printed by mistake.
-	text := fmt.Sprintf("%+v %#v", s.nodes["n1"].state, s.nodes["n1"].Ring())
+	n1 := s.nodes["n1"]
+	n1.mu.Lock() // it may be writing what it was told
+	text := fmt.Sprintf("%+v %#v", n1.state, n1.Ring())
+	n1.mu.Unlock()
 	if strings.Contains(text, "PRIVATE KEY") {
 		t.Error("a private key is printed")
 	}

@@ -29,6 +29,7 @@ func TestSeeds(t *testing.T) {
 	s := newSite(t)
 	a := s.start("n1")
 	b := s.join("n2", s.token(a, 1, "*"))
+	eventually(t, "its first pull, which would go on where there is nobody", func() bool { _, asked := b.Shared(); return !asked.IsZero() })
 	b.SetMembers(nil) // alone, and what it remembers leads nowhere
 	b.learn([]peer.Member{{Name: "n1", VTEP: addrOf("x8"), Keeper: true}, {Name: "n3", VTEP: addrOf("n3")}})
 	b.e.Moved("n1", addrOf("x8").Addr())

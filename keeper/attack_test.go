@@ -39,6 +39,13 @@ func newPrey(t testing.TB) *prey {
 	p := &prey{cluster: c, mem: storetest.New(), block: map[string]netip.Prefix{}, fixed: netip.MustParseAddr("10.32.250.7")}
 	p.site = c.sharing("k1", p.mem)
 	p.blue, p.red = p.create(store.Overlay{Name: "blue"}), p.create(store.Overlay{Name: "red"})
+	for _, o := range []*store.Overlay{p.blue, p.red} { // what is fuzzed in one process is the same in another
+		o.ID = o.Name + "-id"
+		text, key := must[[]byte](t)(o.Encode()), store.OverlayKey(o.Name)
+		if err := p.mem.Update(ctx, []string{store.Domain(key)}, func(x store.Txn) error { x.Put(key, text); return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
 	lease := p.leases(c.node("victim", "blue", "red"))
 	for i, o := range []*store.Overlay{p.blue, p.red} {
 		b, err := lease.Take(ctx, ipam.TakeRequest{Caller: caller("victims", uint64(i+1)), Overlay: o.Name, OverlayID: o.ID, Family: 4, Nonce: "v"})
@@ -384,6 +391,46 @@ func TestExhaust(t *testing.T) {
 	}
 }
 
+// A node that is no administrator does not fill the cluster with machines, nor
+// does one machine fill the store by joining again; an administrator's tokens
+// are not in its way.
+func TestJoinPace(t *testing.T) {
+	c := newCluster(t)
+	k := c.keeper("k1")
+	many := crypto.TokenOptions{TTL: time.Hour, Uses: crypto.MaxTokenUses, Name: "*", Overlays: crypto.Grants{"blue"}}
+	mine := must[*crypto.Token](t)(crypto.ParseToken(must[string](t)(k.as(c.node("hostile", "blue")).CreateToken(ctx, many))))
+	admins := k.token(many)
+	until := func(join func(i int) error) int {
+		for i := range 200 {
+			if err := join(i); errors.Is(err, peer.ErrBusy) {
+				return i
+			} else if err != nil {
+				t.Fatal(err)
+			}
+		}
+		return 200
+	}
+	key := crypto.NewPrivateKey()
+	for what, x := range map[string]struct {
+		join func(i int) error
+		all  bool
+	}{
+		"with its token": {func(i int) error {
+			_, err := k.Join(ctx, joining(t, mine, crypto.NewPrivateKey(), fmt.Sprintf("h%d", i)))
+			return err
+		}, false},
+		"with an administrator's": {func(i int) error {
+			_, err := k.Join(ctx, joining(t, admins, crypto.NewPrivateKey(), fmt.Sprintf("a%d", i)))
+			return err
+		}, true},
+		"again and again": {func(int) error { _, err := k.Join(ctx, joining(t, admins, key, "again")); return err }, false},
+	} {
+		if n := until(x.join); x.all && n != 200 || !x.all && (n < 64 || n > 100) {
+			t.Errorf("%s: %d joins at once", what, n)
+		}
+	}
+}
+
 // Whatever a node asks about overlays and addresses, nothing panics, and nothing
 // is changed but its own leases.
 func FuzzCompromised(f *testing.F) {
@@ -408,7 +455,6 @@ func FuzzCompromised(f *testing.F) {
 	}
 	cert := p.cluster.node("hostile", "blue")
 	seed := p.all(f)
-	p.update(func(l *keeper.Ledger) {})
 	ledger := p.ledger()
 	defer func() { p.cluster.t = f }()
 	f.Fuzz(func(t *testing.T, sub uint16, body []byte) {

@@ -80,6 +80,9 @@ func (k *Keeper) join(ctx context.Context, r peer.JoinRequest) (*peer.JoinResult
 	if err := prove(l, r); err != nil {
 		return nil, "", err
 	}
+	if err := k.paced(l, r.Token, asked); err != nil {
+		return nil, "", err
+	}
 	result := &peer.JoinResult{Gossip: ring.Encode()}
 	err = k.cfg.Store.Update(ctx, func(l *Ledger) error {
 		if err := prove(l, r); err != nil {
@@ -105,6 +108,24 @@ func (k *Keeper) join(ctx context.Context, r peer.JoinRequest) (*peer.JoinResult
 		return nil, "", fmt.Errorf("keeper: admit %s: %w", asked.Name, err)
 	}
 	return result, asked.Name, nil
+}
+
+// paced returns an error if too many join with tokens of nodes that are no
+// administrators, or the same machine again and again. First joins with an
+// administrator's tokens are as many as it said.
+func (k *Keeper) paced(l *Ledger, id crypto.TokenID, asked crypto.Request) error {
+	by := l.Nodes[l.Tokens[id].By]
+	whose := "" // no node's name
+	switch {
+	case l.Nodes[asked.Name].Key == asked.Key:
+		whose = asked.Name
+	case by.Keeper || slices.Contains(by.Grants, "*"):
+		return nil
+	}
+	if k.joining.allow(whose, time.Now()) {
+		return nil
+	}
+	return peer.Errorf(peer.CodeBusy, "too many machines join at once: it tries again by itself")
 }
 
 // prove verifies that the machine has the secret of a token. One that does not

@@ -141,6 +141,7 @@ type Keeper struct {
 	pushed   atomic.Pointer[pushedCA]
 	pace     *pace // of changes of the ledger
 	leasing  *pace // of requests about addresses
+	joining  *pace // of joins, see paced
 	shared   catalogue
 	registry *ipam.Registry // nil: no Shared
 
@@ -187,7 +188,7 @@ func New(cfg Config) (*Keeper, error) {
 	}
 	k := &Keeper{
 		cfg: cfg, rotating: make(chan struct{}, 1), changing: make(chan struct{}, 1), resume: make(chan struct{}, 1),
-		pace: newPace(paceBurst, paceEvery), leasing: newPace(leaseBurst, leaseEvery),
+		pace: newPace(paceBurst, paceEvery), leasing: newPace(leaseBurst, leaseEvery), joining: newPace(joinBurst, joinEvery),
 	}
 	k.shared.init()
 	if err := k.makeRegistry(); err != nil {

@@ -14,6 +14,11 @@ const (
 	// node: etcd keeps what it overwrites for an hour, and has room for 1 GiB.
 	leaseBurst = 256
 	leaseEvery = time.Second / 2
+	// joinBurst and joinEvery are the same of joins with tokens of all nodes that
+	// are no administrators, and of one machine that joins again: a join writes
+	// its token with all that it has let in, 125 KB at most.
+	joinBurst = 64
+	joinEvery = time.Second
 )
 
 // pace bounds how fast nodes make the keeper write.

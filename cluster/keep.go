@@ -60,7 +60,7 @@ func (p *Place) client() keeper.Client {
 	self := func() *crypto.Certificate { return p.identity.Load().Certificate() }
 	return keeper.Client{Ask: func(ctx context.Context, sub uint16, body []byte) ([]byte, error) {
 		b, err := keeper.Answer(p.answering, func(k *keeper.Keeper) ([]byte, error) { return k.Local(self).Ask(ctx, sub, body) })
-		if errors.Is(err, peer.ErrUnavailable) && len(p.Keepers()) > 0 && ctx.Err() == nil {
+		if errors.Is(err, peer.ErrUnavailable) && p.otherKeeper() && ctx.Err() == nil {
 			if b, err := p.e.Ask(ctx, sub, body); err == nil {
 				return b, nil
 			}

@@ -223,6 +223,18 @@ func (p *Place) Keepers() []string {
 	return names
 }
 
+// otherKeeper reports whether gossip shows another keeper to be there.
+func (p *Place) otherKeeper() bool {
+	p.membersMu.Lock()
+	defer p.membersMu.Unlock()
+	for _, m := range p.members {
+		if m.Keeper && m.Alive {
+			return true
+		}
+	}
+	return false
+}
+
 // Known reports whether an address is one of a member that is there.
 func (p *Place) Known(a netip.Addr) bool {
 	addrs := p.addrs.Load()

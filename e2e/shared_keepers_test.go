@@ -55,13 +55,20 @@ func members(s node.StoreStatus) string {
 // whole waits until n sees a store of these members, all of them healthy.
 func (n *tulle) whole(within time.Duration, names string) time.Duration {
 	n.t.Helper()
-	return n.eventually(within, "the store's members are "+names+", all there", func() bool {
+	var last string
+	start := time.Now()
+	for {
 		var s node.StoreStatus
-		if n.try("/v1/store", &s) != nil {
-			return false
+		err := n.try("/v1/store", &s)
+		if err == nil && s.Quorum && members(s) == names && !slices.ContainsFunc(s.Members, func(m node.StoreMember) bool { return !m.Healthy || m.Role == "learner" }) {
+			return time.Since(start)
 		}
-		return s.Quorum && members(s) == names && !slices.ContainsFunc(s.Members, func(m node.StoreMember) bool { return !m.Healthy || m.Role == "learner" })
-	})
+		last = fmt.Sprintf("%+v %v", s, err)
+		if time.Since(start) > within {
+			n.t.Fatalf("%s: not within %v: the store's members are %s, all there; it says %s", n.name, within, names, last)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 }
 
 // secrets are what a node's state has of a keeper's.

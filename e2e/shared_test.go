@@ -19,7 +19,7 @@ import (
 //	b ───────────────────────┤
 //	c ───────────────────────┼─[ul]── each has the static overlay still, VNI 100, and whatever it is exposed in
 //	d ───────────────────────┤
-//	e ───────────────────────┤
+//	e ───────────────────────┤        and e the static overlay high, VNI 65537
 //	f (a token for red* only)┘
 //
 // Shared overlays, from `overlay create` to `overlay rm`, as scripts use them.
@@ -34,7 +34,13 @@ func still(i int) string {
 func TestSharedOverlay(t *testing.T) {
 	t.Parallel()
 	l, sw, h := hosts(t, 6, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
-	nodes := joined(t, l, h[:5], func(i int) []string { return []string{"--overlay", still(i + 1)} })
+	nodes := joined(t, l, h[:5], func(i int) []string {
+		own := []string{"--overlay", still(i + 1)}
+		if i == 4 { // where shared ones get theirs
+			own = append(own, "--overlay", "name=high,vni=65537,tap=high0,address=10.51.0.5/16")
+		}
+		return own
+	})
 	a, b, c, d, e := nodes[0], nodes[1], nodes[2], nodes[3], nodes[4]
 	var blue []place
 
@@ -119,6 +125,9 @@ func TestSharedOverlay(t *testing.T) {
 
 	part(t, "dual stack", nodes, func(t *testing.T) {
 		b.do("overlay", "create", "dual", "--subnet", "10.40.0.0/16", "--subnet", "fd40::/48")
+		if o, _ := b.knows("dual"); o.VNI != 65538 {
+			t.Errorf("overlay dual has VNI %d, want 65538: 65537 is a static overlay's", o.VNI)
+		}
 		var at4, at6 []place
 		for _, n := range []*tulle{a, d, e} {
 			p := n.exposes("dual")

@@ -84,6 +84,18 @@ type renewalJSON struct {
 	States []json.RawMessage `json:"states"`
 }
 
+// room reports whether the node may have something in one more overlay: those of
+// all its states, which one change has to name.
+func (r *renewalRecord) room(overlay string) bool {
+	all := map[string]bool{overlay: true}
+	for _, l := range r.States {
+		for _, o := range l.Overlays {
+			all[o] = true
+		}
+	}
+	return len(all) <= MaxOverlays
+}
+
 func (r *renewalRecord) find(state string) *lease {
 	for _, l := range r.States {
 		if l.State == state {

@@ -198,8 +198,8 @@ func (r *Registry) Take(ctx context.Context, node string, q TakeRequest) (Block,
 			return err
 		}
 		out = Block{Overlay: q.Overlay, OverlayID: q.OverlayID, Prefix: p, Holes: b.holes(p, node, q.State)}
-		if !slices.Contains(l.Overlays, b.name) && len(l.Overlays) >= MaxOverlays {
-			return fmt.Errorf("ipam: node %s has endpoints in %d overlays, the most that it can", node, MaxOverlays)
+		if !slices.Contains(l.Overlays, b.name) && !e.renewal.room(b.name) {
+			return fmt.Errorf("ipam: node %s has addresses in %d overlays, the most that it can: detach it from one, or remove one; those of a state that it lost count until they are free", node, MaxOverlays)
 		}
 		return e.settle(b, l, -1)
 	})
@@ -335,8 +335,8 @@ func (r *Registry) ask(e *edit, q FixRequest, attempt string) (owner string, err
 		if len(b.fixed) >= MaxFixed {
 			return "", fmt.Errorf("ipam: overlay %s has %d fixed addresses outside of their nodes' blocks, the most that it can: let the address be chosen (--ip auto)", o.Name, MaxFixed)
 		}
-		if !slices.Contains(l.Overlays, b.name) && len(l.Overlays) >= MaxOverlays {
-			return "", fmt.Errorf("ipam: node %s has endpoints in %d overlays, the most that it can", e.node, MaxOverlays)
+		if !slices.Contains(l.Overlays, b.name) && !e.renewal.room(b.name) {
+			return "", fmt.Errorf("ipam: node %s has addresses in %d overlays, the most that it can: detach it from one, or remove one; those of a state that it lost count until they are free", e.node, MaxOverlays)
 		}
 		h = &holder{Node: e.node, State: q.State, Since: e.now, Asked: attempt}
 	}

@@ -146,5 +146,5 @@ func (e *edit) readmitFixed(b *book, l *lease, number uint64, a netip.Addr) erro
 // mayEnter: the node may have something in the overlay.
 func (e *edit) mayEnter(b *book, l *lease) bool {
 	_, in := b.nodes[e.node]
-	return (in || len(b.nodes) < MaxNodes) && (slices.Contains(l.Overlays, b.name) || len(l.Overlays) < MaxOverlays)
+	return (in || len(b.nodes) < MaxNodes) && (slices.Contains(l.Overlays, b.name) || e.renewal.room(b.name))
 }

@@ -436,8 +436,10 @@ func (h *hosted) follow() {
 		case def == nil && !asked.IsZero():
 			h.n.log.Warn("the overlay was removed: this host is in it no more", "overlay", e.Overlay)
 			go h.dropRemoved(e)
-		case def != nil && ov.shared != def && sameSessions(ov.shared, def):
-			h.n.adjust(ov, def)
+		case def != nil && ov.shared != def && sameFloods(ov.shared, def):
+			if err := h.n.adjust(ov, def); err != nil {
+				h.setFault(e, errors.Join(err, h.n.leaveShared(e.Overlay)))
+			}
 		case def != nil && ov.shared != def:
 			h.n.log.Info("the overlay was changed: its device is made anew", "overlay", e.Overlay)
 			if err := h.n.leaveShared(e.Overlay); err != nil {
@@ -460,29 +462,39 @@ func (h *hosted) dropRemoved(e *hostEndpoint) {
 	}
 }
 
-// sameSessions reports whether two definitions make the same sessions and floods.
-func sameSessions(a, b *store.Overlay) bool {
-	return a.VNI == b.VNI && a.Encryption == b.Encryption && a.Cipher == b.Cipher && a.Flood == b.Flood
+// sameFloods reports whether two definitions need the same bridge; the rest can change while it runs.
+func sameFloods(a, b *store.Overlay) bool {
+	return a.VNI == b.VNI && a.Encryption == b.Encryption && a.Flood == b.Flood
 }
 
 // adjust has a shared overlay be as its definition says now, on the device that it
 // has: what flows flows on. Called by Run's goroutine.
-func (n *Node) adjust(ov *overlay, def *store.Overlay) {
+func (n *Node) adjust(ov *overlay, def *store.Overlay) error {
 	next := &overlay{cfg: ov.cfg, addrs: ov.addrs, ciphers: ov.ciphers, shared: def, br: ov.br}
-	next.cfg.MTU, next.cfg.ClampMSS = def.MTU, def.ClampMSS
+	next.cfg.MTU, next.cfg.ClampMSS, next.cfg.Cipher = def.MTU, def.ClampMSS, def.Cipher
+	if next.sealed() {
+		var err error
+		if next.ciphers, err = crypto.OfferCiphers(def.Cipher); err != nil {
+			return err
+		}
+	}
 	next.tap.Store(ov.tap.Load())
 	next.br.SetClampMSS(def.ClampMSS)
 	list := slices.Clone(n.list())
 	list[slices.Index(list, ov)] = next
 	n.overlays.Store(&list)
-	if next.cfg.MTU == ov.cfg.MTU && next.cfg.ClampMSS == ov.cfg.ClampMSS {
-		return
+	switch {
+	case next.cfg.Cipher != ov.cfg.Cipher:
+		n.secure.sessions.Rekeyed(def.Name) // new ones, while the old ones go on
+	case next.cfg.MTU == ov.cfg.MTU && next.cfg.ClampMSS == ov.cfg.ClampMSS:
+		return nil
 	}
 	if _, err := n.fitMTU(next.cfg); err != nil {
 		n.log.Warn("the overlay has a smaller MTU here than it should", "overlay", def.Name, "err", err)
 	}
 	n.followMTU()
 	n.log.Info("the overlay was changed", "overlay", def.Name)
+	return nil
 }
 
 func (h *hosted) statusOf(e *hostEndpoint) Endpoint {

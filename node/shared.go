@@ -95,6 +95,9 @@ func (n *Node) createShared(w http.ResponseWriter, r *http.Request) {
 		if len(want.Subnets) == 0 {
 			want.Subnets = n.freeSubnet()
 		}
+		if want.VNI == 0 {
+			want.VNI = n.freeVNI()
+		}
 		o, unreached, err := c.CreateOverlay(ctx, store.Overlay{
 			Name: want.Name, VNI: uint32(want.VNI), Subnets: want.Subnets, Gateways: want.Gateways, Reserved: want.Reserved,
 			Encryption: want.Encryption, Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood, ClampMSS: want.ClampMSS,
@@ -119,6 +122,34 @@ func (n *Node) freeSubnet() []netip.Prefix {
 		}
 	}
 	return nil
+}
+
+// freeVNI returns the VNI of an overlay that asks for none: 0, so that the keeper
+// chooses, unless nodes have static overlays where it would, of which it does not know.
+func (n *Node) freeVNI() vxlan.VNI {
+	used, static := map[vxlan.VNI]bool{}, false
+	defs, _ := n.secure.place.Shared()
+	for _, d := range defs {
+		used[vxlan.VNI(d.VNI)] = true
+	}
+	carried := n.carried()
+	for _, m := range n.disc.Load().Members() {
+		carried = append(carried, m.Overlays...)
+	}
+	for _, o := range carried {
+		if o.VNI >= keeper.FirstVNI && !used[o.VNI] && !n.secure.place.WasShared(o.Name, uint32(o.VNI)) {
+			used[o.VNI], static = true, true
+		}
+	}
+	if !static {
+		return 0
+	}
+	for vni := vxlan.VNI(keeper.FirstVNI); vni <= store.MaxVNI; vni++ {
+		if !used[vni] {
+			return vni
+		}
+	}
+	return 0
 }
 
 // pulled has this node know what it has just asked for, and logs who does not know it yet.

@@ -20,12 +20,12 @@ import (
 const (
 	// opTimeout bounds an operation whose context has no deadline.
 	opTimeout = 5 * time.Second
-	// maxDomains of one Update, and fanOut, the most operations of one level of
-	// a transaction. A cluster with etcd's defaults takes a transaction whose
-	// levels add up to 128: the conditions (or fanOut), and twice fanOut below
-	// them, which is room for fanOut³ operations.
-	maxDomains = 64
-	fanOut     = 32
+	// maxTxnOps is etcd's default for one transaction: what the levels of a nested
+	// one may add up to, of each its conditions or operations, whichever are more.
+	maxTxnOps = 128
+	// fanOut is the least operations of the top level. Of three levels the others
+	// share what it leaves: beside 104 conditions 12 each, so 104·12·12 operations.
+	fanOut = 32
 	// maxPrefix bytes: MaxWrites keys with it and MaxBytes stay below the
 	// 1.5 MiB that etcd takes in one request.
 	maxPrefix = 96
@@ -114,8 +114,8 @@ func (e *Etcd) View(ctx context.Context, f func(Reader) error) error {
 // when others change the domains again and again until ctx ends, or after 5 s if
 // ctx has no deadline; of domains there may be 64.
 func (e *Etcd) Update(ctx context.Context, domains []string, f func(Txn) error) error {
-	if len(domains) > maxDomains {
-		return fmt.Errorf("%w: %d domains in one change, more than %d", ErrTooLarge, len(domains), maxDomains)
+	if len(domains) > MaxDomains {
+		return fmt.Errorf("%w: %d domains in one change, more than %d", ErrTooLarge, len(domains), MaxDomains)
 	}
 	ctx, end, err := e.begin(ctx)
 	if err != nil {
@@ -238,18 +238,21 @@ func (e *Etcd) commit(ctx context.Context, seen map[string]int64, writes map[str
 	for _, d := range slices.Sorted(maps.Keys(written)) {
 		ops = append(ops, clientv3.OpPut(e.guard(d), guardValue))
 	}
-	resp, err := e.client.Txn(ctx).If(unchanged...).Then(nest(ops)...).Commit()
+	resp, err := e.client.Txn(ctx).If(unchanged...).Then(nest(ops, len(unchanged))...).Commit()
 	if err != nil {
 		return false, fault("write", err)
 	}
 	return resp.Succeeded, nil
 }
 
-// nest returns at most fanOut operations that do what ops do.
-func nest(ops []clientv3.Op) []clientv3.Op {
-	for len(ops) > fanOut {
+// nest returns operations that do what ops do, few enough to stand beside so many
+// conditions in one transaction.
+func nest(ops []clientv3.Op, conditions int) []clientv3.Op {
+	top := max(conditions, fanOut)
+	rest := (maxTxnOps - top) / 2
+	for len(ops) > top {
 		var level []clientv3.Op
-		for part := range slices.Chunk(ops, fanOut) {
+		for part := range slices.Chunk(ops, rest) {
 			level = append(level, clientv3.OpTxn(nil, part, nil))
 		}
 		ops = level

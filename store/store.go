@@ -20,11 +20,13 @@ import (
 
 const (
 	// MaxKey is the most bytes of a key, MaxValue of a value; MaxWrites the most
-	// keys that one Update may put and delete, MaxBytes what they may add up to.
-	MaxKey    = 256
-	MaxValue  = 512 << 10
-	MaxWrites = 4096
-	MaxBytes  = 1 << 20
+	// keys that one Update may put and delete, MaxBytes what they may add up to;
+	// MaxDomains the most domains that it may name.
+	MaxKey     = 256
+	MaxValue   = 512 << 10
+	MaxWrites  = 4096
+	MaxBytes   = 1 << 20
+	MaxDomains = 104
 )
 
 var (

@@ -24,7 +24,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		"Values": values, "OwnWrites": ownWrites, "Lists": lists, "Revisions": revisions,
 		"ErrorWritesNothing": errorWritesNothing, "Domains": domains, "Prefixes": prefixes, "Limits": limits,
 		"Canceled": canceled, "Conflict": conflict, "Phantom": phantom, "NoConflict": noConflict, "Counter": counter,
-		"Follow": follow,
+		"Follow": follow, "ManyDomains": manyDomains,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, open(t)) })
 	}
@@ -219,6 +219,33 @@ func domains(t *testing.T, s store.Store) {
 		t.Errorf("Update of several domains: %v", err)
 	}
 	want(t, "a value of several domains", get(t, s, "ipam/blue/x/y"), "3")
+}
+
+// manyDomains: a change may be of so many domains, and write all that it may
+// write at the same time, and of no more.
+func manyDomains(t *testing.T, s store.Store) {
+	var names []string
+	for i := range store.MaxDomains + 1 {
+		names = append(names, fmt.Sprintf("renewal/n%d", i))
+	}
+	write := func(domains []string) error {
+		return s.Update(t.Context(), domains, func(x store.Txn) error {
+			for _, d := range domains[1:] {
+				x.Put(d, []byte("{}"))
+			}
+			for i := range store.MaxWrites - len(domains) {
+				x.Put(fmt.Sprintf("ipam/blue/%05d", i), []byte("{}"))
+			}
+			return nil
+		})
+	}
+	all := append([]string{"overlay/blue"}, names...)
+	if err := write(all[:store.MaxDomains]); err != nil {
+		t.Errorf("%d domains: %v", store.MaxDomains, err)
+	}
+	if err := write(all[:store.MaxDomains+1]); !errors.Is(err, store.ErrTooLarge) {
+		t.Errorf("%d domains: %v, want ErrTooLarge", store.MaxDomains+1, err)
+	}
 }
 
 func prefixes(t *testing.T, s store.Store) {

@@ -57,6 +57,9 @@ func (m *Memory) begin(ctx context.Context, domains []string) (*txn, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	if len(domains) > store.MaxDomains {
+		return nil, fmt.Errorf("%w: %d domains in one change, more than %d", store.ErrTooLarge, len(domains), store.MaxDomains)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.away {

@@ -17,7 +17,7 @@ const fileRestored = "restored"
 
 // backupFiles are the files of a keeper's state that a new keeper needs, beside
 // an identity of its own.
-var backupFiles = []string{crypto.FileCAKey, crypto.FileRoots, crypto.FileRootSecret, crypto.FileGossip, crypto.FileRevocations, fileMembers}
+var backupFiles = []string{crypto.FileCAKey, crypto.FileNextCA, crypto.FileRoots, fileCANumber, crypto.FileFormerCAs, crypto.FileRootSecret, crypto.FileGossip, crypto.FileRevocations, fileMembers}
 
 // Secret is a file of a backup.
 type Secret struct {

@@ -58,6 +58,8 @@ type Config struct {
 	Self func(ctx context.Context, k peer.Kind, payload []byte) ([]byte, error)
 	// OnShared: shared overlays are defined, changed or removed.
 	OnShared func()
+	// OnRoots: other CAs are believed than before.
+	OnRoots func()
 	// Log takes changes and what an operator should know; default none.
 	Log *slog.Logger
 }
@@ -87,6 +89,8 @@ type Place struct {
 	keeping  chan struct{} // keeper is another
 	telling  sync.Mutex    // one OnRing at a time
 
+	ca ca // how far this node is in a change of the CA
+
 	outcast            atomic.Bool // the keepers do not believe this node
 	resetKey, tokenKey [32]byte
 
@@ -113,6 +117,7 @@ func New(cfg Config) (*Place, error) {
 	}
 	p := &Place{cfg: cfg, members: map[string]Member{}, bell: make(chan struct{}, 1), keeping: make(chan struct{}, 1)}
 	p.keys.init()
+	p.ca.bell = make(chan struct{}, 1)
 	state, err := cfg.Dir.Load()
 	switch {
 	case errors.Is(err, crypto.ErrNoState):
@@ -151,6 +156,7 @@ func (p *Place) load() error {
 	p.ring.Store(ring)
 	p.revoked.Store(revoked)
 	p.loadMembers()
+	p.ca.load(p.state)
 	p.keys.load(p.state, p.cfg.Log)
 	p.shared.load(p.state, p.cfg.Log)
 	id, err := p.state.Identity(p.Now())
@@ -226,8 +232,14 @@ func (p *Place) IsKeeper() bool { return p.keeper.Load() != nil }
 // do not believe this node: it is revoked or removed.
 func (p *Place) Outcast() bool { return p.outcast.Load() }
 
-// CheckToken returns an error if the token is of another cluster than the node
-// is in already.
+// Left reports whether the keepers, when they were last asked, showed certificates
+// of a CA that this node does not know: it was replaced while this node was away,
+// and nobody waited.
+func (p *Place) Left() bool { return p.ca.left.Load() }
+
+// CheckToken returns an error that wraps crypto.ErrOtherCluster if the token is of
+// another cluster than the node is in already, or of a CA that the cluster got
+// while the node was away.
 func (p *Place) CheckToken(t *crypto.Token) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -283,6 +295,11 @@ func (p *Place) updateLocked(f func(*crypto.State) error) error {
 	}
 	if err := p.cfg.Dir.Commit(next); err != nil {
 		return err
+	}
+	for _, name := range []string{crypto.FileCAKey, crypto.FileNextCA} {
+		if was, is := p.state.Files[name], next.Files[name]; len(was) > 0 && (len(is) == 0 || &was[0] != &is[0]) {
+			clear(was) // the key of a CA that is gone
+		}
 	}
 	p.state = next
 	return nil

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/keeper"
 	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/peer/peertest"
 	"github.com/tulle-net/tulle/store/storetest"
@@ -30,6 +31,7 @@ type site struct {
 	dirs  map[string]string
 	nodes map[string]*machine
 	store *storetest.Memory
+	hold  atomic.Uint64 // the change of the CA with which no member of the store starts
 }
 
 // machine is one that runs.
@@ -41,6 +43,7 @@ type machine struct {
 	rings   atomic.Int32
 	revokes atomic.Int32
 	told    atomic.Int32 // keys
+	member  member
 }
 
 func newSite(t *testing.T) *site {
@@ -66,6 +69,7 @@ func (s *site) open(name string) (*machine, error) {
 		Dir: dir, Name: name, Clock: crypto.NewClock(crypto.BuildTime()),
 		OnRing: func(*crypto.GossipRing) { m.rings.Add(1) }, OnRevoked: func() { m.revokes.Add(1) },
 		OnKey: func(string) { m.told.Add(1) },
+		Self:  func(_ context.Context, _ peer.Kind, payload []byte) ([]byte, error) { return s.order(m, payload, true) },
 	})
 	return m, err
 }
@@ -100,6 +104,12 @@ func (s *site) connect(name string, m *machine, create bool) {
 	}
 	e.Store(m.e)
 	m.Serve(m.e)
+	m.e.Handle(peer.KindKeep, 16<<10, func(_ context.Context, from peer.Peer, payload []byte) ([]byte, error) {
+		if err := keeper.CheckKeep(from); err != nil {
+			return nil, err
+		}
+		return s.order(m, payload, false)
+	})
 	s.nodes[name] = m
 	s.t.Cleanup(func() { s.stop(name) })
 }

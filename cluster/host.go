@@ -60,7 +60,7 @@ func (p *Place) Keep(ctx context.Context, from Keeping) error {
 	}
 	st := keeper.Patient(from.Store)
 	k, err := keeper.New(keeper.Config{
-		Name: p.cfg.Name, CA: ca, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(st), Shared: st, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace,
+		Name: p.cfg.Name, CA: ca, CAs: p.caOf, KeepCA: p.keepCA, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(st), Shared: st, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace,
 		Members: p.membersToTell, Addrs: p.keeperAddrs, Ring: p.Ring, SetRing: p.setRing, Push: p.push,
 		Now: p.Now, Log: p.cfg.Log,
 	})
@@ -150,10 +150,7 @@ func (p *Place) answer(ctx context.Context) {
 
 // Join implements peer.Joiner where this node is a keeper.
 func (j joiner) Join(ctx context.Context, r peer.JoinRequest) (*peer.JoinResult, error) {
-	if k := j.p.keeper.Load(); k != nil {
-		return k.Join(ctx, r)
-	}
-	return nil, peer.ErrNotKeeper
+	return keeper.Answer(j.p.answering, func(k *keeper.Keeper) (*peer.JoinResult, error) { return k.Join(ctx, r) })
 }
 
 // joiner admits nodes as the keeper of now.
@@ -262,22 +259,30 @@ func (p *Place) push(ctx context.Context, except []string) []string {
 	return unreached
 }
 
-// TakeOffice keeps what makes this node a keeper: the CA's key (PKCS #8) and the
-// root secret, both borrowed. Keep has it answer.
-func (p *Place) TakeOffice(caKey, root []byte) error {
-	key, err := crypto.ParsePrivateKey(caKey)
+// TakeOffice keeps what makes this node a keeper: the CA's key and the root secret
+// of the order, which is borrowed. Keep has it answer.
+func (p *Place) TakeOffice(o keeper.KeepOrder) error {
+	key, err := crypto.ParsePrivateKey(o.CAKey)
 	if err != nil {
 		return err
 	}
-	secret, err := crypto.KeyFrom(root)
+	secret, err := crypto.KeyFrom(o.Root)
+	if err != nil {
+		return err
+	}
+	next, err := nextCA(o)
 	if err != nil {
 		return err
 	}
 	return p.update(func(s *crypto.State) error {
+		delete(s.Files, crypto.FileNextCA) // of an earlier office
 		if err := s.SetCAKey(key); err != nil {
 			return err
 		}
 		s.SetKey(crypto.FileRootSecret, secret)
+		if next != nil {
+			return s.SetNextCA(next)
+		}
 		return nil
 	})
 }
@@ -290,6 +295,7 @@ func (p *Place) LeaveOffice() error {
 	p.answerAs(nil)
 	return p.update(func(s *crypto.State) error {
 		delete(s.Files, crypto.FileCAKey)
+		delete(s.Files, crypto.FileNextCA)
 		delete(s.Files, crypto.FileRootSecret)
 		delete(s.Files, fileLedger)
 		return nil

@@ -20,7 +20,7 @@ func (p *Place) Serve(e *peer.Endpoint) {
 	p.e = e
 	e.SetIdentity(p.identity.Load())
 	e.Handle(peer.KindRefresh, 0, p.refreshed)
-	keeper.Handle(e, p.keeper.Load)
+	keeper.Handle(e, p.answering)
 }
 
 // Join asks the token's keepers to admit this machine. A node that was here
@@ -80,6 +80,10 @@ func (p *Place) joined(key *crypto.PrivateKey, r *peer.JoinResult) error {
 	s := crypto.NewState(r.Roots.Cluster(), p.cfg.Name)
 	s.SetIdentity(id)
 	s.SetGossip(gossip)
+	setCANumber(s, r.CANumber)
+	if err := p.rejoined(s); err != nil {
+		return err
+	}
 	if len(r.Revocations) > 0 {
 		if _, err := r.Roots.ParseRevocations(r.Revocations); err != nil {
 			return err

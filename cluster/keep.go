@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -53,13 +54,12 @@ func (p *Place) Notice(member string, extra []byte) {
 
 // client asks the keepers: first the one that is here.
 func (p *Place) client() keeper.Client {
-	k := p.keeper.Load()
-	if k == nil {
+	if p.keeper.Load() == nil {
 		return keeper.Client{Ask: p.e.Ask}
 	}
-	local := k.Local(func() *crypto.Certificate { return p.identity.Load().Certificate() })
+	self := func() *crypto.Certificate { return p.identity.Load().Certificate() }
 	return keeper.Client{Ask: func(ctx context.Context, sub uint16, body []byte) ([]byte, error) {
-		b, err := local.Ask(ctx, sub, body)
+		b, err := keeper.Answer(p.answering, func(k *keeper.Keeper) ([]byte, error) { return k.Local(self).Ask(ctx, sub, body) })
 		if errors.Is(err, peer.ErrUnavailable) && p.otherKeeper() && ctx.Err() == nil {
 			if b, err := p.e.Ask(ctx, sub, body); err == nil {
 				return b, nil
@@ -84,10 +84,12 @@ func (p *Place) refresh(ctx context.Context, c keeper.Client) error {
 	if !p.Joined() {
 		return peer.ErrNoIdentity
 	}
-	s, err := c.State(ctx, p.ring.Load().Epoch, p.revoked.Load().Number())
+	holds := p.holds()
+	s, err := c.StateHolding(ctx, p.ring.Load().Epoch, p.revoked.Load().Number(), holds)
 	if err != nil {
 		return err
 	}
+	p.ca.told.Store(&holds)
 	p.learn(s.Members)
 	return p.apply(s)
 }
@@ -97,11 +99,17 @@ func (p *Place) apply(s *keeper.State) error {
 	var gossip *crypto.GossipRing
 	var revoked *crypto.Revocations
 	p.mu.Lock()
+	id, before := p.identity.Load(), p.revoked.Load()
+	next, err := p.believing(id, s)
+	if err != nil {
+		p.mu.Unlock()
+		return err
+	}
 	if s.Ring != nil && s.Ring.Epoch > p.ring.Load().Epoch {
 		gossip = s.Ring
 	}
 	if len(s.Revocations) > 0 {
-		r, err := p.identity.Load().Roots().ParseRevocations(s.Revocations)
+		r, err := next.Roots().ParseRevocations(s.Revocations)
 		if err != nil {
 			p.mu.Unlock()
 			return err
@@ -110,22 +118,30 @@ func (p *Place) apply(s *keeper.State) error {
 			revoked = r
 		}
 	}
-	if gossip == nil && revoked == nil {
+	if gossip == nil && revoked == nil && next == id {
 		p.mu.Unlock()
 		return nil
 	}
-	err := p.updateLocked(func(st *crypto.State) error {
+	err = p.updateLocked(func(st *crypto.State) error {
 		if gossip != nil {
 			st.SetGossip(gossip)
 		}
 		if revoked != nil {
 			st.SetRevocations(s.Revocations)
 		}
+		if next != id {
+			return believe(st, id, next, s.CA)
+		}
 		return nil
 	})
 	if err != nil {
 		p.mu.Unlock()
 		return err
+	}
+	if next != id {
+		p.ca.number.Store(s.CA)
+		p.identity.Store(next)
+		p.e.SetIdentity(next)
 	}
 	if gossip != nil {
 		p.ring.Store(gossip)
@@ -134,13 +150,17 @@ func (p *Place) apply(s *keeper.State) error {
 		p.revoked.Store(revoked)
 	}
 	p.mu.Unlock()
-	if revoked != nil {
+	if revoked != nil || next != id {
 		if n := p.e.Recheck(); n > 0 {
-			p.cfg.Log.Info("connections with revoked nodes are closed", "count", n)
+			p.cfg.Log.Info("connections with nodes that are believed no more are closed", "count", n)
 		}
-		if p.cfg.OnRevoked != nil {
-			p.cfg.OnRevoked()
-		}
+	}
+	// A list that was only signed anew, because of the CA, revokes nobody.
+	if revoked != nil && (next == id || !slices.Equal(revoked.All(), before.All())) && p.cfg.OnRevoked != nil {
+		p.cfg.OnRevoked()
+	}
+	if next != id {
+		p.believed(next)
 	}
 	if gossip != nil {
 		p.TellRing()
@@ -188,12 +208,18 @@ func (p *Place) keepState(ctx context.Context) {
 		bell, next := p.bell, refreshEvery-rand.N(refreshEvery/4)
 		outcast := errors.Is(err, peer.ErrNotBelieved) || errors.Is(err, keeper.ErrRevoked)
 		p.outcast.Store(outcast)
+		left := errors.Is(err, crypto.ErrForged)
+		p.ca.left.Store(left)
 		if err != nil && ctx.Err() == nil {
 			wait = min(max(2*wait, retryMin), retryMax)
 			next = wait
 			p.cfg.Log.Debug("no keeper tells what is new", "err", err)
 			if outcast {
 				p.cfg.Log.Warn("the keepers do not believe this node any more: have it removed (`tulle node rm`) and start it with a new token")
+				next = retryMax
+			}
+			if left {
+				p.cfg.Log.Warn("the keepers show certificates of a CA that this node does not know: the cluster's CA was replaced while this node was away; start it with a new token")
 				next = retryMax
 			}
 			bell = nil // it would be rung again and again, by the news that cannot be had
@@ -229,9 +255,10 @@ func (p *Place) renew(ctx context.Context) {
 		}
 	}
 	for {
+		p.followCA(ctx)
 		wait := max(p.identity.Load().Certificate().RenewAt().Sub(p.Now()), minRenew)
 		// Clocks are set, and timers stop in a suspended machine: look again.
-		if !sleep(ctx, min(wait, time.Hour), nil) {
+		if !sleep(ctx, min(wait, time.Hour), p.ca.bell) {
 			return
 		}
 		if p.Now().Before(p.identity.Load().Certificate().RenewAt()) {
@@ -259,15 +286,15 @@ func (p *Place) Renew(ctx context.Context) error {
 	if roots.Cluster() != old.Roots().Cluster() {
 		return crypto.ErrOtherCluster
 	}
-	id, err := crypto.NewIdentity(old.Key(), issued, old.Roots(), p.Now())
+	id, err := p.renewed(issued)
+	if errors.Is(err, crypto.ErrForged) { // by a CA that this node has not heard of
+		if err = p.refresh(ctx, p.client()); err == nil {
+			id, err = p.renewed(issued)
+		}
+	}
 	if err != nil {
 		return err
 	}
-	if err := p.update(func(s *crypto.State) error { s.SetIdentity(id); return nil }); err != nil {
-		return err
-	}
-	p.identity.Store(id)
-	p.e.SetIdentity(id)
 	if id.Certificate().Keeper != old.Certificate().Keeper {
 		p.e.Reintroduce() // by their connections the others still take it for what it was
 	}

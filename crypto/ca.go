@@ -58,22 +58,27 @@ func newCA(cluster string, key *PrivateKey, now time.Time) (*CA, error) {
 	if err := checkCluster(cluster); err != nil {
 		return nil, err
 	}
-	template := &x509.Certificate{
-		SerialNumber:          newSerial().big(),
-		Subject:               pkix.Name{CommonName: "Tulle cluster " + cluster},
-		URIs:                  []*url.URL{{Scheme: "spiffe", Host: cluster}},
-		NotBefore:             now.Add(-Skew),
-		NotAfter:              now.Add(CALifetime),
-		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-		BasicConstraintsValid: true,
-		IsCA:                  true,
-		MaxPathLenZero:        true,
-	}
+	template := caTemplate(cluster, now, now.Add(CALifetime))
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		return nil, fmt.Errorf("crypto: make a CA: %w", err)
 	}
 	return LoadCA(der, key)
+}
+
+// caTemplate is what a cluster's CA certificates have in common.
+func caTemplate(cluster string, now, end time.Time) *x509.Certificate {
+	return &x509.Certificate{
+		SerialNumber:          newSerial().big(),
+		Subject:               pkix.Name{CommonName: "Tulle cluster " + cluster},
+		URIs:                  []*url.URL{{Scheme: "spiffe", Host: cluster}},
+		NotBefore:             now.Add(-Skew),
+		NotAfter:              end,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+		MaxPathLenZero:        true,
+	}
 }
 
 // LoadCA returns the CA of a certificate (DER, borrowed) and its key.
@@ -100,8 +105,31 @@ func (ca *CA) Key() *PrivateKey { return ca.key }
 // Fingerprint names the CA in tokens.
 func (ca *CA) Fingerprint() Fingerprint { return fingerprintOf(ca.cert) }
 
+// KeyID names the CA in certificates.
+func (ca *CA) KeyID() KeyID { return keyIDOf(ca.cert) }
+
 // NotAfter returns when the CA's own certificate ends.
 func (ca *CA) NotAfter() time.Time { return ca.cert.NotAfter }
+
+// Vouch returns a voucher for next, the cluster's CA to be: its key, certified by
+// ca (NewWithOld of RFC 4210, section 4.4). Whoever knows ca only believes by it
+// what next signs, for as long as both last.
+func (ca *CA) Vouch(next *CA, now time.Time) ([]byte, error) {
+	if next.cluster != ca.cluster {
+		return nil, fmt.Errorf("crypto: vouch for a CA: %w, %s", ErrOtherCluster, next.cluster)
+	}
+	template := caTemplate(ca.cluster, now, now.Add(CALifetime))
+	for _, end := range []time.Time{ca.cert.NotAfter, next.cert.NotAfter} {
+		if template.NotAfter.After(end) {
+			template.NotAfter = end
+		}
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, next.key.Public(), ca.key)
+	if err != nil {
+		return nil, fmt.Errorf("crypto: vouch for a CA: %w", err)
+	}
+	return der, nil
+}
 
 // Rights are what a certificate allows its node beyond being a member.
 type Rights struct {

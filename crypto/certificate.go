@@ -5,18 +5,21 @@ import (
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/asn1"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
 	"time"
 )
 
+// MaxRoots is how many CA certificates and vouchers a cluster may have at a time.
+const MaxRoots = 8
+
 const (
 	nodePath = "/node/"
 
 	maxChain       = 4
 	maxCertificate = 8 << 10
-	maxRoots       = 8
 	rightsVersion  = 1
 )
 
@@ -91,6 +94,16 @@ type Certificate struct {
 	DER []byte
 
 	x509 *x509.Certificate
+	// voucher made a root of the CA that signed it, where Roots has it not; nil: Roots has.
+	voucher []byte
+}
+
+// Chain returns what Roots.Verify needs to believe the certificate again.
+func (c *Certificate) Chain() [][]byte {
+	if c.voucher == nil {
+		return [][]byte{c.DER}
+	}
+	return [][]byte{c.DER, c.voucher}
 }
 
 // RenewAt returns when to ask a keeper for the next one: at two thirds.
@@ -179,27 +192,46 @@ func publicKeyOf[T *x509.Certificate | *x509.CertificateRequest](t T) PublicKey 
 // try, never a proof.
 type KeyID [4]byte
 
+// String returns 8 hexadecimal digits.
+func (i KeyID) String() string { return hex.EncodeToString(i[:]) }
+
+// MarshalText returns String.
+func (i KeyID) MarshalText() ([]byte, error) { return []byte(i.String()), nil }
+
+// UnmarshalText reads what MarshalText made.
+func (i *KeyID) UnmarshalText(b []byte) error {
+	id, err := hex.DecodeString(string(b))
+	if err != nil || len(id) != len(i) || string(b) != strings.ToLower(string(b)) {
+		return fmt.Errorf("crypto: %w: key id %.40q: want 8 hexadecimal digits", ErrMalformed, b)
+	}
+	*i = KeyID(id)
+	return nil
+}
+
 func keyIDOf(x *x509.Certificate) KeyID {
 	f := fingerprintOf(x)
 	return KeyID(f[:4])
 }
 
-// Roots are a cluster's CA certificates: one, or several while its CA changes.
-// They are never changed once made.
+// Roots are a cluster's CA certificates: one, or several while its CA changes;
+// and then the vouchers by which a CA tells of its successor (CA.Vouch). They are
+// never changed once made.
 type Roots struct {
-	cluster string
-	certs   []*x509.Certificate
+	cluster  string
+	certs    []*x509.Certificate
+	vouchers []*x509.Certificate
 }
 
 // NewRoots reads CA certificates, DER, borrowed; all are of one cluster. The
-// first is the one that issues.
+// first is the one that issues. What is not signed by itself is a voucher: of one
+// of the others, for one of the others.
 func NewRoots(ders ...[]byte) (*Roots, error) {
-	if len(ders) == 0 || len(ders) > maxRoots {
-		return nil, fmt.Errorf("crypto: %d CA certificates: want 1 to %d", len(ders), maxRoots)
+	if len(ders) == 0 || len(ders) > MaxRoots {
+		return nil, fmt.Errorf("crypto: %d CA certificates: want 1 to %d", len(ders), MaxRoots)
 	}
 	r := &Roots{}
 	for _, der := range ders {
-		cert, cluster, err := parseRoot(der)
+		cert, cluster, err := parseCA(der)
 		if err != nil {
 			return nil, err
 		}
@@ -207,13 +239,35 @@ func NewRoots(ders ...[]byte) (*Roots, error) {
 			return nil, fmt.Errorf("crypto: CA certificates of two clusters, %s and %s: %w", r.cluster, cluster, ErrOtherCluster)
 		}
 		r.cluster = cluster
-		r.certs = append(r.certs, cert)
+		if signed(cert, cert) {
+			r.certs = append(r.certs, cert)
+		} else {
+			r.vouchers = append(r.vouchers, cert)
+		}
+	}
+	for _, v := range r.vouchers {
+		if r.signer(v) == nil || len(r.byID(keyIDOf(v))) == 0 {
+			return nil, fmt.Errorf("crypto: CA certificate of cluster %s: %w", r.cluster, ErrForged)
+		}
+	}
+	if len(r.certs) == 0 {
+		return nil, fmt.Errorf("crypto: CA certificates of cluster %s: %w: none has signed itself", r.cluster, ErrMalformed)
 	}
 	return r, nil
 }
 
 // parseRoot reads a CA's certificate and verifies its own signature.
 func parseRoot(der []byte) (*x509.Certificate, string, error) {
+	cert, cluster, err := parseCA(der)
+	if err == nil && !signed(cert, cert) {
+		return nil, "", fmt.Errorf("crypto: CA certificate of cluster %s: %w", cluster, ErrForged)
+	}
+	return cert, cluster, err
+}
+
+// parseCA reads a CA's certificate or voucher; whose signature is on it the
+// caller looks at.
+func parseCA(der []byte) (*x509.Certificate, string, error) {
 	if len(der) > maxCertificate {
 		return nil, "", fmt.Errorf("crypto: CA certificate: %w: %d bytes are more than %d", ErrMalformed, len(der), maxCertificate)
 	}
@@ -229,23 +283,71 @@ func parseRoot(der []byte) (*x509.Certificate, string, error) {
 		cert.KeyUsage&x509.KeyUsageCertSign == 0 || len(cert.UnhandledCriticalExtensions) != 0 {
 		return nil, "", fmt.Errorf("crypto: CA certificate of cluster %s: %w: not a CA of tulle", cluster, ErrMalformed)
 	}
-	if err := cert.CheckSignatureFrom(cert); err != nil {
-		return nil, "", fmt.Errorf("crypto: CA certificate of cluster %s: %w", cluster, ErrForged)
-	}
 	return cert, cluster, nil
 }
 
 // Cluster returns the id of the cluster.
 func (r *Roots) Cluster() string { return r.cluster }
 
-// DER returns the certificates, borrowed.
+// DER returns the certificates, then the vouchers, borrowed: what NewRoots takes.
 func (r *Roots) DER() [][]byte {
 	var ders [][]byte
-	for _, c := range r.certs {
+	for _, c := range slices.Concat(r.certs, r.vouchers) {
 		ders = append(ders, c.Raw)
 	}
 	return ders
 }
+
+// Len returns how many CAs are believed.
+func (r *Roots) Len() int { return len(r.certs) }
+
+// Signer names the CA that issues.
+func (r *Roots) Signer() Fingerprint { return fingerprintOf(r.certs[0]) }
+
+// Equal reports whether o has the same certificates in the same order.
+func (r *Roots) Equal(o *Roots) bool {
+	return slices.EqualFunc(r.DER(), o.DER(), bytes.Equal)
+}
+
+// Has reports whether a CA of that key id is believed.
+func (r *Roots) Has(id KeyID) bool { return len(r.byID(id)) > 0 }
+
+// Times returns when the certificate of a CA that is believed begins and ends.
+func (r *Roots) Times(f Fingerprint) (notBefore, notAfter time.Time) {
+	for _, c := range r.certs {
+		if fingerprintOf(c) == f {
+			return c.NotBefore, c.NotAfter
+		}
+	}
+	return time.Time{}, time.Time{}
+}
+
+// Introduce returns the roots of a cluster whose CA by issues, and next is to: who
+// knows only by believes next through the voucher.
+func Introduce(by, next *CA, now time.Time) (*Roots, error) {
+	voucher, err := by.Vouch(next, now)
+	if err != nil {
+		return nil, err
+	}
+	return NewRoots(by.DER(), next.DER(), voucher)
+}
+
+// Promoted returns the roots with the CA of that fingerprint as the one that issues.
+func (r *Roots) Promoted(f Fingerprint) (*Roots, error) {
+	ders := slices.DeleteFunc(slices.Clone(r.certs), func(c *x509.Certificate) bool { return fingerprintOf(c) != f })
+	if len(ders) == 0 {
+		return nil, fmt.Errorf("crypto: CA %s is %w", f, ErrOtherCluster)
+	}
+	for _, c := range r.certs {
+		if fingerprintOf(c) != f {
+			ders = append(ders, c)
+		}
+	}
+	return &Roots{r.cluster, ders, r.vouchers}, nil
+}
+
+// Only returns the roots without all CAs but the one that issues.
+func (r *Roots) Only() *Roots { return &Roots{r.cluster, r.certs[:1:1], nil} }
 
 // Fingerprints returns those of the certificates, in order.
 func (r *Roots) Fingerprints() []Fingerprint {
@@ -258,9 +360,10 @@ func (r *Roots) Fingerprints() []Fingerprint {
 
 // Verify returns the identity that a chain shows: DER, borrowed, the node's
 // certificate first, as tls.ConnectionState.PeerCertificates has it. The node's
-// certificate is signed by one of r (there is no CA between, and what else is
-// in the chain is ignored), its time is now within Skew, and it is not revoked
-// (revoked may be nil). That the peer has its key is TLS's to prove.
+// certificate is signed by one of r, or by a CA for which the chain has the
+// voucher of one of r (what else is in the chain is ignored), its time is now
+// within Skew, and it is not revoked (revoked may be nil). That the peer has its
+// key is TLS's to prove.
 //
 // Errors wrap ErrMalformed, ErrName, ErrSelfSigned, ErrOtherCluster, ErrForged,
 // ErrClock, ErrExpired or ErrRevoked.
@@ -287,7 +390,10 @@ func (r *Roots) Verify(chain [][]byte, now time.Time, revoked *Revocations) (*Ce
 	}
 	root := r.signer(x)
 	if root == nil {
-		return nil, fmt.Errorf("crypto: certificate of %q: %w: no CA of this cluster made it", c.Name, ErrForged)
+		if root = r.vouched(x, chain[1:], now); root == nil {
+			return nil, fmt.Errorf("crypto: certificate of %q: %w: no CA of this cluster made it", c.Name, ErrForged)
+		}
+		c.voucher = root.Raw
 	}
 	c.Issuer = keyIDOf(root)
 	if err := checkTimes("certificate of "+c.Name, c.NotBefore, c.NotAfter, now); err != nil {
@@ -307,6 +413,22 @@ func (r *Roots) signer(x *x509.Certificate) *x509.Certificate {
 	for _, root := range r.certs {
 		if signed(x, root) {
 			return root
+		}
+	}
+	return nil
+}
+
+// vouched returns the voucher among chain, by one of r, for the CA that signed x;
+// nil: there is none that is valid now.
+func (r *Roots) vouched(x *x509.Certificate, chain [][]byte, now time.Time) *x509.Certificate {
+	for _, der := range chain {
+		v, cluster, err := parseCA(der)
+		if err != nil || cluster != r.cluster || signed(v, v) || !signed(x, v) {
+			continue
+		}
+		by := r.signer(v)
+		if by != nil && checkTimes("CA", by.NotBefore, by.NotAfter, now) == nil && checkTimes("voucher", v.NotBefore, v.NotAfter, now) == nil {
+			return v
 		}
 	}
 	return nil
@@ -369,5 +491,5 @@ func VerifyKeeper(chain [][]byte, want Fingerprint, now time.Time) (*Certificate
 		}
 		return keeper, roots, nil
 	}
-	return nil, nil, fmt.Errorf("crypto: whoever answers is %w than the token's: check the token and its keepers' addresses", ErrOtherCluster)
+	return nil, nil, fmt.Errorf("crypto: whoever answers is %w than the token's, or the cluster's CA was replaced since: check the token and its keepers' addresses, or make another token", ErrOtherCluster)
 }

@@ -62,18 +62,40 @@ func (id *Identity) Issued() *Issued {
 // Renewal returns the request for the next certificate; see Certificate.RenewAt.
 func (id *Identity) Renewal() ([]byte, error) { return NewRequest(id.key, id.cert.Name) }
 
+// WithRoots returns the identity of the same node with other CA certificates of
+// its cluster. Errors are NewIdentity's: the CA that made the node's certificate
+// must be among them.
+func (id *Identity) WithRoots(roots *Roots, now time.Time) (*Identity, error) {
+	if roots.cluster != id.roots.cluster {
+		return nil, fmt.Errorf("crypto: CA certificates of cluster %s for %q: %w", roots.cluster, id.Name(), ErrOtherCluster)
+	}
+	return NewIdentity(id.key, id.Issued(), roots, now)
+}
+
 // TLS returns the node's certificate for a TLS configuration: both ends have
-// the CA's already.
+// the CA's already. A keeper's has vouchers behind it, while the CA changes: a
+// node that was away learns of the change from a keeper.
 func (id *Identity) TLS() tls.Certificate {
+	c := id.leaf()
+	if id.cert.Keeper {
+		for _, v := range id.roots.vouchers[:min(len(id.roots.vouchers), maxChain-1)] {
+			c.Certificate = append(c.Certificate, v.Raw)
+		}
+	}
+	return c
+}
+
+func (id *Identity) leaf() tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{id.cert.DER}, PrivateKey: id.key, Leaf: id.cert.x509}
 }
 
-// TLSWithRoots is TLS with the CA certificates behind it, for a node that joins
-// and knows only a fingerprint; see VerifyKeeper.
+// TLSWithRoots is TLS with the CA certificates and vouchers behind it, for a node
+// that joins and knows only a fingerprint; see VerifyKeeper.
 func (id *Identity) TLSWithRoots() tls.Certificate {
-	c := id.TLS()
+	c := id.leaf()
 	// A verifier reads no more than maxChain.
-	c.Certificate = append(c.Certificate, id.roots.DER()[:min(len(id.roots.certs), maxChain-1)]...)
+	ders := id.roots.DER()
+	c.Certificate = append(c.Certificate, ders[:min(len(ders), maxChain-1)]...)
 	return c
 }
 

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -24,6 +25,12 @@ const (
 	FileRoots = "ca.crt"
 	// FileCAKey is the CA's private key, PKCS #8 in PEM: on keepers only.
 	FileCAKey = "ca.key"
+	// FileNextCA is another CA of the cluster while that changes: its certificate
+	// and its key, PKCS #8, in PEM: on keepers only.
+	FileNextCA = "ca.next"
+	// FileFormerCAs names CAs that the cluster had: fingerprints, in hexadecimal, a
+	// line each. Tokens of theirs are no other cluster's.
+	FileFormerCAs = "ca.former"
 	// FileRootSecret is what overlay keys are derived from: on keepers only.
 	FileRootSecret = "root.secret"
 	// FileGossip is a GossipRing.
@@ -35,6 +42,9 @@ const (
 
 	pemKey         = "PRIVATE KEY"
 	pemCertificate = "CERTIFICATE"
+
+	// maxFormer CAs are remembered.
+	maxFormer = 64
 )
 
 // State is what a node of a secure cluster keeps: a set of files that change
@@ -106,13 +116,13 @@ func (s *State) CheckNode(name string) error {
 }
 
 // CheckToken returns an error that wraps ErrOtherCluster unless the token is of
-// the cluster that the node is in already.
+// the cluster that the node is in already, by a CA that the node knows or knew.
 func (s *State) CheckToken(t *Token) error {
 	roots, err := s.Roots()
 	if err != nil {
 		return err
 	}
-	if !slices.Contains(roots.Fingerprints(), t.CA) {
+	if !slices.Contains(roots.Fingerprints(), t.CA) && !slices.Contains(s.formerCAs(), t.CA.String()) {
 		return fmt.Errorf("crypto: the token is %w: this node is in %s: leave the token out, or give another --state-dir", ErrOtherCluster, s.Cluster)
 	}
 	return nil
@@ -156,7 +166,7 @@ func (s *State) Roots() (*Roots, error) {
 	rest := s.Files[FileRoots]
 	for len(bytes.TrimSpace(rest)) > 0 {
 		var b *pem.Block
-		if b, rest = pem.Decode(rest); b == nil || b.Type != pemCertificate || len(ders) == maxRoots {
+		if b, rest = pem.Decode(rest); b == nil || b.Type != pemCertificate || len(ders) == MaxRoots {
 			return nil, s.fault(FileRoots)
 		}
 		ders = append(ders, b.Bytes)
@@ -250,7 +260,8 @@ func (s *State) SetCAKey(key *PrivateKey) error {
 	return nil
 }
 
-// CA returns the cluster's CA, on a keeper; elsewhere the error wraps ErrNotKeeper.
+// CA returns the cluster's CA that issues, on a keeper; elsewhere the error wraps
+// ErrNotKeeper. A keeper that has not the key of that one gets what it has.
 func (s *State) CA() (*CA, error) {
 	if _, ok := s.Files[FileCAKey]; !ok {
 		return nil, fmt.Errorf("crypto: %s is %w: it has no CA key; ask a keeper", s.Node, ErrNotKeeper)
@@ -263,6 +274,13 @@ func (s *State) CA() (*CA, error) {
 	if err != nil {
 		return nil, err
 	}
+	next, err := s.NextCA()
+	if err != nil {
+		return nil, err
+	}
+	if next != nil && next.Fingerprint() == roots.Signer() {
+		return LoadCA(roots.certs[0].Raw, next.key)
+	}
 	for _, root := range roots.certs {
 		if publicKeyOf(root) == key.PublicKey() {
 			return LoadCA(root.Raw, key)
@@ -270,6 +288,91 @@ func (s *State) CA() (*CA, error) {
 	}
 	return nil, fmt.Errorf("%w: it is the key of none of the CA certificates", s.fault(FileCAKey))
 }
+
+// SetNextCA puts another CA beside the one that CA returns. It replaces one that
+// was put before, unless nodes have that one's certificate already.
+func (s *State) SetNextCA(ca *CA) error {
+	if ca.cluster != s.Cluster {
+		return fmt.Errorf("crypto: keep a CA of cluster %s: %w: this node is in %s", ca.cluster, ErrOtherCluster, s.Cluster)
+	}
+	old, err := s.NextCA()
+	if err != nil {
+		return err
+	}
+	roots, err := s.Roots()
+	if err != nil {
+		return err
+	}
+	if old != nil && old.Fingerprint() != ca.Fingerprint() && roots.Signer() == old.Fingerprint() {
+		return fmt.Errorf("crypto: keep another CA: %s signs, and its predecessor is not dropped yet: try again when that is", old.Fingerprint())
+	}
+	der := ca.key.Marshal()
+	defer clear(der)
+	s.Files[FileNextCA] = append(pemOf(pemCertificate, ca.DER()), pemOf(pemKey, der)...)
+	return nil
+}
+
+// NextCA returns what SetNextCA put; nil: nothing.
+func (s *State) NextCA() (*CA, error) {
+	b, ok := s.Files[FileNextCA]
+	if !ok {
+		return nil, nil
+	}
+	cert, rest := pem.Decode(b)
+	if cert == nil || cert.Type != pemCertificate {
+		return nil, s.fault(FileNextCA)
+	}
+	secret, rest := pem.Decode(rest)
+	if secret == nil || secret.Type != pemKey || len(bytes.TrimSpace(rest)) != 0 {
+		return nil, s.fault(FileNextCA)
+	}
+	defer clear(secret.Bytes)
+	key, err := ParsePrivateKey(secret.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", s.fault(FileNextCA), err)
+	}
+	ca, err := LoadCA(cert.Bytes, key)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", s.fault(FileNextCA), err)
+	}
+	return ca, nil
+}
+
+// DropCAs forgets what is of CAs that roots, which the state has by now, do not
+// have any more: a key of theirs, for which the next one's takes its place, and
+// remembers that before were the cluster's, for CheckToken.
+func (s *State) DropCAs(before *Roots) error {
+	roots, err := s.Roots()
+	if err != nil {
+		return err
+	}
+	former := s.formerCAs()
+	for _, f := range before.Fingerprints() {
+		if !slices.Contains(roots.Fingerprints(), f) && !slices.Contains(former, f.String()) {
+			former = append(former, f.String())
+		}
+	}
+	if len(former) > 0 {
+		s.Files[FileFormerCAs] = []byte(strings.Join(former[max(0, len(former)-maxFormer):], "\n") + "\n")
+	}
+	next, err := s.NextCA()
+	if err != nil || next == nil || s.Files[FileCAKey] == nil {
+		return err
+	}
+	key, err := s.privateKey(FileCAKey)
+	if err != nil {
+		return err
+	}
+	mine := slices.ContainsFunc(roots.certs, func(c *x509.Certificate) bool { return publicKeyOf(c) == key.PublicKey() })
+	if !mine && slices.Contains(roots.Fingerprints(), next.Fingerprint()) {
+		s.SetCA(next)
+		delete(s.Files, FileNextCA)
+	}
+	return nil
+}
+
+// formerCAs returns the fingerprints of CAs that the cluster had.
+func (s *State) formerCAs() []string { return strings.Fields(string(s.Files[FileFormerCAs])) }
 
 // SetKey puts a Key: FileRootSecret, FileResetKey, or another's.
 func (s *State) SetKey(file string, k Key) { s.Files[file] = slices.Clone(k.Bytes()) }

@@ -53,11 +53,11 @@ func (ca *CA) IssueStore(addr netip.Addr, now time.Time) (certificate, key []byt
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: pemKey, Bytes: secret}), nil
 }
 
-// PEM returns the CA certificates, one after the other.
+// PEM returns the CA certificates, one after the other, without vouchers.
 func (r *Roots) PEM() []byte {
 	var out []byte
-	for _, der := range r.DER() {
-		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	for _, c := range r.certs {
+		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
 	}
 	return out
 }

@@ -45,8 +45,10 @@ var current = version{requestVersion}
 type State struct {
 	// Time is the keeper's clock.
 	Time time.Time
-	// Roots are the CA certificates.
+	// Roots are the CA certificates, as of the change of that number; those of a
+	// higher number replace those of a lower one.
 	Roots *crypto.Roots
+	CA    uint64
 	// Ring is nil if what the node has is as new.
 	Ring *crypto.GossipRing
 	// Revocations are for crypto.Roots.ParseRevocations; nil if what the node
@@ -59,11 +61,17 @@ type State struct {
 // State pulls what is newer than the gossip keys of epoch ring and the
 // revocations of that number; 0: the node has none.
 func (c Client) State(ctx context.Context, ring, revocations uint64) (*State, error) {
-	a, err := ask[stateAnswer](ctx, c, SubState, stateBody{current, ring, revocations})
+	return c.StateHolding(ctx, ring, revocations, crypto.KeyID{})
+}
+
+// StateHolding is State, and tells by which CA the node's certificate is, which
+// the node must have on its disk.
+func (c Client) StateHolding(ctx context.Context, ring, revocations uint64, ca crypto.KeyID) (*State, error) {
+	a, err := ask[stateAnswer](ctx, c, SubState, stateBody{current, ring, revocations, ca})
 	if err != nil {
 		return nil, err
 	}
-	s := &State{Time: a.Time, Revocations: a.Revocations, Members: a.Members}
+	s := &State{Time: a.Time, Revocations: a.Revocations, Members: a.Members, CA: a.CA}
 	if s.Roots, err = crypto.NewRoots(a.Roots...); err != nil {
 		return nil, fmt.Errorf("keeper: the keeper's state: %w", err)
 	}
@@ -258,4 +266,21 @@ func (c Client) Promote(ctx context.Context, name, replace string) (*Outcome, er
 // Demote makes a keeper an ordinary node.
 func (c Client) Demote(ctx context.Context, name string) (*Outcome, error) {
 	return ask[Outcome](ctx, c, SubDemote, nodeBody{current, name})
+}
+
+// ChangeCA begins to change the cluster's CA; the keepers go on with it by
+// themselves. While a change is under way it begins none.
+func (c Client) ChangeCA(ctx context.Context) (*CAStatus, error) {
+	return ask[CAStatus](ctx, c, SubChangeCA, changeCABody{current, rand.Uint64(), false})
+}
+
+// FinishCA has the change that is under way wait for nobody who is away: such a
+// node joins again with a token.
+func (c Client) FinishCA(ctx context.Context) (*CAStatus, error) {
+	return ask[CAStatus](ctx, c, SubChangeCA, changeCABody{current, rand.Uint64(), true})
+}
+
+// CAStatus returns whom the cluster believes, and how far a change of that is.
+func (c Client) CAStatus(ctx context.Context) (*CAStatus, error) {
+	return ask[CAStatus](ctx, c, SubCAStatus, caStatusBody{current})
 }

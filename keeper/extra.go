@@ -69,6 +69,7 @@ type (
 	tokenJSON   Token
 	overlayJSON Overlay
 	gossipJSON  Gossip
+	caJSON      Authority
 )
 
 var (
@@ -77,6 +78,7 @@ var (
 	tokenFields   = fieldsOf[Token]()
 	overlayFields = fieldsOf[Overlay]()
 	gossipFields  = fieldsOf[Gossip]()
+	caFields      = fieldsOf[Authority]()
 )
 
 // MarshalJSON implements json.Marshaler.
@@ -90,6 +92,9 @@ func (o Overlay) MarshalJSON() ([]byte, error) { return o.extra.join(overlayJSON
 
 // MarshalJSON implements json.Marshaler.
 func (g Gossip) MarshalJSON() ([]byte, error) { return g.extra.join(gossipJSON(g)) }
+
+// MarshalJSON implements json.Marshaler.
+func (a Authority) MarshalJSON() ([]byte, error) { return a.extra.join(caJSON(a)) }
 
 // UnmarshalJSON implements json.Unmarshaler.
 func (n *Node) UnmarshalJSON(b []byte) error {
@@ -124,5 +129,26 @@ func (g *Gossip) UnmarshalJSON(b []byte) error {
 	x, err := split(b, &j, gossipFields)
 	*g = Gossip(j)
 	g.extra = x
+	return err
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (a *Authority) UnmarshalJSON(b []byte) error {
+	var j caJSON
+	x, err := split(b, &j, caFields)
+	*a = Authority(j)
+	// An empty list and none are written alike.
+	if len(a.Roots) == 0 {
+		a.Roots = nil
+	}
+	for _, names := range []*[]string{&a.Left, &a.Waits} {
+		if len(*names) == 0 {
+			*names = nil
+		}
+	}
+	if len(a.TokensRemoved) == 0 {
+		a.TokensRemoved = nil
+	}
+	a.extra = x
 	return err
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/store"
 )
 
 const (
@@ -41,6 +42,9 @@ func (k *Keeper) Join(ctx context.Context, r peer.JoinRequest) (*peer.JoinResult
 		}
 		if e, ok := errors.AsType[*peer.Error](err); ok {
 			return nil, e
+		}
+		if errors.Is(err, store.ErrUnavailable) {
+			return nil, errNoMajority
 		}
 		// What a store's error wraps must not be taken for the machine's fault.
 		return nil, errors.New(err.Error())
@@ -88,7 +92,12 @@ func (k *Keeper) join(ctx context.Context, r peer.JoinRequest) (*peer.JoinResult
 		if err != nil {
 			return err
 		}
+		roots, err := k.roots(l)
+		if err != nil {
+			return err
+		}
 		result.Certificate, result.Card = issued.Certificate, issued.Card
+		result.CAs, result.CANumber = roots.DER(), l.CA.Number
 		result.Members, result.Revocations = k.members(l, joinMembers), nil
 		if len(l.Revocations) <= joinRevocations {
 			result.Revocations = l.Revocations
@@ -150,7 +159,15 @@ func (k *Keeper) admit(l *Ledger, id crypto.TokenID, asked crypto.Request, csr [
 	if err := t.Use(asked.Name, asked.Key, now); err != nil {
 		return nil, refuse(err)
 	}
-	issued, err := k.cfg.CA.Issue(csr, crypto.Rights{Overlays: t.Overlays}, now)
+	ca, err := k.signer(l)
+	if err != nil {
+		return nil, err
+	}
+	roots, err := k.roots(l)
+	if err != nil {
+		return nil, err
+	}
+	issued, err := ca.Issue(csr, crypto.Rights{Overlays: t.Overlays}, now)
 	if err != nil {
 		return nil, err
 	}
@@ -158,8 +175,11 @@ func (k *Keeper) admit(l *Ledger, id crypto.TokenID, asked crypto.Request, csr [
 		n = Node{Key: asked.Key, Joined: now}
 	}
 	n.Grants, n.By = t.Overlays, t.By
-	if err := k.certify(&n, issued, now); err != nil {
+	if err := certify(&n, issued, roots, now); err != nil {
 		return nil, err
+	}
+	if l.CA.Number > 0 { // without the answer the machine is no node, and none to wait for
+		n.CA = ca.KeyID()
 	}
 	l.Tokens[id], l.Nodes[asked.Name] = t, n
 	l.sweep(now)
@@ -194,8 +214,8 @@ func (k *Keeper) vacant(l *Ledger, asked crypto.Request, n Node, taken bool) err
 }
 
 // certify puts into a record what was issued.
-func (k *Keeper) certify(n *Node, issued *crypto.Issued, now time.Time) error {
-	c, err := k.cfg.Roots.Verify([][]byte{issued.Certificate}, now, nil)
+func certify(n *Node, issued *crypto.Issued, roots *crypto.Roots, now time.Time) error {
+	c, err := roots.Verify([][]byte{issued.Certificate}, now, nil)
 	if err != nil {
 		return fmt.Errorf("keeper: what the CA issued: %w", err)
 	}

@@ -67,9 +67,15 @@ type Store interface {
 type Config struct {
 	// Name of this node, as in its certificate.
 	Name string
-	// CA signs what nodes show; Roots are whom they believe, CA's among them.
+	// CA signs what nodes show; Roots are whom they believe, CA's among them: as
+	// long as the CA was never changed. Since then the Ledger says it.
 	CA    *crypto.CA
 	Roots *crypto.Roots
+	// CAs returns the CA of that fingerprint; nil: this node has not its key. KeepCA
+	// keeps one beside the one that signs, durably. Nil: only CA is there, and
+	// cannot be changed.
+	CAs    func(crypto.Fingerprint) *crypto.CA
+	KeepCA func(*crypto.CA) error
 	// Root is the root secret, from which overlay keys are derived.
 	Root  crypto.Key
 	Store Store
@@ -124,8 +130,15 @@ type Keeper struct {
 	stats Stats
 	// revoked is the list that was read last.
 	revoked atomic.Pointer[readList]
-	// rotating has room for the one who changes the gossip keys.
-	rotating chan struct{}
+	// believed are the CA certificates that were read last.
+	believed atomic.Pointer[readRoots]
+	// rotating has room for the one who changes the gossip keys, changing for the
+	// one who begins to change the CA.
+	rotating, changing chan struct{}
+	// resume is rung when there may be more to do of a change of the CA; pushed is
+	// what came of its last push.
+	resume   chan struct{}
+	pushed   atomic.Pointer[pushedCA]
 	pace     *pace // of changes of the ledger
 	leasing  *pace // of requests about addresses
 	joining  *pace // of joins, see paced
@@ -173,7 +186,10 @@ func New(cfg Config) (*Keeper, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	k := &Keeper{cfg: cfg, rotating: make(chan struct{}, 1), pace: newPace(paceBurst, paceEvery), leasing: newPace(leaseBurst, leaseEvery), joining: newPace(joinBurst, joinEvery)}
+	k := &Keeper{
+		cfg: cfg, rotating: make(chan struct{}, 1), changing: make(chan struct{}, 1), resume: make(chan struct{}, 1),
+		pace: newPace(paceBurst, paceEvery), leasing: newPace(leaseBurst, leaseEvery), joining: newPace(joinBurst, joinEvery),
+	}
 	k.shared.init()
 	if err := k.makeRegistry(); err != nil {
 		return nil, err
@@ -185,8 +201,8 @@ func New(cfg Config) (*Keeper, error) {
 // Stats returns the counters.
 func (k *Keeper) Stats() *Stats { return &k.stats }
 
-// Run sweeps out what is over and completes changes of the gossip keys that
-// were left undone, until ctx ends; what a request has begun ends then, too. It
+// Run sweeps out what is over and completes changes of the gossip keys and of the
+// CA that were left undone, until ctx ends; what a request has begun ends then, too. It
 // returns nil and must be called once.
 func (k *Keeper) Run(ctx context.Context) error {
 	defer k.cancel()
@@ -200,6 +216,9 @@ func (k *Keeper) Run(ctx context.Context) error {
 			})
 		})
 		following.Go(func() { k.reclaim(ctx) })
+	}
+	if k.cfg.KeepCA != nil {
+		following.Go(func() { k.completeCA(ctx) })
 	}
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()

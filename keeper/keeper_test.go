@@ -198,6 +198,7 @@ func (s *site) config(name string) keeper.Config {
 			return unreached
 		},
 		Changed: func() { s.changed.Add(1) },
+		KeepCA:  func(*crypto.CA) error { return nil },
 		Log:     slog.New(slog.NewTextHandler(c, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 }

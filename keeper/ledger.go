@@ -59,6 +59,8 @@ type Ledger struct {
 	Overlays map[string]Overlay
 	// Gossip says how far changes of the gossip keys are.
 	Gossip Gossip
+	// CA says whom nodes believe, and how far a change of that is.
+	CA Authority
 
 	extra extra
 }
@@ -78,6 +80,9 @@ type Node struct {
 	By string `json:"by,omitempty"`
 	// Revoked is when the node was; zero: it is not.
 	Revoked time.Time `json:"revoked,omitzero"`
+	// CA is the one by which the node has a certificate, as of the last change of
+	// the CA that the node has gone through; zero: of none.
+	CA crypto.KeyID `json:"ca,omitzero"`
 
 	extra extra
 }
@@ -91,6 +96,8 @@ type Token struct {
 	Nonce uint64 `json:"nonce,omitempty,string"`
 	// Removed is when the token was; zero: it is live until it expires.
 	Removed time.Time `json:"removed,omitzero"`
+	// CA is the one that the token names; zero: that of before the first change.
+	CA crypto.KeyID `json:"ca,omitzero"`
 
 	extra extra
 }
@@ -130,6 +137,7 @@ type ledgerJSON struct {
 	Revocations []byte                   `json:"revocations,omitempty"`
 	Overlays    map[string]Overlay       `json:"overlays"`
 	Gossip      Gossip                   `json:"gossip"`
+	CA          Authority                `json:"ca,omitzero"`
 }
 
 // NewLedger returns that of a cluster whose first node has this certificate.
@@ -164,7 +172,7 @@ func (l *Ledger) Encode() ([]byte, error) {
 	if err := l.check(); err != nil {
 		return nil, err
 	}
-	b, err := l.extra.join(ledgerJSON{ledgerVersion, l.Nodes, l.Tokens, l.Revocations, l.Overlays, l.Gossip})
+	b, err := l.extra.join(ledgerJSON{ledgerVersion, l.Nodes, l.Tokens, l.Revocations, l.Overlays, l.Gossip, l.CA})
 	if err != nil {
 		return nil, fmt.Errorf("keeper: encode the ledger: %w", err)
 	}
@@ -192,7 +200,7 @@ func ParseLedger(b []byte) (*Ledger, error) {
 	if err != nil {
 		return nil, fmt.Errorf("keeper: %w: %w", ErrLedger, err)
 	}
-	l := &Ledger{j.Nodes, j.Tokens, j.Revocations, j.Overlays, j.Gossip, unknown}
+	l := &Ledger{j.Nodes, j.Tokens, j.Revocations, j.Overlays, j.Gossip, j.CA, unknown}
 	if l.Nodes == nil || l.Tokens == nil || l.Overlays == nil {
 		return nil, fmt.Errorf("keeper: %w: its nodes, tokens or overlays are missing", ErrLedger)
 	}
@@ -223,6 +231,9 @@ func (l *Ledger) check() error {
 	g := l.Gossip
 	if g.Done > g.Wanted || g.Wanted > math.MaxInt64 || g.Epoch > math.MaxInt64 || g.Keeper != "" && crypto.CheckName(g.Keeper) != nil || checkTimes(g.Until) != nil {
 		return fmt.Errorf("keeper: %w: changes of the gossip keys: %w", ErrLedger, errOutOfRange)
+	}
+	if err := l.CA.check(); err != nil {
+		return fmt.Errorf("keeper: %w: the CA: %w", ErrLedger, err)
 	}
 	return nil
 }

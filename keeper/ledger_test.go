@@ -48,6 +48,10 @@ func TestLedger(t *testing.T) {
 	if blue.Epoch != 3 || blue.Nonce != 7 || string(l.Revocations) != "\x01\x02\x03" || l.Gossip.Wanted != 2 || l.Gossip.Done != 1 || l.Gossip.Epoch != 7 || l.Gossip.Keeper != "k1" {
 		t.Errorf("blue = %+v, gossip = %+v", blue, l.Gossip)
 	}
+	if ca := l.CA; ca.Number != 2 || ca.Stage != keeper.CASigning || len(ca.Roots) != 2 || ca.Nonce != 8 || !ca.Finish || ca.Left[0] != "n1" || ca.Waits[0] != "n2" ||
+		ca.TokensRemoved[0] != token.ID || ca.Why != "x" || ca.Keeper != "k2" || !ca.Started.Equal(at) || n1.CA != (crypto.KeyID{4, 5, 6, 7}) || token.CA != n1.CA {
+		t.Errorf("CA = %+v", ca)
+	}
 	again, err := l.Clone().Encode()
 	if err != nil {
 		t.Fatal(err)
@@ -106,6 +110,12 @@ func TestBadLedgers(t *testing.T) {
 		{`"done": 1`, `"done": 3`},
 		{`"epoch": 7`, `"epoch": 9223372036854775808`},
 		{`"overlays": {` + "\n    \"blue\"", `"overlays": {` + "\n    \"b ue\""},
+		{`"number": "2"`, `"number": "0"`},
+		{`"number": "2"`, `"number": "9223372036854775808"`},
+		{`"keeper": "k2"`, `"keeper": "k 2"`},
+		{`"ca": "04050607"` + ",\n      \"later\": {", `"ca": "0405060"` + ",\n      \"later\": {"},
+		{`["BAUG", "BwgJ"]`, `[]`},
+		{`["BAUG", "BwgJ"]`, `["","","","","","","","",""]`},
 		{`"nodes": {`, `"nodes": null, "later": {`},
 	} {
 		bad := strings.Replace(text, x.old, x.new, 1)

@@ -13,9 +13,16 @@ import (
 )
 
 // state answers what every node must have: who is believed, and gossip keys.
-func (c *call) state(_ context.Context, b *stateBody) (any, error) {
+func (c *call) state(ctx context.Context, b *stateBody) (any, error) {
+	if err := c.holds(ctx, b.Holds); err != nil {
+		return nil, err
+	}
+	roots, err := c.k.roots(c.ledger)
+	if err != nil {
+		return nil, err
+	}
 	answer := stateAnswer{
-		Time: c.k.cfg.Now().UTC(), Roots: c.k.cfg.Roots.DER(),
+		Time: c.k.cfg.Now().UTC(), Roots: roots.DER(), CA: c.ledger.CA.Number,
 		Members: c.k.members(c.ledger, stateMembers),
 	}
 	if c.ring.Epoch > b.Ring {
@@ -35,17 +42,24 @@ func (c *call) state(_ context.Context, b *stateBody) (any, error) {
 // shows. Whether it is a keeper its record says: that may have changed.
 func (c *call) renew(ctx context.Context, b *renewBody) (any, error) {
 	var issued *crypto.Issued
+	var roots *crypto.Roots
 	err := c.change(ctx, func(l *Ledger, a asker) error {
+		ca, err := c.k.signer(l)
+		if err != nil {
+			return err
+		}
+		if roots, err = c.k.roots(l); err != nil {
+			return err
+		}
 		n := a.record
 		if !a.cert.Overlays.Within(n.Grants) {
 			return peer.Errorf(peer.CodeDenied, "the certificate of %s allows more than the node may by now: renew with its last one, or join again with a token", a.cert.Name)
 		}
 		now := c.k.now()
-		var err error
-		if issued, err = c.k.cfg.CA.ReissueAs(a.cert, b.Request, n.Keeper, now); err != nil {
+		if issued, err = ca.ReissueAs(a.cert, b.Request, n.Keeper, now); err != nil {
 			return badRequest(err)
 		}
-		if err := c.k.certify(&n, issued, now); err != nil {
+		if err := certify(&n, issued, roots, now); err != nil {
 			return err
 		}
 		l.Nodes[a.cert.Name] = n
@@ -55,7 +69,7 @@ func (c *call) renew(ctx context.Context, b *renewBody) (any, error) {
 		return nil, err
 	}
 	c.k.cfg.Log.Debug("keeper: renewed a certificate", "peer", c.cert.Name)
-	return renewAnswer{issued.Certificate, issued.Card, c.k.cfg.Roots.DER()}, nil
+	return renewAnswer{issued.Certificate, issued.Card, roots.DER()}, nil
 }
 
 // badRequest tells the asker what is wrong with its signing request, if it is that.
@@ -243,7 +257,11 @@ func (k *Keeper) amend(l *Ledger, now time.Time, f func([]crypto.Revocation) []c
 		return err
 	}
 	list := slices.DeleteFunc(f(slices.Clone(old.All())), func(r crypto.Revocation) bool { return now.After(r.Until.Add(2 * crypto.Skew)) })
-	if l.Revocations, err = k.cfg.CA.SignRevocations(old.Number()+1, list, now); err != nil {
+	ca, err := k.signer(l)
+	if err != nil {
+		return err
+	}
+	if l.Revocations, err = ca.SignRevocations(old.Number()+1, list, now); err != nil {
 		return fmt.Errorf("keeper: sign the revocations: %w", err)
 	}
 	if len(l.Revocations) > maxSigned {

@@ -38,6 +38,11 @@ const (
 	KeepBegin = "begin"
 	// KeepEnd makes it none: it forgets the CA's key and the root secret.
 	KeepEnd = "end"
+	// KeepCA gives a keeper the key of the CA that is to sign next.
+	KeepCA = "ca"
+	// KeepReopen has a keeper's member of the store show and believe the CA
+	// certificates of now; it starts anew for that, if it does not yet.
+	KeepReopen = "reopen"
 )
 
 // KeepOrder is the payload of peer.KindKeep.
@@ -48,6 +53,19 @@ type KeepOrder struct {
 	CAKey   []byte `json:"ca_key,omitempty"`
 	Root    []byte `json:"root,omitempty"`
 	Initial string `json:"initial,omitempty"`
+	// NextCA and NextKey are of KeepCA, and of KeepBegin while the CA changes: a
+	// CA's certificate (DER) and key (PKCS #8).
+	NextCA  []byte `json:"next_ca,omitempty"`
+	NextKey []byte `json:"next_key,omitempty"`
+	// Number is of KeepReopen: the Authority's that the keeper must know of.
+	Number uint64 `json:"number,omitempty,string"`
+}
+
+// Zero overwrites the secrets.
+func (o *KeepOrder) Zero() {
+	clear(o.CAKey)
+	clear(o.Root)
+	clear(o.NextKey)
 }
 
 // KeepAnswer answers it.
@@ -56,6 +74,9 @@ type KeepAnswer struct {
 	Addr netip.Addr `json:"addr"`
 	// Refused says why the node cannot be a keeper.
 	Refused string `json:"refused,omitempty"`
+	// Restarting answers KeepReopen where the asking keeper's own store is
+	// closing: another Keeper goes on.
+	Restarting bool `json:"restarting,omitempty"`
 }
 
 // order has a node do a step.
@@ -135,9 +156,14 @@ func (c *call) promote(ctx context.Context, b *promoteBody) (any, error) {
 	}); err != nil {
 		return nil, err
 	}
-	der := c.k.cfg.CA.Key().Marshal()
-	defer clear(der)
-	if _, err = c.k.order(ctx, b.Name, KeepOrder{Step: KeepBegin, CAKey: der, Root: c.k.cfg.Root.Bytes(), Initial: initial}); err != nil {
+	o, err := c.k.office(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(o.CAKey)
+	defer clear(o.NextKey)
+	o.Step, o.Root, o.Initial = KeepBegin, c.k.cfg.Root.Bytes(), initial
+	if _, err = c.k.order(ctx, b.Name, *o); err != nil {
 		return nil, unreachable(b.Name, err)
 	}
 	if c.k.cfg.Quorum != nil {

@@ -43,6 +43,9 @@ const (
 	SubAddresses     uint16 = 23
 
 	SubCheckAddresses uint16 = 24
+
+	SubChangeCA uint16 = 30
+	SubCAStatus uint16 = 31
 )
 
 const (
@@ -92,11 +95,15 @@ type stateBody struct {
 	// What the asker has: epoch of its gossip keys, number of its revocations.
 	Ring        uint64 `json:"ring,string"`
 	Revocations uint64 `json:"revocations,string"`
+	// Holds is the CA of the asker's certificate, told while the CA changes.
+	Holds crypto.KeyID `json:"holds,omitzero"`
 }
 
 type stateAnswer struct {
-	Time        time.Time     `json:"time"`
-	Roots       [][]byte      `json:"roots"`
+	Time  time.Time `json:"time"`
+	Roots [][]byte  `json:"roots"`
+	// CA is Authority.Number.
+	CA          uint64        `json:"ca,omitempty,string"`
 	Ring        []byte        `json:"ring,omitempty"`
 	Revocations []byte        `json:"revocations,omitempty"`
 	Members     []peer.Member `json:"members"`
@@ -231,6 +238,45 @@ type rotateOverlayBody struct {
 }
 
 type rotateGossipBody struct{ version }
+
+type changeCABody struct {
+	version
+	Nonce uint64 `json:"nonce,string"`
+	// Finish has the change that is under way wait for nobody who is away.
+	Finish bool `json:"finish,omitempty"`
+}
+
+type caStatusBody struct{ version }
+
+// CAStatus is how far a change of the CA is.
+type CAStatus struct {
+	Stage  Stage  `json:"stage,omitempty"`
+	Number uint64 `json:"number,omitempty,string"`
+	// Roots are the CAs that are believed, the one that signs first.
+	Roots []CARoot `json:"roots"`
+	// Started is when the last change was; zero: there was none.
+	Started time.Time `json:"started,omitzero"`
+	// Waiting are nodes that the stage waits for, at most 1,000, and Why says for what.
+	Waiting []CAWaiting `json:"waiting,omitempty"`
+	Why     string      `json:"why,omitempty"`
+	// Left are those that the last change did not wait for: they join again.
+	Left          []string         `json:"left,omitempty"`
+	TokensRemoved []crypto.TokenID `json:"tokens_removed,omitempty"`
+}
+
+// CARoot is a CA that is believed.
+type CARoot struct {
+	Fingerprint string    `json:"fingerprint"`
+	Expires     time.Time `json:"expires"`
+}
+
+// CAWaiting is a node that a change of the CA waits for.
+type CAWaiting struct {
+	Name   string `json:"name"`
+	Keeper bool   `json:"keeper,omitempty"`
+	// Alive: gossip shows it to be there.
+	Alive bool `json:"alive,omitempty"`
+}
 
 type sharedBody struct {
 	version

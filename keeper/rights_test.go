@@ -72,6 +72,9 @@ func requests(self *crypto.Identity, token crypto.TokenID) []struct {
 		{"rotate an overlay that it names", outcome(keeper.Client.RotateOverlay, "blue"), nil},
 		{"rotate an overlay of its pattern", outcome(keeper.Client.RotateOverlay, "team-1"), peer.ErrDenied},
 		{"rotate another overlay", outcome(keeper.Client.RotateOverlay, "red"), peer.ErrDenied},
+		{"status of the CA", func(c keeper.Client) error { _, err := c.CAStatus(ctx); return err }, nil},
+		{"change the CA", func(c keeper.Client) error { _, err := c.ChangeCA(ctx); return err }, peer.ErrDenied},
+		{"finish a change of the CA", func(c keeper.Client) error { _, err := c.FinishCA(ctx); return err }, peer.ErrDenied},
 		{"rotate gossip", func(c keeper.Client) error { _, err := c.RotateGossip(ctx); return err }, peer.ErrDenied},
 	}
 }

@@ -15,15 +15,30 @@ import (
 )
 
 // Handle makes e answer what nodes ask a keeper: with the Keeper that of returns,
-// or, where that is nil, that this node is none.
+// or, where that is nil, that this node is none. of may wait for one that begins.
 func Handle(e *peer.Endpoint, of func() *Keeper) {
 	e.HandleKeeper(maxBody, func(ctx context.Context, p peer.Peer, sub uint16, body []byte) ([]byte, error) {
-		k := of()
-		if k == nil {
-			return nil, peer.ErrNotKeeper
-		}
-		return k.serve(ctx, p.Certificate, sub, body)
+		return Answer(of, func(k *Keeper) ([]byte, error) { return k.serve(ctx, p.Certificate, sub, body) })
 	})
+}
+
+// Answer has the Keeper that of returns do something; and once more if it could
+// not, and of returns another by then, with a store that was opened anew.
+func Answer[T any](of func() *Keeper, f func(*Keeper) (T, error)) (T, error) {
+	var none T
+	k := of()
+	if k == nil {
+		return none, peer.ErrNotKeeper
+	}
+	v, err := f(k)
+	if !errors.Is(err, peer.ErrUnavailable) {
+		return v, err
+	}
+	again := of()
+	if again == nil || again == k {
+		return v, err
+	}
+	return f(again)
 }
 
 // Local returns the Client by which the keeper's own node asks it: a node has
@@ -89,6 +104,9 @@ var kinds = map[uint16]kind{
 	SubFixAddress:    of(maxSmallBody, fixAddress),
 	SubUnfixAddress:  of(maxSmallBody, unfixAddress),
 	SubAddresses:     of(maxSmallBody, (*call).addresses),
+
+	SubChangeCA: of(maxSmallBody, (*call).changeCA),
+	SubCAStatus: of(maxSmallBody, (*call).caStatus),
 
 	SubCheckAddresses: of(maxSmallBody, (*call).checkAddresses),
 }
@@ -165,6 +183,9 @@ func (k *Keeper) asker(l *Ledger, cert *crypto.Certificate) (asker, error) {
 	if list.Check(cert.Name, cert.Key, cert.Serial) != nil {
 		return asker{}, ErrRevoked
 	}
+	if !k.knows(l, cert) {
+		return asker{}, peer.Errorf(peer.CodeDenied, "the certificate of %s is by a CA that the cluster has replaced: join again with a token", cert.Name)
+	}
 	n, ok := l.Nodes[cert.Name]
 	switch {
 	case !ok || n.Key != cert.Key:
@@ -236,7 +257,11 @@ func (k *Keeper) list(l *Ledger) (*crypto.Revocations, error) {
 	if r := k.revoked.Load(); r != nil && bytes.Equal(r.text, l.Revocations) {
 		return r.list, nil
 	}
-	list, err := k.cfg.Roots.ParseRevocations(l.Revocations)
+	roots, err := k.roots(l)
+	if err != nil {
+		return nil, err
+	}
+	list, err := roots.ParseRevocations(l.Revocations)
 	if err != nil {
 		return nil, fmt.Errorf("keeper: the store's revocations: %w", err)
 	}

@@ -19,6 +19,7 @@ const (
 	keyHead        = store.KindLedger + "/head"
 	keyRevocations = store.KindLedger + "/revocations"
 	keyGossip      = store.KindLedger + "/gossip"
+	keyCA          = store.KindLedger + "/ca"
 	prefixNode     = store.KindLedger + "/node/"
 	prefixToken    = store.KindLedger + "/token/"
 	prefixEpoch    = store.KindLedger + "/epoch/"
@@ -159,6 +160,8 @@ func assemble(items []store.Item, unknown extra) (*Ledger, error) {
 			err = open(i.Key, i.Value, &l.Revocations)
 		} else if i.Key == keyGossip {
 			err = open(i.Key, i.Value, &l.Gossip)
+		} else if i.Key == keyCA {
+			err = open(i.Key, i.Value, &l.CA)
 		}
 		if err != nil {
 			return nil, err
@@ -190,6 +193,9 @@ func write(t store.Txn, old, next *Ledger) error {
 	}
 	if !reflect.DeepEqual(old.Gossip, next.Gossip) {
 		w.put(keyGossip, next.Gossip)
+	}
+	if !reflect.DeepEqual(old.CA, next.CA) {
+		w.put(keyCA, next.CA)
 	}
 	if w.wrote || old.Nodes == nil {
 		w.put(keyHead, head{rand.Uint64(), next.extra})

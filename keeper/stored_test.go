@@ -212,7 +212,7 @@ func TestInStoreKeepsAll(t *testing.T) {
 	want := again().(map[string]any)
 	err = keeper.InStore(mem).Update(ctx, func(l *keeper.Ledger) error {
 		n, token, o := l.Nodes["n1"], l.Tokens[id], l.Overlays["blue"]
-		n.Serial, token.Nonce, o.Epoch, l.Gossip.Wanted = 5, 6, 7, 8
+		n.Serial, token.Nonce, o.Epoch, l.Gossip.Wanted, l.CA.Number = 5, 6, 7, 8, 9
 		l.Nodes["n1"], l.Tokens[id], l.Overlays["blue"] = n, token, o
 		return nil
 	})
@@ -223,6 +223,7 @@ func TestInStoreKeepsAll(t *testing.T) {
 	want["tokens"].(map[string]any)[id.String()].(map[string]any)["nonce"] = "6"
 	want["overlays"].(map[string]any)["blue"].(map[string]any)["epoch"] = 7.0
 	want["gossip"].(map[string]any)["wanted"] = 8.0
+	want["ca"].(map[string]any)["number"] = "9"
 	if !reflect.DeepEqual(again(), any(want)) {
 		t.Errorf("after a change\n%v\nwant\n%v", again(), want)
 	}
@@ -335,6 +336,9 @@ func TestInStoreRefuses(t *testing.T) {
 		{"ledger/token/zz", `{"schema":1,"value":{}}`, "token"},
 		{"ledger/epoch/blue", `{"schema":1,"value":{"epoch":0}}`, `"blue"`},
 		{"ledger/gossip", `{"schema":1,"value":{"done":9}}`, "gossip keys"},
+		{"ledger/ca", `{"schema":2,"value":{}}`, "ledger/ca is of schema 2, and this release knows 1"},
+		{"ledger/ca", `{"schema":1,"value":{"number":"1"}}`, "the CA"},
+		{"ledger/ca", `{"schema":1,"value":{"stage":"signing"}}`, "the CA"},
 		{"ledger/revocations", `{"schema":1,"value":7}`, "ledger/revocations"},
 	} {
 		mem := storetest.New()

@@ -17,7 +17,12 @@ func (c *call) createToken(ctx context.Context, b *createTokenBody) (any, error)
 		return nil, invalid("a token for %d seconds: --ttl is 1s to %v", b.Seconds, crypto.MaxTokenTTL)
 	}
 	addrs := c.k.cfg.Addrs()
-	token, record, err := crypto.NewToken(c.k.cfg.CA.Fingerprint(), addrs[:min(len(addrs), crypto.MaxTokenKeepers)], crypto.TokenOptions{
+	roots, err := c.k.roots(c.ledger)
+	if err != nil {
+		return nil, err
+	}
+	ca := roots.Signer()
+	token, record, err := crypto.NewToken(ca, addrs[:min(len(addrs), crypto.MaxTokenKeepers)], crypto.TokenOptions{
 		TTL: time.Duration(b.Seconds) * time.Second, Uses: b.Uses, Overlays: b.Overlays, Name: b.Name,
 	}, c.k.now())
 	if err != nil {
@@ -25,7 +30,14 @@ func (c *call) createToken(ctx context.Context, b *createTokenBody) (any, error)
 	}
 	defer token.Zero()
 	err = c.change(ctx, func(l *Ledger, a asker) error {
-		return l.addToken(Token{TokenRecord: *record, By: a.cert.Name, Nonce: b.Nonce}, a, c.k.now())
+		if now, err := c.k.roots(l); err != nil || now.Signer() != ca {
+			return peer.Errorf(peer.CodeBusy, "the cluster's CA is changing at this moment: try again")
+		}
+		t := Token{TokenRecord: *record, By: a.cert.Name, Nonce: b.Nonce}
+		if l.CA.Number > 0 {
+			t.CA = crypto.KeyID(ca[:len(t.CA)])
+		}
+		return l.addToken(t, a, c.k.now())
 	})
 	if err != nil {
 		return nil, err

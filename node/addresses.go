@@ -36,6 +36,8 @@ func (n *Node) self(_ context.Context, k peer.Kind, payload []byte) ([]byte, err
 	switch k {
 	case peer.KindCede:
 		return n.cede(payload)
+	case peer.KindKeep:
+		return n.secure.keeping.orderedSelf(payload)
 	case peer.KindReport:
 		return json.Marshal(n.hosted.pool.Status())
 	}

@@ -30,6 +30,8 @@ import (
 //	POST   /v1/nodes/NAME/promote          PromoteRequest; answers Changed
 //	POST   /v1/nodes/NAME/demote           Changed
 //	POST   /v1/gossip/rotate-key           GossipKeyRotated
+//	GET    /v1/ca                          CA
+//	POST   /v1/ca/rotate                   RotateCARequest; answers CA
 //	GET    /v1/shared                      SharedOverlays
 //	POST   /v1/shared                      OverlayRequest; answers SharedOverlay
 //	GET    /v1/shared/NAME                 SharedOverlay

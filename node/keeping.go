@@ -49,6 +49,15 @@ type keeping struct {
 	etcd   *store.Etcd   // nil: no keeper
 	stop   context.CancelFunc
 	done   chan struct{}
+	// believes is what the member believes, as of its start, and shownBy the CA of
+	// what it shows.
+	believes []byte
+	shownBy  crypto.Fingerprint
+}
+
+// shows notes what a member starts with. Called with k.mu.
+func (k *keeping) shows(cfg store.MemberConfig) {
+	k.believes, k.shownBy = cfg.TLS.CA, k.n.secure.place.Identity().Roots().Signer()
 }
 
 // canKeep returns why this machine cannot be a keeper.
@@ -87,6 +96,7 @@ func (k *keeping) open(ctx context.Context, initial string) error {
 	if err != nil {
 		return err
 	}
+	k.shows(cfg)
 	if cfg.New {
 		wait, cancel := context.WithTimeout(ctx, storeReady)
 		defer cancel()
@@ -249,8 +259,7 @@ func (k *keeping) ordered(ctx context.Context, from peer.Peer, payload []byte) (
 	if err := json.Unmarshal(payload, &o); err != nil {
 		return nil, peer.ErrMalformed
 	}
-	defer clear(o.CAKey)
-	defer clear(o.Root)
+	defer o.Zero()
 	a := keeper.KeepAnswer{Addr: k.n.addr()}
 	var err error
 	switch o.Step {
@@ -262,6 +271,10 @@ func (k *keeping) ordered(ctx context.Context, from peer.Peer, payload []byte) (
 		err = k.begin(ctx, o)
 	case keeper.KeepEnd:
 		err = k.end(ctx)
+	case keeper.KeepCA:
+		err = k.n.secure.place.TakeCA(o)
+	case keeper.KeepReopen:
+		err = k.reopen(o.Number)
 	default:
 		err = peer.ErrMalformed
 	}
@@ -275,7 +288,7 @@ func (k *keeping) ordered(ctx context.Context, from peer.Peer, payload []byte) (
 // begin makes this node a keeper.
 func (k *keeping) begin(ctx context.Context, o keeper.KeepOrder) error {
 	p := k.n.secure.place
-	if err := p.TakeOffice(o.CAKey, o.Root); err != nil {
+	if err := p.TakeOffice(o); err != nil {
 		return err
 	}
 	if o.Initial != "" { // what an earlier membership left is another member's
@@ -357,6 +370,7 @@ func (k *keeping) recover(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("node: the store does not start alone: %w", err)
 	}
+	k.shows(cfg)
 	wait, cancel := context.WithTimeout(ctx, storeReady)
 	defer cancel()
 	select {

@@ -67,6 +67,8 @@ type Node struct {
 	before  []discovery.Member
 	movedAt time.Time
 	revoked atomic.Bool // somebody was, since
+	// reverifyAt is when passports are looked at because of the CA; 0: not.
+	reverifyAt atomic.Int64
 
 	mu        sync.Mutex
 	conflicts []string
@@ -410,6 +412,7 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 		case <-resync.C:
 			n.mendPorts()
 			n.hosted.follow()
+			n.reverify()
 			n.sync()
 		case <-n.redefined:
 			n.hosted.follow()

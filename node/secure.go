@@ -30,6 +30,9 @@ const (
 	// joinRemind is how often a join that still fails is logged again.
 	joinRemind = time.Minute
 	probeTime  = 2 * time.Second
+	// reverifyAfter is how long passports of a CA that is gone are believed, if they
+	// were before.
+	reverifyAfter = 10 * time.Second
 	// maxOrder bounds what a keeper tells a node to do.
 	maxOrder = 16 << 10
 )
@@ -38,9 +41,13 @@ var errNoKeeper = errors.New("no keeper is known yet")
 
 // secure is what a node of a secure cluster has beside the rest.
 type secure struct {
-	place    *cluster.Place
-	token    *crypto.Token
-	expired  error // why the identity that is in the state cannot be used
+	place   *cluster.Place
+	token   *crypto.Token
+	expired error // why the identity that is in the state cannot be used
+	// unknown is why the token of a member may be another cluster's: it is of a CA
+	// that this node has not heard of. Else it is of this cluster, whose CA was
+	// changed while this node was away.
+	unknown  error
 	endpoint *peer.Endpoint
 	sessions *peer.Sessions
 	keeping  *keeping
@@ -72,6 +79,7 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 		OnIdentity: func(*crypto.Identity) { n.announce() },
 		OnKey:      func(overlay string) { n.newKey(overlay) },
 		OnShared:   func() { ring(n.redefined) },
+		OnRoots:    n.newRoots,
 		Self:       n.self,
 	})
 	switch {
@@ -81,7 +89,11 @@ func (n *Node) openPlace(ctx context.Context) (*secure, error) {
 		return nil, err
 	}
 	if s.token != nil {
-		if err := s.place.CheckToken(s.token); err != nil {
+		err := s.place.CheckToken(s.token)
+		switch {
+		case errors.Is(err, crypto.ErrOtherCluster) && !s.place.HoldsCA():
+			s.unknown = err // join finds out
+		case err != nil:
 			return nil, err
 		}
 	}
@@ -293,6 +305,7 @@ func (s *secure) join(ctx context.Context, n *Node) error {
 	switch {
 	case s.token == nil:
 		return nil
+	case s.unknown != nil:
 	case s.place.Joined():
 		// A token for a node that is a member already changes nothing, unless the
 		// others believe it no longer: then it becomes another one.
@@ -308,6 +321,9 @@ func (s *secure) join(ctx context.Context, n *Node) error {
 			return nil
 		}
 		if final(err) {
+			if s.unknown != nil && (errors.Is(err, peer.ErrTokenForeign) || errors.Is(err, crypto.ErrOtherCluster)) {
+				return s.unknown
+			}
 			return err
 		}
 		if ctx.Err() == nil && time.Since(told) > joinRemind {
@@ -384,6 +400,22 @@ func (n *Node) newRevocations() {
 	n.announce()
 }
 
+// newRoots takes other CAs. Whose passports are believed no more is looked at a
+// while later: those of nodes that have renewed may still be on their way, and
+// connections were looked at already.
+func (n *Node) newRoots() {
+	n.reverifyAt.Store(time.Now().Add(reverifyAfter).UnixNano())
+	n.announce()
+}
+
+// reverify looks at passports after the CA was changed.
+func (n *Node) reverify() {
+	if at := n.reverifyAt.Load(); at != 0 && time.Now().UnixNano() >= at {
+		n.reverifyAt.CompareAndSwap(at, 0)
+		n.disc.Load().Reverify()
+	}
+}
+
 // announce has a new passport spread, soon: whoever calls it has an answer to
 // give, and gossip takes its time.
 func (n *Node) announce() { ring(n.news) }
@@ -448,6 +480,9 @@ func (s *secure) conflicts() []string {
 	var out []string
 	if s.place.Outcast() {
 		out = append(out, "the keepers do not believe this node any more, it was revoked or removed: have it removed (`tulle node rm`) and start it with a new token")
+	}
+	if s.place.Left() {
+		out = append(out, "the cluster's CA was replaced while this node was away, and nobody waited: start it with a new token")
 	}
 	for _, overlay := range s.place.Denied() {
 		out = append(out, fmt.Sprintf("overlay %s: this node's certificate does not grant it: have the node removed (`tulle node rm`) and start it with a token that does (`tulle token create --overlays %s`)", overlay, overlay))

@@ -85,6 +85,8 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("POST /v1/store/recover", n.recoverStore)
 	mux.HandleFunc("POST /v1/gossip/rotate-key", n.rotateGossip)
 	mux.HandleFunc("POST /v1/overlays/{name}/rotate-key", n.rotateOverlay)
+	mux.HandleFunc("GET /v1/ca", n.showCA)
+	mux.HandleFunc("POST /v1/ca/rotate", n.rotateCA)
 	mux.HandleFunc("GET /v1/shared", n.listShared)
 	mux.HandleFunc("POST /v1/shared", n.createShared)
 	mux.HandleFunc("GET /v1/shared/{name}", n.inspectShared)

@@ -490,7 +490,7 @@ func (e *Endpoint) expire(c *conn) {
 
 // recheck closes c if its peer is no longer believed.
 func (e *Endpoint) recheck(c *conn) error {
-	_, err := e.verifyChain([][]byte{c.node.DER}, c.node.Name)
+	_, err := e.verifyChain(c.node.Chain(), c.node.Name)
 	if err != nil && !c.refused.Swap(true) {
 		e.stats.NotBelieved.Add(1)
 		e.stats.ClosedRevoked.Add(1)

@@ -52,8 +52,13 @@ type JoinResult struct {
 	Revocations []byte `json:"revocations,omitempty"`
 	// Members are some to begin with, the keepers first.
 	Members []Member `json:"members"`
+	// CAs are for crypto.NewRoots: whom the cluster believes, as of the change of
+	// that number; none: the token's CA.
+	CAs      [][]byte `json:"cas,omitempty"`
+	CANumber uint64   `json:"ca_number,omitempty,string"`
 
-	// Roots and Keeper are who admitted the node, as Join has verified them.
+	// Roots are whom to believe. Keeper is who admitted the node, as Join has
+	// verified it by the token's CA.
 	Roots  *crypto.Roots       `json:"-"`
 	Keeper *crypto.Certificate `json:"-"`
 }
@@ -266,6 +271,10 @@ func (e *Endpoint) joinAny(ctx context.Context, t *crypto.Token, keepers []netip
 	if err != nil {
 		return nil, reached, err
 	}
+	// A member that joins again stays in its cluster.
+	if id := e.identity.Load(); id != nil && id.Roots().Cluster() != roots.Cluster() {
+		return nil, reached, Errorf(CodeTokenForeign, "the token is of cluster %s, and this node is in %s: leave the token out, or give another --state-dir", roots.Cluster(), id.Roots().Cluster())
+	}
 	exporter, err := exporterOf(q)
 	if err != nil {
 		return nil, reached, err
@@ -280,6 +289,17 @@ func (e *Endpoint) joinAny(ctx context.Context, t *crypto.Token, keepers []netip
 	result := &JoinResult{}
 	if err := json.Unmarshal(answer, result); err != nil {
 		return nil, reached, fmt.Errorf("keeper %s: its answer: %w", reached, err)
+	}
+	if len(result.CAs) > 0 {
+		// The keeper speaks for the cluster: the token's CA says so.
+		all, err := crypto.NewRoots(result.CAs...)
+		if err == nil && all.Cluster() != roots.Cluster() {
+			err = crypto.ErrOtherCluster
+		}
+		if err != nil {
+			return nil, reached, fmt.Errorf("keeper %s: its answer: %w", reached, err)
+		}
+		roots = all
 	}
 	result.Roots, result.Keeper = roots, keeper
 	return result, reached, nil

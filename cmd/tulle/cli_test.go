@@ -159,6 +159,11 @@ func aNode() fakeAPI {
 			{Name: "n2", Status: "left", VTEP: ap("[2001:db8::2]:4789"), Overlays: []string{"blue", "team-*"}, Joined: then, Expires: then.Add(720 * time.Hour)},
 			{Name: "n3", Status: "unknown", Overlays: []string{}, Joined: then, Expires: then.Add(720 * time.Hour), Revoked: true},
 		}},
+		"/v1/ca": node.CA{
+			Stage: "signing", Started: then, Why: "these nodes have no certificate of the new CA yet", Left: []string{}, TokensRemoved: []string{},
+			Roots:   []node.CARoot{{Fingerprint: strings.Repeat("ab", 32), Expires: then.AddDate(10, 0, 0)}, {Fingerprint: strings.Repeat("01", 32), Expires: then.AddDate(4, 0, 0)}},
+			Waiting: []node.CAWaiting{{Name: "n2", Keeper: true, Alive: true}, {Name: "\x1b[31mn3"}},
+		},
 	}.with(aCluster())
 }
 
@@ -169,7 +174,7 @@ func (f fakeAPI) with(more fakeAPI) fakeAPI {
 
 func TestTables(t *testing.T) {
 	socket := serve(t, aNode())
-	for _, args := range []string{"status", "peers", "overlays", "fdb blue", "token ls", "node ls", "overlay ls", "endpoints", "ipam", "store status"} {
+	for _, args := range []string{"status", "peers", "overlays", "fdb blue", "token ls", "node ls", "overlay ls", "endpoints", "ipam", "store status", "ca status"} {
 		out, errOut, status := tulle(t, append(strings.Fields(args), "--socket", socket)...)
 		if status != exitDone || errOut != "" {
 			t.Errorf("tulle %s = %d, stderr %q", args, status, errOut)
@@ -195,6 +200,7 @@ func TestEmptyTables(t *testing.T) {
 		"/v1/status": node.Status{Drops: map[string]uint64{"short": 0}}, "/v1/peers": node.Peers{}, "/v1/overlays": node.Overlays{}, "/v1/overlays/blue/fdb": node.FDB{Overlay: "blue"},
 		"/v1/tokens": node.Tokens{}, "/v1/nodes": node.Nodes{}, "/v1/shared": node.SharedOverlays{Stale: then}, "/v1/shared/blue": node.SharedOverlay{},
 		"/v1/endpoints": node.Endpoints{}, "/v1/ipam": node.IPAM{Stale: true}, "POST /v1/ipam/check": node.IPAMCheck{}, "/v1/store": node.StoreStatus{},
+		"/v1/ca": node.CA{Stage: "settled", Left: []string{"n3"}, TokensRemoved: []string{"0123456789abcdef"}},
 	})
 	for _, tt := range []struct{ args, want string }{
 		{"status", "no drops\n"},
@@ -209,6 +215,7 @@ func TestEmptyTables(t *testing.T) {
 		{"ipam", "no overlay has addresses given out\nno keeper answered: only this node's own blocks are shown\n"},
 		{"ipam check", "nothing is wrong\n"},
 		{"store status", "quorum  no: no reason is known\n"},
+		{"ca status", "stage           settled\nleft behind     n3\ntokens removed  0123456789abcdef\n"},
 	} {
 		out, _, status := tulle(t, append(strings.Fields(tt.args), "--socket", socket)...)
 		if status != exitDone || !strings.Contains(out, tt.want) {
@@ -293,6 +300,8 @@ func TestUsage(t *testing.T) {
 		{"token rm", "tulle: want the id of one token, as in `tulle token rm 1f0c93a2b75e4d68`; `tulle token ls` lists them\n"},
 		{"node revoke", "tulle: want the name of one node, as in `tulle node revoke pi4`; `tulle node ls` lists them\n"},
 		{"node rm a b", "tulle: want the name of one node, as in `tulle node rm pi4`"},
+		{"ca rotate now", "tulle: unexpected \"now\"; see `tulle ca rotate --help`\n"},
+		{"ca rotat", "tulle: unknown command \"rotat\" of `tulle ca`; did you mean \"rotate\"?\n"},
 		{"gossip rotate-key now", "tulle: unexpected \"now\"; see `tulle gossip rotate-key --help`\n"},
 		{"overlay rotate-key", "tulle: want the name of one overlay, as in `tulle overlay rotate-key blue`"},
 		{"overlay create", "tulle: want the name of the overlay to make, as in `tulle overlay create blue`\n"},

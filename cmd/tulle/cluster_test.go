@@ -74,6 +74,12 @@ func TestChanges(t *testing.T) {
 		{"gossip rotate-key", node.GossipKeyRotated{Epoch: 8, Changed: late}, "POST /v1/gossip/rotate-key", "gossip uses key 8\n", lateText},
 		{"overlay rotate-key blue", node.OverlayKeyRotated{Overlay: "blue", Epoch: 2}, "POST /v1/overlays/blue/rotate-key", "overlay blue uses key 2\n", ""},
 		{"overlay rotate-key blue", node.OverlayKeyRotated{Overlay: "blue", Epoch: 2, Changed: late}, "POST /v1/overlays/blue/rotate-key", "overlay blue uses key 2\n", lateText},
+		{"ca rotate", node.CA{Stage: "settled", Roots: []node.CARoot{{Fingerprint: "abcd", Expires: then}}, TokensRemoved: []string{"0123456789abcdef"}}, "POST /v1/ca/rotate {}",
+			"the CA is abcd now, until 2026-12-01 12:30 UTC\n", "tokens removed with the old CA: 0123456789abcdef\nmake a new backup (`tulle store snapshot`): those from before are of the old CA\n"},
+		{"ca rotate --finish", node.CA{Stage: "settled", Roots: []node.CARoot{{Fingerprint: "abcd", Expires: then}}, Left: []string{"n3", "\x1b[31mn4"}}, `POST /v1/ca/rotate {"finish":true}`,
+			"the CA is abcd now, until 2026-12-01 12:30 UTC\n", "left behind, to join again with a new token: n3, ?[31mn4\nmake a new backup (`tulle store snapshot`): those from before are of the old CA\n"},
+		{"ca rotate", node.CA{Stage: "signing", Why: "these nodes are late\x1b", Roots: []node.CARoot{{}, {}}, Waiting: []node.CAWaiting{{Name: "n1", Alive: true}, {Name: "n2", Keeper: true}, {Name: "n3\x1b"}}}, "POST /v1/ca/rotate {}",
+			"the CA is being changed, stage signing\n", "these nodes are late?\nwaiting for: n1, n2 (a keeper, away), n3? (away)\nthe keepers go on by themselves; `tulle ca status` says how far they are\n"},
 	} {
 		api := &recorder{answer: tt.answer}
 		out, errOut, status := tulle(t, append(strings.Fields(tt.args), "--socket", serve(t, api))...)
@@ -93,6 +99,7 @@ func TestClusterRefusals(t *testing.T) {
 		"/v1/tokens", "/v1/nodes", "POST /v1/tokens", "DELETE /v1/tokens/1", "POST /v1/nodes/n2/revoke", "DELETE /v1/nodes/n2", "POST /v1/gossip/rotate-key", "POST /v1/overlays/blue/rotate-key",
 		"POST /v1/nodes/n2/promote", "POST /v1/nodes/n2/demote", "/v1/shared", "POST /v1/shared", "/v1/shared/blue", "PATCH /v1/shared/blue", "DELETE /v1/shared/blue",
 		"/v1/endpoints", "POST /v1/exposed", "DELETE /v1/exposed/blue", "/v1/ipam", "POST /v1/ipam/check", "/v1/store", "POST /v1/store/recover",
+		"/v1/ca", "POST /v1/ca/rotate",
 	} {
 		open[path] = node.Error{}
 	}
@@ -100,7 +107,7 @@ func TestClusterRefusals(t *testing.T) {
 	for _, args := range []string{
 		"token ls", "token create", "token rm 1", "node ls", "node revoke n2", "node rm n2", "gossip rotate-key", "overlay rotate-key blue",
 		"node promote n2", "node demote n2", "overlay ls", "overlay create blue", "overlay inspect blue", "overlay set blue --mtu 1400", "overlay rm blue",
-		"endpoints", "expose blue", "unexpose blue", "ipam", "ipam check", "ipam check --repair", "store status", "store recover --yes",
+		"endpoints", "expose blue", "unexpose blue", "ipam", "ipam check", "ipam check --repair", "store status", "store recover --yes", "ca status", "ca rotate", "ca rotate --finish",
 	} {
 		out, errOut, status := tulle(t, append(strings.Fields(args), "--socket", socket)...)
 		if status != exitFailed || out != "" || errOut != "tulle: this is an open cluster: it has no keys\n" {

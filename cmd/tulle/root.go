@@ -79,7 +79,7 @@ func newRoot() *cobra.Command {
 	root.PersistentFlags().String("socket", socket, "local API of the node (or set TULLE_SOCKET)")
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
-		tokenCommand(), nodeCommand(), gossipCommand(), overlayCommand(),
+		tokenCommand(), nodeCommand(), gossipCommand(), caCommand(), overlayCommand(),
 		exposeCommand(), unexposeCommand(), endpointsCommand(), ipamCommand(), storeCommand(), doctorCommand(),
 		offloadCommand(), versionCommand(), completionCommand())
 	root.SetHelpCommand(helpCommand())

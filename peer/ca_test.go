@@ -67,12 +67,12 @@ func TestJoinTellsCAs(t *testing.T) {
 	}
 }
 
-// A node that shows another certificate makes its connections anew; what is under
-// way is asked again.
+// A node that shows another certificate makes its connections anew, once what is
+// under way is answered.
 func TestReintroduceUnderWay(t *testing.T) {
 	c := newCluster(t, peertest.NewNet(62))
 	a, b := c.node("n1"), c.node("n2")
-	begun, again := make(chan struct{}, 2), make(chan struct{})
+	begun, again := make(chan struct{}, 1<<20), make(chan struct{})
 	b.Handle(Kind(999), 0, func(ctx context.Context, _ Peer, _ []byte) ([]byte, error) {
 		begun <- struct{}{}
 		select {
@@ -88,10 +88,24 @@ func TestReintroduceUnderWay(t *testing.T) {
 		answered <- err
 	}()
 	<-begun
+	before := a.Conns()[0].Since
 	b.Reintroduce()
-	<-begun
 	close(again)
 	if err := <-answered; err != nil {
 		t.Errorf("a request that was under way: %v", err)
+	}
+	for limit := time.Now().Add(10 * time.Second); ; {
+		if _, err := a.Request(within(t, 10*time.Second), "n2", Kind(999), nil); err != nil {
+			t.Fatal(err)
+		}
+		if l := a.Conns(); len(l) > 0 && l[0].Since.After(before) {
+			break
+		}
+		if time.Now().After(limit) {
+			t.Fatal("the connection is the old one still")
+		}
+	}
+	if n := b.Stats().ClosedMoved.Load(); n != 1 {
+		t.Errorf("%d connections were closed for it, want 1", n)
 	}
 }

@@ -23,6 +23,8 @@ const (
 	// linger is how long a connection that lost stays after its last request,
 	// so that what is on its way still arrives.
 	linger = 500 * time.Millisecond
+	// drainTick is how often a connection that is to be closed is looked at.
+	drainTick = 50 * time.Millisecond
 	// stagger is the time between dials of a node's addresses (RFC 8305, section 5).
 	stagger = 250 * time.Millisecond
 	// maxAddrs is how many addresses of a node are tried.
@@ -452,9 +454,37 @@ func (e *Endpoint) Moved(name string, to netip.Addr) {
 // closed, because the other ends send to where it was.
 func (e *Endpoint) MovedSelf() { e.reconnect(func(*conn) bool { return true }) }
 
-// Reintroduce has all peers see this node's certificate of now: connections are
-// closed, and what was under way is asked again over new ones.
-func (e *Endpoint) Reintroduce() { e.reconnect(func(*conn) bool { return true }) }
+// Reintroduce has all peers see this node's certificate of now: each connection
+// takes no new requests of this node, and is closed once nothing is under way on
+// it. Whatever made the certificate another may be one of those requests.
+func (e *Endpoint) Reintroduce() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return
+	}
+	for _, c := range e.open() {
+		c.retired.Store(true)
+		e.wg.Go(func() {
+			c.drained(e.cfg.RequestTimeout)
+			e.stats.ClosedMoved.Add(1)
+			closeConn(c.q, closeReplaced)
+		})
+	}
+}
+
+// drained waits until nothing is under way on c, at most so long.
+func (c *conn) drained(most time.Duration) {
+	tick := time.NewTicker(drainTick)
+	defer tick.Stop()
+	for until := time.Now().Add(most); c.active.Load() > 0 && time.Now().Before(until); {
+		select {
+		case <-c.q.Context().Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
 
 func (e *Endpoint) reconnect(which func(*conn) bool) {
 	e.mu.Lock()

@@ -20,13 +20,16 @@ import (
 
 // attach makes a device in a network namespace, on a shared overlay.
 func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, error) {
-	e := &endpoint{Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: rand.Text(), DefaultRoute: r.DefaultRoute}
+	e := &endpoint{Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: rand.Text()[:keyLen], DefaultRoute: r.DefaultRoute}
 	var err error
 	if e.Netns, err = netnsPath(r.Netns, r.PID); err != nil {
 		return nil, err
 	}
 	if e.Namespace, err = namespaceAt(e.Netns); err != nil {
 		return nil, err
+	}
+	if h.selfErr != nil {
+		return nil, h.selfErr
 	}
 	if e.Namespace == h.self {
 		return nil, bad{fmt.Errorf("%s is this host's own network namespace: `tulle expose %s` puts the host itself on the overlay", e.Netns, r.Overlay)}

@@ -29,13 +29,15 @@ const (
 	fileAddresses   = "addresses.json"
 	endpointsSchema = 1 // of the host only
 	endpointsNetns  = 2 // and of namespaces
-	// ownerHost and the overlay's name is who an address of the host is assigned to,
-	// ownerNetns and its key who one of a namespace's endpoint is.
+	// ownerHost and the overlay's name is who an address of the host is assigned to;
+	// ownerNetns, its name and its key who one of a namespace's endpoint is.
 	ownerHost       = "host/"
 	ownerNetns      = "netns/"
 	maxDeviceName   = 15 // IFNAMSIZ less the terminating zero
 	maxEndpointName = 63
 	defaultIfname   = "eth0"
+	// keyLen characters of rand.Text tell endpoints of one name apart: 50 bits.
+	keyLen = 10
 	// assignPatience is how long an address is asked for of keepers whose store is
 	// busy; the pauses grow from assignRetryMin to assignRetryMax.
 	assignPatience = 15 * time.Second
@@ -67,7 +69,9 @@ func tellf(kind error, format string, a ...any) error {
 type endpoints struct {
 	n    *Node
 	pool *ipam.Pool
-	self tap.Namespace // the node's own
+	// self is the node's own namespace, or selfErr why that is not known.
+	self    tap.Namespace
+	selfErr error
 
 	saving sync.Mutex // one write of the file at a time
 
@@ -119,7 +123,7 @@ func (e *endpoint) owner() string {
 	if e.host() {
 		return ownerHost + e.Overlay
 	}
-	return ownerNetns + e.Key
+	return ownerNetns + e.Name + "/" + e.Key
 }
 
 // String is what a log calls it.
@@ -139,10 +143,7 @@ type endpointsFile struct {
 func (n *Node) openEndpoints() (*endpoints, error) {
 	h := &endpoints{n: n, claimed: map[place]struct{}{}}
 	h.free.L = &h.mu
-	var err error
-	if h.self, err = tap.OwnNamespace(); err != nil {
-		return nil, fmt.Errorf("node: %w", err)
-	}
+	h.self, h.selfErr = tap.OwnNamespace()
 	b, err := os.ReadFile(filepath.Join(n.cfg.StateDir, fileEndpoints))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

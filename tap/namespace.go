@@ -38,7 +38,7 @@ func NamespaceAt(path string) (Namespace, error) {
 		return Namespace{}, fmt.Errorf("open network namespace %s: %w", path, err)
 	}
 	defer unix.Close(fd)
-	if kind, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE); err != nil || kind != unix.CLONE_NEWNET {
+	if !isNetwork(fd) {
 		return Namespace{}, fmt.Errorf("%w at %s, but something else", ErrNoNamespace, path)
 	}
 	var st unix.Stat_t
@@ -54,6 +54,17 @@ func NamespaceAt(path string) (Namespace, error) {
 		return Namespace{}, fmt.Errorf("network namespace %s: %w", path, err)
 	}
 	return Namespace{Boot: strings.TrimSpace(string(boot)), Device: st.Dev, Inode: st.Ino, Cookie: cookie}, nil
+}
+
+// isNetwork reports whether fd is a network namespace; an emulated kernel may tell
+// no more than that it is one of some kind.
+func isNetwork(fd int) bool {
+	var fs unix.Statfs_t
+	if unix.Fstatfs(fd, &fs) != nil || int64(fs.Type) != unix.NSFS_MAGIC {
+		return false
+	}
+	kind, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE)
+	return err != nil || kind == unix.CLONE_NEWNET
 }
 
 // OwnNamespace returns the identity of the caller's namespace.

@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tulle-net/tulle/config"
-	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/node"
 )
 
@@ -88,7 +87,7 @@ It lasts as long as the namespace, also when the node starts again in between, o
 		if want.Netns, want.PID, err = where.check(cmd); err != nil {
 			return usageError{err}
 		}
-		if want.MAC, err = checkMAC(*mac); err != nil {
+		if err := setMAC(&want, *mac); err != nil {
 			return usageError{err}
 		}
 		if want.Ifname, err = checkIfname(cmd, args[0], *ifname); err != nil {
@@ -134,17 +133,19 @@ func (e *endpointFlags) check(overlay string) (want node.AttachRequest, err erro
 	return want, nil
 }
 
-func checkMAC(s string) (m ether.MAC, err error) {
+// setMAC reads --mac; empty: the address decides.
+func setMAC(want *node.AttachRequest, s string) error {
 	if s == "" {
-		return 0, nil
+		return nil
 	}
-	if m, err = ether.ParseMAC(s); err == nil && !m.IsValid() {
+	err := want.MAC.UnmarshalText([]byte(s))
+	if err == nil && !want.MAC.IsValid() {
 		err = errors.New("want a unicast one, as in 02:54:0a:20:00:07")
 	}
 	if err != nil {
-		return 0, fmt.Errorf("--mac %q: %w", s, err)
+		return fmt.Errorf("--mac %q: %w", s, err)
 	}
-	return m, nil
+	return nil
 }
 
 // checkIfname returns the name to ask for; empty: the flag was not given.

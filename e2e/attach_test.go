@@ -273,6 +273,27 @@ func TestAttach(t *testing.T) {
 		ping(t, a1, atB.Addr(), 5*time.Second)
 	})
 
+	part(t, "a namespace that loses its path", nodes, func(t *testing.T) {
+		path, end := netnsNamed(t, unusedName("lost"))
+		q, err := h[0].Start(exec.Command("nsenter", "--net="+path, "sleep", "600"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 5*time.Second, "the process is in the namespace", func() bool {
+			comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", q.Pid()))
+			return string(comm) == "sleep\n"
+		})
+		addr := a.attaches("blue", "--netns", path, "--name", "lost")
+		end()
+		ping(t, b1, addr.Addr(), 5*time.Second)
+		enter(t, h[0], q.Pid(), "ip", "link", "del", "eth0")
+		ping(t, b1, addr.Addr(), 5*time.Second)
+		q.Kill()
+		a.eventually(time.Second, "the endpoint is gone", func() bool {
+			return !slices.ContainsFunc(get[node.Endpoints](a, "/v1/endpoints").Endpoints, isNamed("lost"))
+		})
+	})
+
 	part(t, "killed", nodes, func(t *testing.T) {
 		untoken(a)
 		before := a.attached(func(node.Endpoint) bool { return true })

@@ -315,7 +315,11 @@ func (n *Node) mend(ov *overlay, d *device) {
 		n.log.Error("the overlay's device is gone: somebody deleted it, or its namespace has ended; trying to make it again",
 			"overlay", ov.cfg.Name, "port", d.cfg.Name)
 	}
-	if err := n.openDevice(ov, d, netns); err != nil {
+	err := n.openDevice(ov, d, netns)
+	if d.of != nil {
+		n.endpoints.setFault(d.of, err)
+	}
+	if err != nil {
 		n.log.Debug("the overlay's device cannot be made yet", "overlay", ov.cfg.Name, "port", d.cfg.Name, "err", err)
 		return
 	}

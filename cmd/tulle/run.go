@@ -55,7 +55,8 @@ and users are the host's.
 
 Ends with the command's status, or with 128 and the number of the signal that killed it;
 127 if there is no such command, 126 if it cannot be run. Signals are handed on; those of
-Ctrl-C and Ctrl-\ reach the command from the terminal itself. Nothing is left behind.`,
+Ctrl-C and Ctrl-\ reach the command from the terminal itself. The namespace and its
+address go with the last process in it.`,
 		Example: `  tulle run blue -- ping -c 3 10.40.0.7
   tulle run blue --name web --ip 10.40.0.9 -- python3 -m http.server
   tulle run blue -- bash`,

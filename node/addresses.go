@@ -25,7 +25,7 @@ func (n *Node) cede(payload []byte) ([]byte, error) {
 	if err := json.Unmarshal(payload, &q); err != nil {
 		return nil, peer.ErrMalformed
 	}
-	if err := n.hosted.pool.Cede(q); err != nil {
+	if err := n.endpoints.pool.Cede(q); err != nil {
 		return nil, peer.Errorf(peer.CodeFailed, "%s", oneLine(err))
 	}
 	return nil, nil
@@ -39,7 +39,7 @@ func (n *Node) self(_ context.Context, k peer.Kind, payload []byte) ([]byte, err
 	case peer.KindKeep:
 		return n.secure.keeping.orderedSelf(payload)
 	case peer.KindReport:
-		return json.Marshal(n.hosted.pool.Status())
+		return json.Marshal(n.endpoints.pool.Status())
 	}
 	return nil, peer.ErrKind
 }
@@ -49,7 +49,7 @@ func (n *Node) report(_ context.Context, from peer.Peer, _ []byte) ([]byte, erro
 	if err := keeper.CheckKeep(from); err != nil {
 		return nil, err
 	}
-	return json.Marshal(n.hosted.pool.Status())
+	return json.Marshal(n.endpoints.pool.Status())
 }
 
 // checkIPAM answers `tulle ipam check`.
@@ -70,7 +70,7 @@ func (n *Node) checkIPAM(w http.ResponseWriter, r *http.Request) {
 // ipam answers `tulle ipam`: what the keepers know, or at least what this node has.
 func (n *Node) ipam(w http.ResponseWriter, r *http.Request) {
 	n.admin(w, r, func(ctx context.Context, c keeper.Client) (any, error) {
-		st := n.hosted.pool.Status()
+		st := n.endpoints.pool.Status()
 		out := IPAM{Overlays: []OverlayIPAM{}}
 		if len(st.Blocks)+len(st.Fixed) > 0 {
 			out.Expires = time.Now().Add(time.Duration(st.LeftSeconds * float64(time.Second))).UTC().Truncate(time.Second)

@@ -38,6 +38,8 @@ import (
 //	PATCH  /v1/shared/NAME                 OverlayChange; answers SharedOverlay
 //	DELETE /v1/shared/NAME?force=true      Changed
 //	GET    /v1/endpoints                   Endpoints
+//	POST   /v1/endpoints                   AttachRequest; answers Endpoint
+//	DELETE /v1/endpoints?overlay=O&netns=P Endpoint, which is no more; pid=N in place of netns, and &ifname=I
 //	POST   /v1/exposed                     ExposeRequest; answers Endpoint
 //	DELETE /v1/exposed/OVERLAY             Endpoint, which is no more
 //	GET    /v1/ipam                        IPAM
@@ -81,29 +83,32 @@ const ClusterOpen = "open"
 
 // OverlayStatus is one overlay on this node.
 type OverlayStatus struct {
-	Name       string           `json:"name"`
-	VNI        vxlan.VNI        `json:"vni"`
-	Subnets    []netip.Prefix   `json:"subnets"`
-	Encryption string           `json:"encryption"`
-	Flood      string           `json:"flood"`
-	Address    string           `json:"address"` // with prefix length, or empty
-	Tap        string           `json:"tap"`
-	MAC        ether.MAC        `json:"mac"`
-	MTU        int              `json:"mtu"`        // 0 while Up is false
-	Up         bool             `json:"up"`         // the device is there
-	MACs       int              `json:"macs"`       // FDB entries
-	FloodList  []netip.AddrPort `json:"flood_list"` // who gets BUM frames
-	TxFrames   uint64           `json:"tx_frames"`  // to the underlay
-	TxBytes    uint64           `json:"tx_bytes"`   // of inner frames
-	RxFrames   uint64           `json:"rx_frames"`  // from the underlay
-	RxBytes    uint64           `json:"rx_bytes"`
-	Flooded    uint64           `json:"flooded"` // frames that went to the flood list
+	Name       string         `json:"name"`
+	VNI        vxlan.VNI      `json:"vni"`
+	Subnets    []netip.Prefix `json:"subnets"`
+	Encryption string         `json:"encryption"`
+	Flood      string         `json:"flood"`
+	// Address (with prefix length, or empty), Tap and MAC are those of the host's own
+	// device; empty while the host has none here.
+	Address   string           `json:"address"`
+	Tap       string           `json:"tap"`
+	MAC       ether.MAC        `json:"mac,omitzero"`
+	MTU       int              `json:"mtu"`        // 0 while Up is false
+	Up        bool             `json:"up"`         // a device is there
+	MACs      int              `json:"macs"`       // FDB entries
+	FloodList []netip.AddrPort `json:"flood_list"` // who gets BUM frames
+	TxFrames  uint64           `json:"tx_frames"`  // to the underlay
+	TxBytes   uint64           `json:"tx_bytes"`   // of inner frames
+	RxFrames  uint64           `json:"rx_frames"`  // from the underlay
+	RxBytes   uint64           `json:"rx_bytes"`
+	Flooded   uint64           `json:"flooded"` // frames that went to the flood list
 }
 
 // OffloadStatus says what the kernel does for this node.
 type OffloadStatus struct {
-	Underlay underlay.Offloads       `json:"underlay"`
-	Taps     map[string]tap.Offloads `json:"taps"`
+	Underlay underlay.Offloads `json:"underlay"`
+	// Taps are by name: the device's, or for one in another namespace its endpoint's.
+	Taps map[string]tap.Offloads `json:"taps"`
 }
 
 // OffloadSwitches says which offloads are switched off; what is absent is on.
@@ -332,6 +337,30 @@ type ExposeRequest struct {
 	Tap string       `json:"tap,omitempty"` // name of the device; default: the overlay's, cut to 15 bytes
 }
 
+// AttachRequest makes a device in a network namespace, on a shared overlay. Either
+// Netns or PID says which.
+type AttachRequest struct {
+	Overlay string `json:"overlay"`
+	Netns   string `json:"netns,omitempty"`  // path, from the root
+	PID     int    `json:"pid,omitempty"`    // of a process in it
+	Ifname  string `json:"ifname,omitempty"` // of the device there; default eth0
+	// IPs are addresses to have, at most one of each family; empty: any.
+	IPs []netip.Addr `json:"ips,omitempty"`
+	MAC ether.MAC    `json:"mac,omitzero"` // default: by the address
+	// Name of the endpoint; default: that of the namespace's file, or pid-N.
+	Name string `json:"name,omitempty"`
+	// DefaultRoute: the namespace gets a default route through the overlay's gateway.
+	DefaultRoute bool `json:"default_route,omitempty"`
+}
+
+// DetachRequest says which device to remove, by the parameters of the request.
+type DetachRequest struct {
+	Overlay string
+	Netns   string
+	PID     int
+	Ifname  string // empty: the only one of the namespace on the overlay
+}
+
 // Endpoints answers `tulle endpoints`: those of this node.
 type Endpoints struct {
 	Endpoints []Endpoint `json:"endpoints"`
@@ -344,7 +373,11 @@ type Endpoint struct {
 	IPs     []netip.Prefix `json:"ips"` // with the subnet's length
 	MAC     ether.MAC      `json:"mac"`
 	Node    string         `json:"node"`
-	Tap     string         `json:"tap"`
+	Tap     string         `json:"tap"` // the device's name where it is
+	// Netns is the path that the device's namespace was attached by; absent: it is
+	// the host's own.
+	Netns        string `json:"netns,omitempty"`
+	DefaultRoute bool   `json:"default_route,omitempty"`
 	// Up is false while its device cannot be made; Error says why.
 	Up    bool   `json:"up"`
 	Error string `json:"error,omitempty"`

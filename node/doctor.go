@@ -95,7 +95,7 @@ func (p patient) Store(ctx context.Context) *doctor.Store {
 
 func (p patient) Endpoints() []string {
 	var out []string
-	for _, e := range p.n.endpoints().Endpoints {
+	for _, e := range p.n.listEndpoints().Endpoints {
 		if !e.Up {
 			out = append(out, e.Overlay+": "+cmp.Or(e.Error, "its device is not there"))
 		}
@@ -145,7 +145,7 @@ func (p patient) MTUs() []doctor.MTU {
 	}
 	for _, o := range p.n.list() {
 		m := doctor.MTU{Overlay: o.cfg.Name, Fits: p.n.largestMTU(dev, append(o.br.FloodList(), o.cfg.Peers...), o.sealed(), paths)}
-		if a := o.tap.Load(); a != nil {
+		if a := o.live(); a != nil {
 			m.Device = a.dev.MTU()
 		}
 		list = append(list, m)

@@ -146,7 +146,7 @@ func (n *Node) fit(to netip.Addr, dev string) bool {
 		return false
 	}
 	for _, o := range n.list() {
-		if a := o.tap.Load(); a != nil && a.dev.Name() == dev || o.cfg.Tap == dev {
+		if slices.ContainsFunc(o.list(), func(d *device) bool { return d.here(dev) }) {
 			return false
 		}
 	}

@@ -7,13 +7,16 @@ import (
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/tap"
 )
 
 // TestFit: the first address that a host has left may be the overlay's own.
 func TestFit(t *testing.T) {
 	at := netip.MustParseAddr("192.0.2.1")
 	n := &Node{}
-	n.overlays.Store(&[]*overlay{{cfg: config.Overlay{Name: "blue", Tap: "blue0"}}})
+	blue := &overlay{cfg: config.Overlay{Name: "blue"}}
+	blue.devices.Store(&[]*device{{cfg: tap.Config{Name: "blue0"}}, {cfg: tap.Config{Name: "eth0", Netns: "/run/netns/c"}}})
+	n.overlays.Store(&[]*overlay{blue})
 	n.at.Store(&at)
 	for _, c := range []struct {
 		to, dev string

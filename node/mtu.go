@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
 )
@@ -98,23 +100,18 @@ func (n *Node) followDevice() {
 func (n *Node) followMTU() {
 	paths := map[netip.Addr]int{}
 	for _, o := range n.list() {
-		a := o.tap.Load()
-		if a == nil {
+		if o.live() == nil {
 			continue
 		}
 		mtu := n.largestMTU(n.dev, append(slices.Clone(n.flood[o.cfg.VNI]), o.cfg.Peers...), o.sealed(), paths)
 		if o.cfg.MTU != 0 && o.cfg.MTU < mtu {
 			mtu = o.cfg.MTU
 		}
-		was := a.dev.MTU()
-		if mtu == was {
-			continue
+		for _, d := range o.list() {
+			if a := d.live.Load(); a != nil {
+				n.setMTU(o, a.dev, mtu)
+			}
 		}
-		if err := a.dev.SetMTU(mtu); err != nil {
-			n.log.Warn("cannot follow the underlay's MTU", "overlay", o.cfg.Name, "err", err)
-			continue
-		}
-		n.log.Info("MTU follows the underlay", "overlay", o.cfg.Name, "mtu", mtu, "was", was)
 	}
 	// What still does not fit is answered by the bridge.
 	for _, vteps := range n.flood {
@@ -126,6 +123,21 @@ func (n *Node) followMTU() {
 			}
 		}
 	}
+}
+
+// setMTU changes one device's, if it is another.
+func (n *Node) setMTU(o *overlay, dev tap.Device, mtu int) {
+	was := dev.MTU()
+	if mtu == was {
+		return
+	}
+	if err := dev.SetMTU(mtu); err != nil {
+		if !errors.Is(err, tap.ErrClosed) { // else it is mended
+			n.log.Warn("cannot follow the underlay's MTU", "overlay", o.cfg.Name, "port", dev.Name(), "err", err)
+		}
+		return
+	}
+	n.log.Info("MTU follows the underlay", "overlay", o.cfg.Name, "port", dev.Name(), "mtu", mtu, "was", was)
 }
 
 // resolveTimeout bounds the resolving of one seed's name at the start.

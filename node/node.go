@@ -1,6 +1,6 @@
 // Package node assembles a node: it starts the parts in order, keeps them in step, and stops them in reverse.
 //
-//	place in the cluster → underlay sockets → tunnel → QUIC → gossip → overlays (bridge + TAP) → sessions → local API
+//	place in the cluster → underlay sockets → tunnel → QUIC → gossip → overlays (bridge + TAPs) → sessions → local API
 //
 // It holds no protocol logic and no per-frame code. In an open cluster there is
 // neither place nor QUIC nor session.
@@ -12,17 +12,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/config"
-	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/discovery"
-	"github.com/tulle-net/tulle/store"
-	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
 )
@@ -50,10 +46,10 @@ type Node struct {
 	api    *apiServer
 
 	// overlays is a snapshot; only New and Run's goroutine replace it.
-	overlays atomic.Pointer[[]*overlay]
-	todo     chan func()   // what Run's goroutine does for others
-	stopped  chan struct{} // closed when it does nothing any more
-	hosted   *hosted       // this host's endpoints in shared overlays; nil in an open cluster
+	overlays  atomic.Pointer[[]*overlay]
+	todo      chan func()   // what Run's goroutine does for others
+	stopped   chan struct{} // closed when it does nothing any more
+	endpoints *endpoints    // in shared overlays; nil in an open cluster
 
 	// at is where this node is: the address that it advertises.
 	at atomic.Pointer[netip.Addr]
@@ -72,27 +68,6 @@ type Node struct {
 
 	mu        sync.Mutex
 	conflicts []string
-}
-
-// overlay is one overlay on this node: its bridge, and its host's TAP while
-// there is one.
-type overlay struct {
-	cfg config.Overlay
-	// addrs are this host's own, on the TAP.
-	addrs   []netip.Prefix
-	ciphers crypto.Ciphers // sealed ones
-	// shared is the definition that it was made from; nil: it is static.
-	shared *store.Overlay
-	br     *bridge.Bridge
-	tap    atomic.Pointer[attachment]
-}
-
-func (o *overlay) sealed() bool { return o.cfg.Encryption == "required" }
-
-// attachment is a device and the bridge's port that holds it.
-type attachment struct {
-	dev  tap.Device
-	port *bridge.Port
 }
 
 // New opens sockets and devices; nothing is left behind when it fails but, in a
@@ -117,7 +92,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 		return nil, err
 	}
 	if n.secure != nil {
-		if n.hosted, err = n.openHosted(); err != nil {
+		if n.endpoints, err = n.openEndpoints(); err != nil {
 			return nil, err
 		}
 	}
@@ -139,16 +114,12 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 		return nil, err
 	}
 	for _, o := range cfg.Overlays {
-		ov := &overlay{cfg: o}
-		if o.Address.IsValid() {
-			ov.addrs = []netip.Prefix{o.Address}
-		}
-		if err := n.addOverlay(ov); err != nil {
+		if err := n.addStatic(o); err != nil {
 			return nil, err
 		}
 	}
-	if n.hosted != nil {
-		n.hosted.restore()
+	if n.endpoints != nil {
+		n.endpoints.restore()
 	}
 	return n, n.disc.Load().SetOverlays(n.carried())
 }
@@ -212,109 +183,6 @@ func unfinishedChecksums(mode string, underlayAddr netip.Addr) bool {
 	return underlay.IsVirtual(underlayAddr)
 }
 
-// list returns the overlays of now.
-func (n *Node) list() []*overlay { return *n.overlays.Load() }
-
-// addOverlay makes bridge and TAP of one overlay. After an error nothing is left.
-func (n *Node) addOverlay(ov *overlay) error {
-	o := ov.cfg
-	mtu, err := n.fitMTU(o)
-	if err != nil {
-		return err
-	}
-	if ov.sealed() && n.secure != nil {
-		if ov.ciphers, err = crypto.OfferCiphers(o.Cipher); err != nil {
-			return fmt.Errorf("node: overlay %s: %w", o.Name, err)
-		}
-	}
-	bc := bridge.Config{
-		Name: o.Name, VNI: o.VNI, Peers: o.Peers,
-		LearnVTEPs: o.LearnVTEPs, AgeAfter: o.AgeAfter,
-		MaxMACs: o.MaxMACs, MaxMACsPerPort: o.MaxMACsPerPort,
-		PortLost: func() { ring(n.portLost) },
-		Sealed:   o.Encryption == "required",
-		ClampMSS: o.ClampMSS,
-	}
-	switch o.Flood {
-	case "multicast":
-		bc.Group = netip.AddrPortFrom(o.Group, n.cfg.Listen.Port())
-		if err := n.conn.JoinGroup(o.Group); err != nil {
-			return fmt.Errorf("node: overlay %s: %w", o.Name, err)
-		}
-	case "gossip":
-		bc.FloodGossip = func(vni vxlan.VNI, frame []byte) bool { return n.disc.Load().Flood(vni, frame) }
-	}
-	if ov.br, err = n.tunnel.Add(bc); err != nil {
-		return err
-	}
-	if err := n.openTap(ov, mtu); err != nil {
-		return errors.Join(err, ov.br.Close())
-	}
-	next := append(slices.Clone(n.list()), ov)
-	n.overlays.Store(&next)
-	return nil
-}
-
-// removeOverlay ends bridge and TAP of one.
-func (n *Node) removeOverlay(ov *overlay) error {
-	next := slices.DeleteFunc(slices.Clone(n.list()), func(o *overlay) bool { return o == ov })
-	n.overlays.Store(&next)
-	ov.tap.Store(nil)
-	return ov.br.Close()
-}
-
-// openTap makes the overlay's device and attaches it.
-func (n *Node) openTap(ov *overlay, mtu int) error {
-	o := ov.cfg
-	tc := tap.Config{
-		Name: o.Tap, MAC: o.MAC, MTU: mtu, Queues: o.Queues,
-		Driver: o.Driver, Netns: o.Netns, Log: n.log,
-		NoTSO: o.NoTSO, NoUSO: o.NoUSO, NoGRO: o.NoGRO,
-		Addresses: ov.addrs,
-	}
-	dev, err := tap.Open(tc)
-	if err != nil {
-		return fmt.Errorf("node: overlay %s: %w", o.Name, err)
-	}
-	port, err := ov.br.AddPort(dev)
-	if err != nil {
-		return errors.Join(err, dev.Close())
-	}
-	ov.tap.Store(&attachment{dev, port})
-	n.log.Info("overlay is up", "overlay", o.Name, "vni", o.VNI, "port", dev.Name(), "mac", dev.MAC(), "mtu", mtu)
-	return nil
-}
-
-// mendPorts gives up devices that have gone by themselves, and tries to make
-// them again. An overlay without a device is not carried.
-func (n *Node) mendPorts() {
-	changed := false
-	for _, ov := range n.list() {
-		if a := ov.tap.Load(); a != nil {
-			if !a.port.Lost() {
-				continue
-			}
-			ov.tap.Store(nil)
-			changed = true
-			_ = ov.br.RemovePort(a.port) // its device is gone: nothing to close
-			n.log.Error("the overlay's device is gone: somebody deleted it, or its namespace has ended; trying to make it again",
-				"overlay", ov.cfg.Name, "port", ov.cfg.Tap)
-		}
-		mtu, err := n.fitMTU(ov.cfg)
-		if err == nil {
-			err = n.openTap(ov, mtu)
-		}
-		if err != nil {
-			n.log.Debug("the overlay's device cannot be made yet", "overlay", ov.cfg.Name, "err", err)
-			continue
-		}
-		changed = true
-	}
-	if changed {
-		n.tellCarried()
-	}
-}
-
 func (n *Node) tellCarried() {
 	if err := n.disc.Load().SetOverlays(n.carried()); err != nil {
 		n.log.Error("cannot tell the others which overlays this node carries", "err", err)
@@ -374,7 +242,7 @@ func (n *Node) Run(ctx context.Context) error {
 		n.wantKeys()
 		lower.Go(func() { n.secure.run(lowerCtx) })
 		lower.Go(func() { n.spread(lowerCtx) })
-		lower.Go(func() { _ = n.hosted.pool.Run(lowerCtx) }) // returns nil
+		lower.Go(func() { _ = n.endpoints.pool.Run(lowerCtx) }) // returns nil
 	}
 	gossip := make(chan error, 1)
 	go func() { gossip <- n.runGossip(ctx) }()
@@ -411,11 +279,11 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.sync()
 		case <-resync.C:
 			n.mendPorts()
-			n.hosted.follow()
+			n.endpoints.follow()
 			n.reverify()
 			n.sync()
 		case <-n.redefined:
-			n.hosted.follow()
+			n.endpoints.follow()
 		case <-changes:
 			n.followAddress(ctx)
 			n.followDevice()
@@ -459,7 +327,7 @@ func (n *Node) close() error {
 func (n *Node) carried() []discovery.Overlay {
 	list := make([]discovery.Overlay, 0, len(n.list()))
 	for _, o := range n.list() {
-		if o.tap.Load() != nil {
+		if o.live() != nil {
 			list = append(list, discovery.Overlay{VNI: o.cfg.VNI, Name: o.cfg.Name, Encryption: o.cfg.Encryption})
 		}
 	}

@@ -43,9 +43,9 @@ func (n *Node) switchOffloads(name string, off []string) (status int, err error)
 	if name == "underlay" {
 		return http.StatusInternalServerError, n.conn.SetOffload(has("gso"), has("gro"))
 	}
-	for _, o := range n.list() {
-		if a := o.tap.Load(); a != nil && a.dev.Name() == name {
-			return http.StatusInternalServerError, a.dev.SetOffload(has("tso"), has("uso"), has("gro"))
+	for _, d := range n.labelled() {
+		if d.label == name {
+			return http.StatusInternalServerError, d.dev.SetOffload(has("tso"), has("uso"), has("gro"))
 		}
 	}
 	return http.StatusNotFound, fmt.Errorf("no TAP %q here: `tulle status` lists them; \"underlay\" is the node's sockets", name)

@@ -51,10 +51,8 @@ func (n *Node) status() Status {
 
 func (n *Node) offloads() OffloadStatus {
 	s := OffloadStatus{Underlay: n.conn.Offloads(), Taps: map[string]tap.Offloads{}}
-	for _, o := range n.list() {
-		if a := o.tap.Load(); a != nil {
-			s.Taps[a.dev.Name()] = a.dev.Offloads()
-		}
+	for _, d := range n.labelled() {
+		s.Taps[d.label] = d.dev.Offloads()
 	}
 	return s
 }
@@ -72,10 +70,8 @@ func (n *Node) drops() map[string]uint64 {
 	d["tx_full"] = s.TxFull.Load()
 	d["tx_error"] = s.TxError.Load()
 	d["tap_overflow"] = 0
-	for _, o := range n.list() {
-		if a := o.tap.Load(); a != nil {
-			d["tap_overflow"] += a.dev.Dropped()
-		}
+	for _, l := range n.labelled() {
+		d["tap_overflow"] += l.dev.Dropped()
 	}
 	g := n.disc.Load().Stats()
 	d["passports_refused"] = g.PassportsRefused
@@ -89,25 +85,37 @@ func (n *Node) overlayStatus() []OverlayStatus {
 	for _, o := range n.list() {
 		s := OverlayStatus{
 			Name: o.cfg.Name, VNI: o.cfg.VNI, Encryption: o.cfg.Encryption, Flood: o.cfg.Flood,
-			Subnets: []netip.Prefix{},
-			Tap:     o.cfg.Tap, MAC: o.cfg.MAC,
-			MACs: o.br.MACs(), FloodList: o.br.FloodList(),
+			Subnets: o.subnets(),
+			MACs:    o.br.MACs(), FloodList: o.br.FloodList(),
 			TxFrames: o.br.TxFrames.Load(), TxBytes: o.br.TxBytes.Load(),
 			RxFrames: o.br.RxFrames.Load(), RxBytes: o.br.RxBytes.Load(),
 			Flooded: o.br.Flooded.Load(),
 		}
-		if a := o.tap.Load(); a != nil {
+		if a := o.live(); a != nil {
 			s.MTU, s.Up = a.dev.MTU(), true
 		}
-		for i, a := range o.addrs {
-			if i == 0 {
-				s.Address = a.String()
+		if d := o.own(); d != nil {
+			s.Tap, s.MAC = d.cfg.Name, d.cfg.MAC
+			if len(d.cfg.Addresses) > 0 {
+				s.Address = d.cfg.Addresses[0].String()
 			}
-			s.Subnets = append(s.Subnets, a.Masked())
 		}
 		list = append(list, s)
 	}
 	slices.SortFunc(list, func(a, b OverlayStatus) int { return int(a.VNI) - int(b.VNI) })
+	return list
+}
+
+// subnets are those that an overlay's definition says, or that follow from the
+// host's address in a static one.
+func (o *overlay) subnets() []netip.Prefix {
+	list := []netip.Prefix{}
+	if o.shared != nil {
+		return append(list, o.shared.Subnets...)
+	}
+	if o.cfg.Address.IsValid() {
+		list = append(list, o.cfg.Address.Masked())
+	}
 	return list
 }
 

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
@@ -71,11 +72,8 @@ func (n *Node) sharedOf(d *store.Overlay) SharedOverlay {
 
 func staticOf(o *overlay) SharedOverlay {
 	s := SharedOverlay{
-		Name: o.cfg.Name, VNI: o.cfg.VNI, Subnets: []netip.Prefix{}, Gateways: []netip.Addr{}, Reserved: []netip.Prefix{},
+		Name: o.cfg.Name, VNI: o.cfg.VNI, Subnets: o.subnets(), Gateways: []netip.Addr{}, Reserved: []netip.Prefix{},
 		Encryption: o.cfg.Encryption, Cipher: o.cfg.Cipher, MTU: o.cfg.MTU, Flood: o.cfg.Flood, ClampMSS: o.cfg.ClampMSS, Joined: true,
-	}
-	for _, a := range o.addrs {
-		s.Subnets = append(s.Subnets, a.Masked())
 	}
 	return s
 }
@@ -190,7 +188,9 @@ func (n *Node) unused(want *OverlayRequest) error {
 	}
 	var own []string
 	for _, o := range n.list() {
-		own = append(own, o.cfg.Tap)
+		if d := o.own(); d != nil {
+			own = append(own, d.cfg.Name)
+		}
 	}
 	for _, s := range want.Subnets {
 		if !s.IsValid() {
@@ -268,20 +268,51 @@ func (n *Node) expose(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return nil, err
 		}
-		e, err := n.hosted.expose(ctx, *want)
+		e, err := n.endpoints.expose(ctx, *want)
 		if err != nil {
 			return nil, err
 		}
-		return n.hosted.statusOf(e), nil
+		return n.endpoints.statusOf(e), nil
 	})
 }
 
 func (n *Node) unexpose(w http.ResponseWriter, r *http.Request) {
 	n.admin(w, r, func(ctx context.Context, _ keeper.Client) (any, error) {
-		e, err := n.hosted.unexpose(ctx, r.PathValue("overlay"))
+		e, err := n.endpoints.unexpose(ctx, r.PathValue("overlay"))
 		if err != nil {
 			return nil, err
 		}
-		return n.hosted.statusOf(e), nil
+		return n.endpoints.statusOf(e), nil
+	})
+}
+
+func (n *Node) attach(w http.ResponseWriter, r *http.Request) {
+	n.admin(w, r, func(ctx context.Context, _ keeper.Client) (any, error) {
+		want, err := read[AttachRequest](w, r)
+		if err != nil {
+			return nil, err
+		}
+		e, err := n.endpoints.attach(ctx, *want)
+		if err != nil {
+			return nil, err
+		}
+		return n.endpoints.statusOf(e), nil
+	})
+}
+
+func (n *Node) detach(w http.ResponseWriter, r *http.Request) {
+	n.admin(w, r, func(ctx context.Context, _ keeper.Client) (any, error) {
+		want := DetachRequest{Overlay: r.FormValue("overlay"), Netns: r.FormValue("netns"), Ifname: r.FormValue("ifname")}
+		if pid := r.FormValue("pid"); pid != "" {
+			var err error
+			if want.PID, err = strconv.Atoi(pid); err != nil {
+				return nil, bad{fmt.Errorf("pid %.20q: want the number of a process", pid)}
+			}
+		}
+		e, err := n.endpoints.detach(ctx, want)
+		if err != nil {
+			return nil, err
+		}
+		return n.endpoints.statusOf(e), nil
 	})
 }

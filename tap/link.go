@@ -31,6 +31,7 @@ type link struct {
 	netns      string // where it was moved to, or ""
 	file       *ready.File
 	addresses  []netip.Prefix // as configured
+	gateways   []netip.Addr   // as configured
 	mu         sync.Mutex     // held for a change
 	noIPv6     bool           // the MTU was too small for IPv6; guarded by mu
 }
@@ -239,6 +240,7 @@ func (l *link) setUp(cfg Config) error {
 		}
 	}
 	l.name, l.gsoMaxSize, l.addresses = cfg.Name, cfg.GSOMaxSize, slices.Clone(cfg.Addresses)
+	l.gateways = slices.Clone(cfg.Gateways)
 	l.mac = ether.MACFrom(dev.Attrs().HardwareAddr)
 	if cfg.MAC != 0 {
 		mac := make(net.HardwareAddr, 6)
@@ -264,6 +266,30 @@ func (l *link) setUp(cfg Config) error {
 	}
 	if err := h.LinkSetUp(dev); err != nil {
 		return fmt.Errorf("bring the device up: %w", err)
+	}
+	for _, g := range cfg.Gateways {
+		if err := addDefault(h, dev, g); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addDefault adds a default route through the device, which is up.
+func addDefault(h *netlink.Handle, dev netlink.Link, gateway netip.Addr) error {
+	zero := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	if gateway.Is6() {
+		zero = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	}
+	err := h.RouteAdd(&netlink.Route{
+		LinkIndex: dev.Attrs().Index, Gw: gateway.AsSlice(),
+		Dst: &net.IPNet{IP: zero.Addr().AsSlice(), Mask: net.CIDRMask(0, gateway.BitLen())},
+	})
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		return fmt.Errorf("default route through %v: %w", gateway, ErrRouteTaken)
+	case err != nil:
+		return fmt.Errorf("default route through %v: %w", gateway, err)
 	}
 	return nil
 }
@@ -327,7 +353,7 @@ func (l *link) SetMTU(bytes int) error {
 	return l.wrap(l.restoreIPv6(h, dev, bytes))
 }
 
-// restoreIPv6 adds the IPv6 addresses that the kernel dropped for good when the
+// restoreIPv6 adds the IPv6 addresses and route that the kernel dropped for good when the
 // MTU was too small. At any other time one that somebody removed stays away.
 func (l *link) restoreIPv6(h *netlink.Handle, dev netlink.Link, mtu int) error {
 	if !l.noIPv6 || mtu < minMTU6 {
@@ -338,6 +364,14 @@ func (l *link) restoreIPv6(h *netlink.Handle, dev netlink.Link, mtu int) error {
 			continue
 		}
 		if err := addAddress(h, dev, a); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	for _, g := range l.gateways {
+		if !g.Is6() {
+			continue
+		}
+		if err := addDefault(h, dev, g); err != nil && !errors.Is(err, ErrRouteTaken) {
 			return err
 		}
 	}

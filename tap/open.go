@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -28,7 +30,8 @@ const (
 // Open makes the device that cfg describes and brings it up. It vanishes with
 // Close, or with the process. After an error nothing is left behind. The error
 // is fs.ErrExist if the name is taken, fs.ErrPermission without CAP_NET_ADMIN,
-// fs.ErrNotExist where there is no /dev/net/tun or no such namespace.
+// fs.ErrNotExist where there is no /dev/net/tun or no such namespace,
+// ErrRouteTaken if the namespace has a default route that Gateways asks for.
 func Open(cfg Config) (Device, error) {
 	if cfg.Queues == 0 {
 		cfg.Queues = 1
@@ -105,6 +108,11 @@ func validate(cfg Config) error {
 				"raise the MTU of the underlay, or give the overlay IPv4 addresses only", a, minMTU6, cfg.MTU)
 		}
 	}
+	for _, g := range cfg.Gateways {
+		if !slices.ContainsFunc(cfg.Addresses, func(a netip.Prefix) bool { return a.Contains(g) && a.Addr() != g }) {
+			fault("gateway %v: want one that the device's addresses reach", g)
+		}
+	}
 	switch cfg.Driver {
 	case DriverAuto, DriverOffload, DriverPlain:
 	default:
@@ -172,6 +180,9 @@ func explainCreate(err error) error {
 
 // errTaken: the device exists. It may be somebody else's, so it is not taken over.
 var errTaken = fmt.Errorf("a device of this name is there already: choose another name, or remove it (ip link delete NAME) if it is not in use: %w", fs.ErrExist)
+
+// ErrRouteTaken: the namespace has the route that Config.Gateways asks for.
+var ErrRouteTaken = errors.New("there is a default route already")
 
 // refusedError is what DriverAuto falls back on: the kernel has no such offload.
 type refusedError struct {

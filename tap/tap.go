@@ -47,6 +47,9 @@ type Config struct {
 	// Netns is the path of the network namespace that the device is moved to
 	// after it was created in the caller's; empty: it stays.
 	Netns string
+	// Gateways get the default routes of the device's namespace, one a family, each
+	// inside one of Addresses.
+	Gateways []netip.Addr
 	// GSOMaxSize bounds the super-frames that the kernel hands out, in bytes;
 	// 0: such that the train fits one UDP send (see DefaultGSOMaxSize). The
 	// kernel's own bound is 65,536.

@@ -211,7 +211,7 @@ func TestEmptyTables(t *testing.T) {
 		{"fdb blue", "no MAC is known yet in overlay blue\n"},
 		{"overlay ls", "no overlay is known; `tulle overlay create` makes one\nno keeper has answered since 2026-12-01 12:30 UTC: what has changed since is not shown\n"},
 		{"overlay inspect blue", "subnets     -\n"},
-		{"endpoints", "no endpoint is here; `tulle expose OVERLAY` makes this host one\n"},
+		{"endpoints", "no endpoint is here; `tulle expose OVERLAY` makes this host one, `tulle attach OVERLAY` a container\n"},
 		{"ipam", "no overlay has addresses given out\nno keeper answered: only this node's own blocks are shown\n"},
 		{"ipam check", "nothing is wrong\n"},
 		{"store status", "quorum  no: no reason is known\n"},
@@ -346,6 +346,26 @@ func TestUsage(t *testing.T) {
 		{"expose blue --tap a-name-of-16-byte", "tulle: config: overlay blue: tap \"a-name-of-16-byte\": a device's name has 1 to 15 bytes\n"},
 		{"unexpose", "tulle: want the name of one overlay, as in `tulle unexpose blue`; `tulle endpoints` lists where this host is\n"},
 		{"unexpose a_b", "tulle: config: overlay a_b: name \"a_b\": want "},
+		{"attach blue", "tulle: want one network namespace: --netns /run/netns/web, or --pid of a process in it\n"},
+		{"attach --pid 1", "tulle: want the name of one overlay, as in `tulle attach blue --pid 4711`; `tulle overlay ls` lists them\n"},
+		{"attach a_b --pid 1", "tulle: config: overlay a_b: name \"a_b\": want "},
+		{"attach blue --pid 1 --netns /run/netns/web", "tulle: want one network namespace: "},
+		{"attach blue --pid 0", "tulle: --pid 0: want the number of a process\n"},
+		{"attach blue --netns=", "tulle: --netns: want the path of a network namespace, as in /run/netns/web\n"},
+		{"attach blue --pid 1 --mac 01:00:5e:00:00:01", "tulle: --mac \"01:00:5e:00:00:01\": want a unicast one, as in 02:54:0a:20:00:07\n"},
+		{"attach blue --pid 1 --name a_b", "tulle: --name: config: name \"a_b\": want "},
+		{"attach blue --pid 1 --ifname a-name-of-16-byte", "tulle: config: overlay blue: tap \"a-name-of-16-byte\": a device's name has 1 to 15 bytes\n"},
+		{"attach blue --pid 1 --ip 10.40.0.7,10.40.0.8", "tulle: --ip: 10.40.0.7 and 10.40.0.8 are of one family: "},
+		{"detach", "tulle: want the name of one overlay, as in `tulle detach blue --pid 4711`; `tulle endpoints` lists what is attached\n"},
+		{"detach blue", "tulle: want one network namespace: "},
+		{"detach blue --pid 1 --ifname=", "tulle: --ifname: want the name of a device, as in eth0\n"},
+		{"run", "tulle: want the name of one overlay and a command behind --, as in `tulle run blue -- ping 10.40.0.7`\n"},
+		{"run blue", "tulle: want the name of one overlay and a command behind --"},
+		{"run blue ls", "tulle: want the name of one overlay and a command behind --"},
+		{"run blue --", "tulle: want the name of one overlay and a command behind --"},
+		{"run a_b -- ls", "tulle: config: overlay a_b: name \"a_b\": want "},
+		{"run blue --ip 1 -- ls", "tulle: --ip \"1\": want an IP address"},
+		{"in-namespace", "tulle: this is for `tulle run` alone\n"},
 		{"endpoints blue", "tulle: unexpected \"blue\"; see `tulle endpoints --help`\n"},
 		{"ipam chek", "tulle: unknown command \"chek\" of `tulle ipam`; did you mean \"check\"?\n"},
 		{"ipam chek --repair", "tulle: unknown command \"chek\" of `tulle ipam`; did you mean \"check\"?\n"},
@@ -490,7 +510,7 @@ func TestHelp(t *testing.T) {
 		if cmd.Example == "" && cmd.Name() != "demo" { // it takes no arguments
 			t.Errorf("%s has no example", cmd.Name())
 		}
-		if cmd == root {
+		if cmd == root || cmd.Hidden {
 			continue
 		}
 		path := strings.Fields(strings.TrimPrefix(cmd.CommandPath(), "tulle "))

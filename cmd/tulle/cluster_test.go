@@ -98,7 +98,7 @@ func TestClusterRefusals(t *testing.T) {
 	for _, path := range []string{
 		"/v1/tokens", "/v1/nodes", "POST /v1/tokens", "DELETE /v1/tokens/1", "POST /v1/nodes/n2/revoke", "DELETE /v1/nodes/n2", "POST /v1/gossip/rotate-key", "POST /v1/overlays/blue/rotate-key",
 		"POST /v1/nodes/n2/promote", "POST /v1/nodes/n2/demote", "/v1/shared", "POST /v1/shared", "/v1/shared/blue", "PATCH /v1/shared/blue", "DELETE /v1/shared/blue",
-		"/v1/endpoints", "POST /v1/exposed", "DELETE /v1/exposed/blue", "/v1/ipam", "POST /v1/ipam/check", "/v1/store", "POST /v1/store/recover",
+		"/v1/endpoints", "POST /v1/endpoints", "DELETE /v1/endpoints", "POST /v1/exposed", "DELETE /v1/exposed/blue", "/v1/ipam", "POST /v1/ipam/check", "/v1/store", "POST /v1/store/recover",
 		"/v1/ca", "POST /v1/ca/rotate",
 	} {
 		open[path] = node.Error{}
@@ -107,7 +107,7 @@ func TestClusterRefusals(t *testing.T) {
 	for _, args := range []string{
 		"token ls", "token create", "token rm 1", "node ls", "node revoke n2", "node rm n2", "gossip rotate-key", "overlay rotate-key blue",
 		"node promote n2", "node demote n2", "overlay ls", "overlay create blue", "overlay inspect blue", "overlay set blue --mtu 1400", "overlay rm blue",
-		"endpoints", "expose blue", "unexpose blue", "ipam", "ipam check", "ipam check --repair", "store status", "store recover --yes", "ca status", "ca rotate", "ca rotate --finish",
+		"endpoints", "expose blue", "unexpose blue", "attach blue --pid 1", "detach blue --pid 1", "ipam", "ipam check", "ipam check --repair", "store status", "store recover --yes", "ca status", "ca rotate", "ca rotate --finish",
 	} {
 		out, errOut, status := tulle(t, append(strings.Fields(args), "--socket", socket)...)
 		if status != exitFailed || out != "" || errOut != "tulle: this is an open cluster: it has no keys\n" {

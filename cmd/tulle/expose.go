@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -81,12 +80,7 @@ func expose(cmd *cobra.Command, want node.ExposeRequest) error {
 		return fmt.Errorf("%s is this host's address in %s, but its device cannot be made: %s; the node goes on trying until `tulle unexpose %s`",
 			joined(e.IPs, ", "), want.Overlay, clean(e.Error), want.Overlay)
 	}
-	var out strings.Builder
-	for _, ip := range byFamily(e.IPs) {
-		fmt.Fprintln(&out, ip)
-	}
-	_, err = fmt.Fprint(cmd.OutOrStdout(), out.String())
-	return err
+	return printIPs(cmd.OutOrStdout(), e)
 }
 
 // byFamily returns IPv4 before IPv6.

@@ -147,6 +147,37 @@ func TestOverlayDefinitions(t *testing.T) {
 	}
 }
 
+// TestAttach: what is asked for, and addresses alone on stdout.
+func TestAttach(t *testing.T) {
+	web := node.Endpoint{Name: "web", Overlay: "blue", IPs: prefixes("fd00:32::2/64", "10.32.0.2/16"), Up: true}
+	for _, tt := range []struct{ args, asked, out string }{
+		{"attach blue --pid 7", `POST /v1/endpoints {"overlay":"blue","pid":7}`, "10.32.0.2/16\nfd00:32::2/64\n"},
+		{"attach blue --netns /nowhere/web --ifname eth1 --ip 10.32.0.2 --mac 02:00:00:00:00:01 --name web --default-route",
+			`POST /v1/endpoints {"overlay":"blue","netns":"/nowhere/web","ifname":"eth1","ips":["10.32.0.2"],"mac":"02:00:00:00:00:01","name":"web","default_route":true}`, "10.32.0.2/16\nfd00:32::2/64\n"},
+		{"detach blue --pid 7", "DELETE /v1/endpoints?overlay=blue&pid=7", "web is taken off overlay blue, and 10.32.0.2/16, fd00:32::2/64 given back\n"},
+		{"detach blue --netns /nowhere/web --ifname eth1", "DELETE /v1/endpoints?ifname=eth1&netns=%2Fnowhere%2Fweb&overlay=blue", "web is taken off overlay blue, and 10.32.0.2/16, fd00:32::2/64 given back\n"},
+	} {
+		api := &recorder{answer: web}
+		out, errOut, status := tulle(t, append(strings.Fields(tt.args), "--socket", serve(t, api))...)
+		if status != exitDone || out != tt.out || errOut != "" {
+			t.Errorf("tulle %s = %d, %q, stderr %q, want %q", tt.args, status, out, errOut, tt.out)
+		}
+		if len(api.asked) != 1 || api.asked[0] != tt.asked {
+			t.Errorf("tulle %s asked %q, want %s", tt.args, api.asked, tt.asked)
+		}
+	}
+}
+
+// TestRunNotFound: nothing is made for a command that there is not.
+func TestRunNotFound(t *testing.T) {
+	for args, want := range map[string]int{"run blue -- /nowhere/at-all": exitNotFound, "run blue -- no-such-command-at-all -x": exitNotFound, "run blue -- /dev/null": exitNotRun} {
+		_, errOut, status := tulle(t, strings.Fields(args)...)
+		if status != want {
+			t.Errorf("tulle %s = %d, %q, want %d", args, status, errOut, want)
+		}
+	}
+}
+
 // TestExpose: addresses alone on stdout, IPv4 first.
 func TestExpose(t *testing.T) {
 	dual := node.Endpoint{Name: "n1", Overlay: "blue", IPs: prefixes("fd00:32::2/64", "10.32.0.2/16"), Up: true}

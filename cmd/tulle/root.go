@@ -49,6 +49,9 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			fmt.Fprintf(stderr, "tulle: %s\n", line)
 		}
 	}
+	if s, ok := errors.AsType[exitStatus](err); ok {
+		return s.code
+	}
 	if _, failed := errors.AsType[failure](err); failed {
 		return exitFailed
 	}
@@ -80,7 +83,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
 		tokenCommand(), nodeCommand(), gossipCommand(), caCommand(), overlayCommand(),
-		exposeCommand(), unexposeCommand(), endpointsCommand(), ipamCommand(), storeCommand(), doctorCommand(),
+		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), ipamCommand(), storeCommand(), doctorCommand(),
 		offloadCommand(), versionCommand(), completionCommand())
 	root.SetHelpCommand(helpCommand())
 	for _, cmd := range root.Commands() {

@@ -258,7 +258,7 @@ func yesNo(yes bool) string {
 
 func endpointsTable(w io.Writer, all *node.Endpoints) {
 	if len(all.Endpoints) == 0 {
-		fmt.Fprintln(w, "no endpoint is here; `tulle expose OVERLAY` makes this host one")
+		fmt.Fprintln(w, "no endpoint is here; `tulle expose OVERLAY` makes this host one, `tulle attach OVERLAY` a container")
 		return
 	}
 	t := newTable(w)

@@ -1,0 +1,165 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/tap"
+)
+
+// The functions in this file are about network namespaces.
+
+// attach makes a device in a network namespace, on a shared overlay.
+func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, error) {
+	e := &endpoint{Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: rand.Text()[:keyLen], DefaultRoute: r.DefaultRoute}
+	var err error
+	if e.Netns, err = netnsPath(r.Netns, r.PID); err != nil {
+		return nil, err
+	}
+	if e.Namespace, err = namespaceAt(e.Netns); err != nil {
+		return nil, err
+	}
+	if h.selfErr != nil {
+		return nil, h.selfErr
+	}
+	if e.Namespace == h.self {
+		return nil, bad{fmt.Errorf("%s is this host's own network namespace: `tulle expose %s` puts the host itself on the overlay", e.Netns, r.Overlay)}
+	}
+	if e.Name = cmp.Or(r.Name, nameOf(e.Netns)); crypto.CheckName(e.Name) != nil {
+		return nil, bad{fmt.Errorf("name %.70q: want 1 to 63 letters, digits and -, the first no -", e.Name)}
+	}
+	def, err := h.n.mayJoin(ctx, r.Overlay)
+	if err != nil {
+		return nil, err
+	}
+	e.ID = def.ID
+	if err := within(def, r.IPs); err != nil {
+		return nil, err
+	}
+	if _, err := h.n.settingsOf(def, e); err != nil {
+		return nil, err
+	}
+	defer h.claim(e.place())()
+	if other := h.at(e.place()); other != nil {
+		return nil, tellf(errExists, "%s of that namespace is attached to overlay %s already, as %s: `tulle detach %s` it first, or give another --ifname",
+			e.Tap, other.Overlay, joinPrefixes(other.IPs), other.Overlay)
+	}
+	return e, h.make(ctx, e, def, r.IPs)
+}
+
+// netnsPath returns the path of the namespace that is asked for.
+func netnsPath(path string, pid int) (string, error) {
+	switch {
+	case (path == "") == (pid == 0):
+		return "", bad{errors.New("want a network namespace: either its path (netns) or a process in it (pid)")}
+	case pid < 0:
+		return "", bad{fmt.Errorf("pid %d: want the number of a process", pid)}
+	case pid > 0:
+		return fmt.Sprintf("/proc/%d/ns/net", pid), nil
+	case !filepath.IsAbs(path):
+		return "", bad{fmt.Errorf("netns %q: want its path from the root, as in /run/netns/%s", path, filepath.Base(path))}
+	}
+	return filepath.Clean(path), nil
+}
+
+// namespaceAt is tap.NamespaceAt for who asks.
+func namespaceAt(path string) (tap.Namespace, error) {
+	ns, err := tap.NamespaceAt(path)
+	switch pid, of := pidOf(path); {
+	case errors.Is(err, fs.ErrNotExist) && of:
+		return ns, tellf(errAbsent, "there is no process %s: give the --pid of one that runs", pid)
+	case errors.Is(err, fs.ErrNotExist):
+		return ns, tellf(errAbsent, "there is no network namespace at %s: `ip netns list` names those under /run/netns; --pid takes that of a process", path)
+	case errors.Is(err, tap.ErrNoNamespace):
+		return ns, bad{fmt.Errorf("%s is no network namespace: give the path of one, as in /run/netns/web or /proc/4711/ns/net", path)}
+	}
+	return ns, err
+}
+
+// pidOf returns the process that a path names the namespace of.
+func pidOf(path string) (pid string, of bool) {
+	pid, of = strings.CutPrefix(path, "/proc/")
+	if of {
+		pid, of = strings.CutSuffix(pid, "/ns/net")
+	}
+	return pid, of && !strings.Contains(pid, "/")
+}
+
+// nameOf is what an endpoint is called that was given no name: as the file of its
+// namespace, or after the process; what no name may have becomes a hyphen.
+func nameOf(path string) string {
+	name := filepath.Base(path)
+	if pid, of := pidOf(path); of {
+		name = "pid-" + pid
+	}
+	name = strings.Map(func(r rune) rune {
+		if r|0x20 >= 'a' && r|0x20 <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '-'
+	}, name)
+	name = strings.TrimLeft(name, "-")
+	return cmp.Or(name[:min(len(name), maxEndpointName)], "endpoint")
+}
+
+// detach takes a namespace's device off a shared overlay. The device's name may be
+// left out where the namespace has one on the overlay.
+func (h *endpoints) detach(ctx context.Context, r DetachRequest) (*endpoint, error) {
+	path, err := netnsPath(r.Netns, r.PID)
+	if err != nil {
+		return nil, err
+	}
+	// A namespace that has ended is known by its path, until it is forgotten.
+	ns, err := namespaceAt(path)
+	there := err == nil
+	var found []*endpoint
+	for _, e := range h.all() {
+		same := there && e.Namespace == ns || !there && e.Netns == path
+		if !e.host() && e.Overlay == r.Overlay && same && (r.Ifname == "" || r.Ifname == e.Tap) {
+			found = append(found, e)
+		}
+	}
+	absent := tellf(errAbsent, "nothing of %s is attached to an overlay %.70q: `tulle endpoints` lists what is", path, r.Overlay)
+	switch {
+	case len(found) == 0 && !there:
+		return nil, err
+	case len(found) == 0:
+		return nil, absent
+	case len(found) > 1:
+		return nil, bad{fmt.Errorf("%d devices of %s are attached to overlay %s: say which with --ifname", len(found), path, r.Overlay)}
+	}
+	e := found[0]
+	defer h.claim(e.place())()
+	if h.at(e.place()) != e {
+		return nil, absent
+	}
+	return e, h.drop(ctx, e)
+}
+
+// find returns a path that leads to the endpoint's namespace: the one that it was
+// attached by, or that of a process which is in it. false: there is none any more.
+func (e *endpoint) find() (string, bool) {
+	if ns, err := tap.NamespaceAt(e.Netns); err == nil && ns == e.Namespace {
+		return e.Netns, true
+	}
+	paths, _ := filepath.Glob("/proc/[0-9]*/ns/net") // the pattern is a good one
+	for _, path := range paths {
+		var st unix.Stat_t
+		if unix.Stat(path, &st) != nil || st.Ino != e.Namespace.Inode {
+			continue
+		}
+		if ns, err := tap.NamespaceAt(path); err == nil && ns == e.Namespace {
+			return path, true
+		}
+	}
+	return "", false
+}

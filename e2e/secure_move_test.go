@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -121,4 +122,41 @@ func (n *tulle) names() int {
 		n.t.Fatal(err)
 	}
 	return len(p.Peers)
+}
+
+// TestSecureKeeperMoves: a keeper whose address changes is a member of the store at
+// the new one.
+func TestSecureKeeperMoves(t *testing.T) {
+	t.Parallel()
+	_, sw, nodes, _ := secureCluster(t, 3, 0)
+	meet(t, 10*time.Second, nodes...)
+	a, b, c := nodes[0], nodes[1], nodes[2]
+	a.do("node", "promote", "b")
+	a.do("node", "promote", "c")
+	was, now := sw.Addr(c.host), netip.MustParseAddr("192.168.77.203")
+	if err := c.host.DelAddr("ul", netip.PrefixFrom(was, 24)); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.host.AddAddr("ul", netip.PrefixFrom(now, 24)); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	a.eventually(60*time.Second, "the store has c at its new address", func() bool {
+		var s node.StoreStatus
+		if err := a.try("/v1/store", &s); err != nil {
+			return false
+		}
+		for _, m := range s.Members {
+			if m.Name == "c" {
+				return strings.Contains(m.Address, now.String()) && m.Healthy
+			}
+		}
+		return false
+	})
+	t.Logf("the store has it %v after the change", time.Since(start).Round(time.Millisecond))
+	b.proc.Kill() // now nothing goes without c
+	a.eventually(30*time.Second, "a change is made by the two that are left", func() bool {
+		status, _, _ := a.command("overlay", "create", "green")
+		return status == 0
+	})
 }

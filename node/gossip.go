@@ -201,6 +201,7 @@ func (n *Node) move(to netip.Addr) {
 	if n.secure != nil {
 		n.secure.tellSelf(n)
 		n.secure.endpoint.MovedSelf()
+		go n.secure.keeping.moved() // it waits for the others, and ends with the node
 	}
 	if end := n.leave.Load(); end != nil {
 		(*end)(discovery.ErrMoved)

@@ -17,6 +17,8 @@ import (
 const (
 	// reopenRetry is the time between two tries to open a store that did not open.
 	reopenRetry = 2 * time.Second
+	// movePatience is how long the others may take to hear where a member is.
+	movePatience = time.Minute
 	// heardTime is how long a keeper that was told of a change of the CA may take to
 	// follow it.
 	heardTime = 3 * time.Second
@@ -40,7 +42,7 @@ func (k *keeping) reopen(number uint64) error {
 	// Whoever ordered it does not wait for longer, but what is begun is completed.
 	ctx, cancel := k.running()
 	defer cancel()
-	return k.reopenLocked(ctx)
+	return k.reopenLocked(ctx, "it has to believe the CA certificates of now")
 }
 
 // orderedSelf answers the keeper that is this node. Its own store is opened anew
@@ -132,8 +134,8 @@ func (k *keeping) running() (context.Context, context.CancelFunc) {
 
 // reopenLocked closes and opens the member, until it is open or ctx ends. Called
 // with k.mu.
-func (k *keeping) reopenLocked(ctx context.Context) error {
-	k.n.log.Info("this keeper opens its store anew, to believe the CA certificates of now")
+func (k *keeping) reopenLocked(ctx context.Context, why string) error {
+	k.n.log.Info("this keeper opens its store anew: " + why)
 	p := k.n.secure.place
 	p.Pause()
 	defer p.Unpause()
@@ -153,6 +155,29 @@ func (k *keeping) reopenLocked(ctx context.Context) error {
 		case <-ctx.Done():
 			return errors.Join(err, ctx.Err())
 		}
+	}
+}
+
+// moved has the other members find this one, and it listen, at the address that
+// this node has now.
+func (k *keeping) moved() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.member == nil {
+		return
+	}
+	ctx, cancel := k.running()
+	defer cancel()
+	// First here: by the connections of before it reaches nobody any more. Until
+	// the others know where it is, only what it dials itself connects them.
+	err := k.reopenLocked(ctx, "this node is at another address")
+	if err == nil && k.member != nil {
+		telling, stop := context.WithTimeout(ctx, movePatience)
+		err = k.member.Move(telling, k.n.addr())
+		stop()
+	}
+	if err != nil && ctx.Err() == nil {
+		k.n.log.Error("the store's members do not find this one at its new address: demote this keeper and promote it again", "err", err)
 	}
 }
 

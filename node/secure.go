@@ -54,6 +54,8 @@ type secure struct {
 	keyLog   *os.File
 	created  bool             // this run made the cluster
 	named    []netip.AddrPort // by --join
+	// wanted are the overlays whose keys this node needs; of New and Run's goroutine.
+	wanted []string
 }
 
 // openPlace finds out which kind of cluster this node is in: nil means open.
@@ -500,8 +502,11 @@ func (n *Node) wantKeys() {
 	}
 	n.secure.place.Want(names...)
 	for _, overlay := range names {
-		n.newKey(overlay)
+		if !slices.Contains(n.secure.wanted, overlay) { // the others' sessions go on
+			n.newKey(overlay)
+		}
 	}
+	n.secure.wanted = names
 }
 
 // listFor is what another node may know of what this one carries.

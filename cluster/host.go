@@ -31,6 +31,9 @@ type Keeping struct {
 	Quorum keeper.Quorum
 	// Grace is how long a node that is away keeps its addresses; 0: the default.
 	Grace time.Duration
+	// Retired is called when the keepers' ledger says that this node is none any
+	// more; it must not block. Nil: nobody wants to know.
+	Retired func()
 }
 
 // Founding reports whether this node is the first of a cluster that is not in a
@@ -60,7 +63,7 @@ func (p *Place) Keep(ctx context.Context, from Keeping) error {
 	}
 	st := keeper.Patient(from.Store)
 	k, err := keeper.New(keeper.Config{
-		Name: p.cfg.Name, CA: ca, CAs: p.caOf, KeepCA: p.keepCA, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(st), Shared: st, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace,
+		Name: p.cfg.Name, CA: ca, CAs: p.caOf, KeepCA: p.keepCA, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(st), Shared: st, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace, Retired: from.Retired,
 		Members: p.membersToTell, Addrs: p.keeperAddrs, Ring: p.Ring, SetRing: p.setRing, Push: p.push,
 		Now: p.Now, Log: p.cfg.Log,
 	})

@@ -88,6 +88,9 @@ type Config struct {
 	Alive func(name string) bool
 	// Quorum is who takes part in the store; nil: it is external.
 	Quorum Quorum
+	// Retired is called when the ledger says that this node is no keeper any more;
+	// it must not block. Nil: nobody wants to know.
+	Retired func()
 	// Tell asks a node, this one included; nil: nobody can be reached.
 	Tell func(ctx context.Context, node string, k peer.Kind, payload []byte) ([]byte, error)
 	// Members are some nodes to begin with, the keepers first; a machine that
@@ -239,6 +242,10 @@ func (k *Keeper) sweep(ctx context.Context) error {
 	l, err := k.cfg.Store.Read(ctx)
 	if err != nil {
 		return fmt.Errorf("keeper: read the ledger: %w", err)
+	}
+	if self, listed := l.Nodes[k.cfg.Name]; listed && !self.Keeper && k.cfg.Retired != nil {
+		k.cfg.Retired() // while it was away
+		return nil
 	}
 	if l.overdue(k.now()) {
 		err := k.cfg.Store.Update(ctx, func(l *Ledger) error {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/keeper"
@@ -457,5 +458,35 @@ func TestCheckKeep(t *testing.T) {
 	}
 	if err := keeper.CheckKeep(peer.Peer{Certificate: c.first.Certificate()}); err != nil {
 		t.Errorf("an order of a keeper: %v", err)
+	}
+}
+
+// A keeper that was demoted while it was away is told so by the ledger, and not
+// one that is a keeper.
+func TestRetired(t *testing.T) {
+	c, k, _ := newOffice(t)
+	must[*keeper.Outcome](t)(k.admin().Promote(ctx, "n1", ""))
+	run := func() (told bool) {
+		cfg := (&site{c: c, ring: c.ring}).config("n1")
+		heard := make(chan struct{}, 1)
+		cfg.Retired = func() { heard <- struct{}{} }
+		away := must[*keeper.Keeper](t)(keeper.New(cfg))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { _ = away.Run(ctx); close(done) }()
+		defer func() { cancel(); <-done }()
+		select {
+		case <-heard:
+			return true
+		case <-time.After(200 * time.Millisecond):
+			return false
+		}
+	}
+	if run() {
+		t.Error("a keeper is told that it is none")
+	}
+	must[*keeper.Outcome](t)(k.admin().Demote(ctx, "n1"))
+	if !run() {
+		t.Error("a keeper that was demoted is not told")
 	}
 }

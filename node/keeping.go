@@ -152,7 +152,10 @@ func (k *keeping) use(ctx context.Context, m *store.Member, e *store.Etcd) error
 	if m != nil {
 		q = m
 	}
-	if err := k.n.secure.place.Keep(ctx, cluster.Keeping{Store: e, Quorum: q, Grace: k.n.cfg.Store.Grace}); err != nil {
+	if err := k.n.secure.place.Keep(ctx, cluster.Keeping{
+		Store: e, Quorum: q, Grace: k.n.cfg.Store.Grace,
+		Retired: sync.OnceFunc(func() { go k.expelled() }),
+	}); err != nil {
 		if m != nil {
 			return errors.Join(err, m.Close())
 		}
@@ -207,7 +210,7 @@ func (k *keeping) attend(ctx context.Context, done chan struct{}, m *store.Membe
 // expelled is for a member that stopped by itself: the others have taken it out.
 // The node asks them what it is now.
 func (k *keeping) expelled() {
-	k.n.log.Warn("the other keepers have taken this one's member out of the store: it answers no more")
+	k.n.log.Warn("the other keepers say that this node is none any more: it answers for the cluster no more")
 	p := k.n.secure.place
 	p.Resign()
 	k.renewed()

@@ -30,11 +30,11 @@ tools:
 # does not see that e2e runs the binary. One package after the other: each loads
 # both cores of a small machine.
 test: tools bin/tulle
-	$(SUDO) go test -count 1 -p 1 $(GOTESTFLAGS) ./...
+	$(SUDO) go test -count 1 -p 1 -timeout 20m $(GOTESTFLAGS) ./...
 
 # All but e2e, which runs the binary.
 race: tools
-	$(SUDO) go test -race -count 1 -p 1 $(GOTESTFLAGS) $$(go list ./... | grep -v /e2e)
+	$(SUDO) go test -race -count 1 -p 1 -timeout 20m $(GOTESTFLAGS) $$(go list ./... | grep -v /e2e)
 
 # Longer ones, run before an issue is closed.
 soak: tools bin/tulle

@@ -1,67 +1,16 @@
 package keeper
 
 import (
-	"bytes"
 	"encoding/json"
-	"reflect"
-	"strings"
+
+	"github.com/tulle-net/tulle/store"
 )
 
 // extra holds the fields of a JSON object that this release does not know.
 type extra map[string]json.RawMessage
 
-// split reads an object into v, a pointer to a struct, and returns the fields
-// that are not known.
-func split(b []byte, v any, known map[string]bool) (extra, error) {
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if d.Decode(v) == nil && !d.More() {
-		return nil, nil // as almost always; and twice as fast
-	}
-	if err := json.Unmarshal(b, v); err != nil {
-		return nil, err
-	}
-	var all extra
-	if err := json.Unmarshal(b, &all); err != nil {
-		return nil, err
-	}
-	for name := range all {
-		if known[strings.ToLower(name)] { // encoding/json does not look at case
-			delete(all, name)
-		}
-	}
-	if len(all) == 0 {
-		return nil, nil
-	}
-	return all, nil
-}
-
 // join returns v, a struct, as an object with the fields of x besides.
-func (x extra) join(v any) ([]byte, error) {
-	b, err := json.Marshal(v)
-	if err != nil || len(x) == 0 {
-		return b, err
-	}
-	all := make(map[string]json.RawMessage, len(x))
-	if err := json.Unmarshal(b, &all); err != nil {
-		return nil, err
-	}
-	for name, value := range x {
-		all[name] = value
-	}
-	return json.Marshal(all)
-}
-
-// fieldsOf returns the names in JSON, in lower case, of a struct's fields.
-func fieldsOf[T any]() map[string]bool {
-	known := map[string]bool{}
-	for _, f := range reflect.VisibleFields(reflect.TypeFor[T]()) {
-		if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); name != "" {
-			known[strings.ToLower(name)] = true
-		}
-	}
-	return known
-}
+func (x extra) join(v any) ([]byte, error) { return store.Join(v, x) }
 
 // The types without methods, which encoding/json then reads field by field.
 type (
@@ -70,15 +19,6 @@ type (
 	overlayJSON Overlay
 	gossipJSON  Gossip
 	caJSON      Authority
-)
-
-var (
-	ledgerFields  = fieldsOf[ledgerJSON]()
-	nodeFields    = fieldsOf[Node]()
-	tokenFields   = fieldsOf[Token]()
-	overlayFields = fieldsOf[Overlay]()
-	gossipFields  = fieldsOf[Gossip]()
-	caFields      = fieldsOf[Authority]()
 )
 
 // MarshalJSON implements json.Marshaler.
@@ -99,7 +39,7 @@ func (a Authority) MarshalJSON() ([]byte, error) { return a.extra.join(caJSON(a)
 // UnmarshalJSON implements json.Unmarshaler.
 func (n *Node) UnmarshalJSON(b []byte) error {
 	var j nodeJSON
-	x, err := split(b, &j, nodeFields)
+	x, err := store.Split(b, &j)
 	*n = Node(j)
 	n.extra = x
 	return err
@@ -108,7 +48,7 @@ func (n *Node) UnmarshalJSON(b []byte) error {
 // UnmarshalJSON implements json.Unmarshaler.
 func (t *Token) UnmarshalJSON(b []byte) error {
 	var j tokenJSON
-	x, err := split(b, &j, tokenFields)
+	x, err := store.Split(b, &j)
 	*t = Token(j)
 	t.extra = x
 	return err
@@ -117,7 +57,7 @@ func (t *Token) UnmarshalJSON(b []byte) error {
 // UnmarshalJSON implements json.Unmarshaler.
 func (o *Overlay) UnmarshalJSON(b []byte) error {
 	var j overlayJSON
-	x, err := split(b, &j, overlayFields)
+	x, err := store.Split(b, &j)
 	*o = Overlay(j)
 	o.extra = x
 	return err
@@ -126,7 +66,7 @@ func (o *Overlay) UnmarshalJSON(b []byte) error {
 // UnmarshalJSON implements json.Unmarshaler.
 func (g *Gossip) UnmarshalJSON(b []byte) error {
 	var j gossipJSON
-	x, err := split(b, &j, gossipFields)
+	x, err := store.Split(b, &j)
 	*g = Gossip(j)
 	g.extra = x
 	return err
@@ -135,7 +75,7 @@ func (g *Gossip) UnmarshalJSON(b []byte) error {
 // UnmarshalJSON implements json.Unmarshaler.
 func (a *Authority) UnmarshalJSON(b []byte) error {
 	var j caJSON
-	x, err := split(b, &j, caFields)
+	x, err := store.Split(b, &j)
 	*a = Authority(j)
 	// An empty list and none are written alike.
 	if len(a.Roots) == 0 {

@@ -196,7 +196,7 @@ func ParseLedger(b []byte) (*Ledger, error) {
 		return nil, fmt.Errorf("keeper: %w: it is of version %d, and this release knows %d: run one release of tulle on all keepers", ErrLedger, version.Version, ledgerVersion)
 	}
 	var j ledgerJSON
-	unknown, err := split(b, &j, ledgerFields)
+	unknown, err := store.Split(b, &j)
 	if err != nil {
 		return nil, fmt.Errorf("keeper: %w: %w", ErrLedger, err)
 	}

@@ -63,7 +63,7 @@ func (p *Place) Keep(ctx context.Context, from Keeping) error {
 	}
 	st := keeper.Patient(from.Store)
 	k, err := keeper.New(keeper.Config{
-		Name: p.cfg.Name, CA: ca, CAs: p.caOf, KeepCA: p.keepCA, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(st), Shared: st, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Grace: from.Grace, Retired: from.Retired,
+		Name: p.cfg.Name, CA: ca, CAs: p.caOf, KeepCA: p.keepCA, Roots: p.identity.Load().Roots(), Root: root, Store: keeper.InStore(st), Shared: st, Quorum: from.Quorum, Tell: p.tell, Alive: p.alive, Away: p.away, Grace: from.Grace, Retired: from.Retired,
 		Members: p.membersToTell, Addrs: p.keeperAddrs, Ring: p.Ring, SetRing: p.setRing, Push: p.push,
 		Now: p.Now, Log: p.cfg.Log,
 	})
@@ -82,6 +82,15 @@ func (p *Place) alive(name string) bool {
 	p.membersMu.Lock()
 	defer p.membersMu.Unlock()
 	return p.members[name].Alive
+}
+
+// away reports whether gossip shows that a node failed or left. Of one that it
+// does not know nothing is shown: this keeper may have started a moment ago.
+func (p *Place) away(name string) bool {
+	p.membersMu.Lock()
+	defer p.membersMu.Unlock()
+	m, known := p.members[name]
+	return known && !m.Alive
 }
 
 // tell asks a node.

@@ -236,14 +236,15 @@ func (k *Keeper) reportsOf(ctx context.Context, names []string) (out []ipam.Stat
 	return out, silent
 }
 
-// forgetLeases ends what a node that was removed has leased.
-func (c *call) forgetLeases(ctx context.Context, name string) {
+// forgetLeases ends what a node that was removed has leased: at once if it was
+// away, for which whoever removes it answers; else when it has been silent for long.
+func (c *call) forgetLeases(ctx context.Context, name string, away bool) {
 	if c.k.registry == nil {
 		return
 	}
 	ctx, cancel := c.k.detached(ctx)
 	defer cancel()
-	if err := c.k.registry.Forget(ctx, name, false); err != nil {
+	if err := c.k.registry.Forget(ctx, name, away); err != nil {
 		c.k.cfg.Log.Warn("keeper: the addresses of a removed node are freed later", "peer", name, "err", err)
 	}
 }

@@ -86,6 +86,8 @@ type Config struct {
 	Grace time.Duration
 	// Alive reports whether gossip shows a member to be there; nil: all are.
 	Alive func(name string) bool
+	// Away reports whether gossip shows that a member failed or left; nil: none is.
+	Away func(name string) bool
 	// Quorum is who takes part in the store; nil: it is external.
 	Quorum Quorum
 	// Retired is called when the ledger says that this node is no keeper any more;

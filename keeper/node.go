@@ -158,6 +158,7 @@ func (c *call) revoke(ctx context.Context, b *nodeBody) (any, error) {
 
 // remove frees a name. What was issued for it is believed no more.
 func (c *call) remove(ctx context.Context, b *nodeBody) (any, error) {
+	away := c.k.cfg.Away != nil && c.k.cfg.Away(b.Name) // as it was before it is thrown out
 	var removed []crypto.TokenID
 	var wanted uint64
 	err := c.change(ctx, func(l *Ledger, a asker) error {
@@ -186,7 +187,7 @@ func (c *call) remove(ctx context.Context, b *nodeBody) (any, error) {
 	}
 	c.k.cfg.Log.Info("keeper: removed node "+b.Name, "peer", c.cert.Name)
 	c.dismiss(ctx, b.Name)
-	c.forgetLeases(ctx, b.Name)
+	c.forgetLeases(ctx, b.Name, away)
 	out := c.k.spread(ctx, wanted, b.Name)
 	out.TokensRemoved = removed
 	return out, nil

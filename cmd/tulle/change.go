@@ -118,7 +118,10 @@ func nodeRemoveCommand() *cobra.Command {
 		Short: "Forget a node, so that another one can have its name",
 		Long: `Throws the node out as ` + "`tulle node revoke`" + ` does, and frees its name: the next machine that
 joins under it gets it, with a key of its own. That may be the same machine, with a token
-that it still has: ` + "`tulle node revoke`" + ` removes those first, this does not.`,
+that it still has: ` + "`tulle node revoke`" + ` removes those first, this does not.
+
+Its addresses in shared overlays are free at once if it has failed or left, so be sure then
+that the machine is off; if it is there, when it has been silent for a day.`,
 		Example: `  tulle node rm pi4`,
 		Args:    oneArg("want the name of one node, as in `tulle node rm pi4`; `tulle node ls` lists them"),
 

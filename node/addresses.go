@@ -109,8 +109,26 @@ func (n *Node) ipam(w http.ResponseWriter, r *http.Request) {
 			}
 			out.Overlays = append(out.Overlays, o)
 		}
+		if !out.Stale && len(defs) > 0 {
+			out.Leaks = leaks(ctx, c)
+		}
 		return out, nil
 	})
+}
+
+// leaks says what of a check is about leases that nobody uses.
+func leaks(ctx context.Context, c keeper.Client) (out []string) {
+	found, _, _, err := c.CheckAddresses(ctx, false)
+	if err != nil {
+		return nil // most likely this node is none that may ask
+	}
+	for _, f := range found {
+		switch f.Kind {
+		case ipam.FindLeaked, ipam.FindNodeGone, ipam.FindOverlayGone:
+			out = append(out, f.Text)
+		}
+	}
+	return out
 }
 
 // own lists what this node itself has in an overlay.

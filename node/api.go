@@ -391,6 +391,9 @@ type IPAM struct {
 	Expires time.Time `json:"expires,omitzero"`
 	// Stale: no keeper answered, so that only this node's own blocks are shown.
 	Stale bool `json:"stale"`
+	// Leaks are what is leased to nobody who could use it, a sentence each; absent
+	// where there are none, or this node may not ask. `tulle ipam check` finds more.
+	Leaks []string `json:"leaks,omitempty"`
 }
 
 // OverlayIPAM is the addresses of an overlay.

@@ -242,3 +242,12 @@ func TestIPAMCheck(t *testing.T) {
 		}
 	}
 }
+
+// What leaks is said behind the table.
+func TestIPAMLeaks(t *testing.T) {
+	var out strings.Builder
+	ipamTable(&out, &node.IPAM{Leaks: []string{"10.32.0.0/26 is leased to node n9,\nwhich is no member"}})
+	if got := out.String(); !strings.HasSuffix(got, "leak: 10.32.0.0/26 is leased to node n9,?which is no member\n") {
+		t.Errorf("%q", got)
+	}
+}

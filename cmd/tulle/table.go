@@ -291,6 +291,9 @@ func ipamTable(w io.Writer, all *node.IPAM) {
 	if all.Stale {
 		fmt.Fprintln(w, "no keeper answered: only this node's own blocks are shown")
 	}
+	for _, l := range all.Leaks {
+		fmt.Fprintln(w, "leak: "+clean(l))
+	}
 }
 
 func ipamRows(t table, o *node.OverlayIPAM) {

@@ -157,7 +157,8 @@ type Discovery struct {
 
 	// publish serialises what this node says of itself; serf is set under it.
 	publish sync.Mutex
-	again   *time.Timer // says it once more; nil: nothing was said yet
+	again   *time.Timer       // says it once more; nil: nothing was said yet
+	said    map[string]string // the tags that were said last
 	serf    atomic.Pointer[serf.Serf]
 	carried atomic.Pointer[list]
 
@@ -348,12 +349,15 @@ func (d *Discovery) gossip(s *serf.Serf) error {
 	if d.again != nil {
 		d.again.Stop()
 	}
+	d.said = tags
 	// Not all at one time again.
 	d.again = time.AfterFunc(sayAgain/2+rand.N(sayAgain), func() {
 		d.publish.Lock()
 		defer d.publish.Unlock()
 		if s := d.serf.Load(); s != nil {
-			_ = s.SetTags(tags) // see below
+			// What was said last, which may be another by now: an older passport
+			// than they have the others refuse, and with it that this node is alive.
+			_ = s.SetTags(d.said) // see below
 		}
 	})
 	// It can fail in one way: nobody took the news in time. It is queued, and

@@ -433,7 +433,8 @@ func TestRun(t *testing.T) {
 					script, want = fmt.Sprintf("trap 'exit 7' %d; ", sig)+script, 7
 				}
 				out := &heard{}
-				cmd := exec.Command(binary, "--socket", a.sock, "run", "blue", "--", "sh", "-c", script)
+				// A shell cannot trap what was ignored when it began, as SIGHUP is under nohup.
+				cmd := exec.Command("env", "--default-signal", binary, "--socket", a.sock, "run", "blue", "--", "sh", "-c", script)
 				cmd.Stdout, cmd.Stderr = out, out
 				p, err := h[0].Start(cmd)
 				if err != nil {

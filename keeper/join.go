@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -244,6 +245,21 @@ func (k *Keeper) members(l *Ledger, most int) []peer.Member {
 		}
 		return 1
 	})
+	return out
+}
+
+// keeperAddrs returns where keepers are: who is one the ledger says before gossip does.
+func (k *Keeper) keeperAddrs(l *Ledger) (out []netip.AddrPort) {
+	for _, m := range k.members(l, joinMembers) {
+		if m.Keeper && m.VTEP.IsValid() && !slices.Contains(out, m.VTEP) {
+			out = append(out, m.VTEP)
+		}
+	}
+	for _, a := range k.cfg.Addrs() {
+		if !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
 	return out
 }
 

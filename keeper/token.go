@@ -16,7 +16,7 @@ func (c *call) createToken(ctx context.Context, b *createTokenBody) (any, error)
 	if b.Seconds < 1 || b.Seconds > int64(crypto.MaxTokenTTL/time.Second) {
 		return nil, invalid("a token for %d seconds: --ttl is 1s to %v", b.Seconds, crypto.MaxTokenTTL)
 	}
-	addrs := c.k.cfg.Addrs()
+	addrs := c.k.keeperAddrs(c.ledger)
 	roots, err := c.k.roots(c.ledger)
 	if err != nil {
 		return nil, err

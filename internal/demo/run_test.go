@@ -101,16 +101,16 @@ func TestPrivilegedDemo(t *testing.T) {
 // TestPrivilegedDemoEndsEarly interrupts it, kills it, and takes its rights.
 func TestPrivilegedDemoEndsEarly(t *testing.T) {
 	exe := build(t)
-	status, out := play(t, exe, syscall.SIGTERM, "[3/11]")
+	status, out := play(t, exe, syscall.SIGTERM, "[3/12]")
 	if status != 1 || !strings.Contains(out, "demo: interrupted") || strings.Contains(out, "LEFT BEHIND") {
 		t.Errorf("SIGTERM: status %d, want 1 and nothing left:\n%s", status, out)
 	}
 	// What SIGKILL leaves, the next run removes.
-	if _, out = play(t, exe, syscall.SIGKILL, "[2/11]"); !strings.Contains(out, "LEFT BEHIND: /run/netns/") {
+	if _, out = play(t, exe, syscall.SIGKILL, "[2/12]"); !strings.Contains(out, "LEFT BEHIND: /run/netns/") {
 		t.Errorf("SIGKILL: nothing was left to sweep:\n%s", out)
 	}
 	_, rest, _ := strings.Cut(out, "LEFT BEHIND: ")
-	status, out = play(t, exe, syscall.SIGINT, "[2/11]")
+	status, out = play(t, exe, syscall.SIGINT, "[2/12]")
 	if status != 1 || !strings.Contains(out, "removed 4 namespaces") {
 		t.Errorf("after SIGKILL: status %d, want 1 and 4 namespaces swept:\n%s", status, out)
 	}

@@ -474,9 +474,10 @@ func TestRun(t *testing.T) {
 
 	t.Run("terminal", func(t *testing.T) {
 		// script makes a terminal; what is typed arrives, and Ctrl-C ends the command, once.
+		// It runs a shell, which would hear Ctrl-C too.
 		in, keys := io.Pipe()
 		out := &heard{}
-		cmd := exec.Command("script", "-qec", binary+" --socket "+a.sock+` run blue -- sh -c 'trap "echo interrupted; exit 5" INT; tty; read x; echo got $x; read x'`, "/dev/null")
+		cmd := exec.Command("script", "-qec", "exec "+binary+" --socket "+a.sock+` run blue -- sh -c 'trap "echo interrupted; exit 5" INT; tty; read x; echo got $x; read x'`, "/dev/null")
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = in, out, out
 		p, err := h[0].Start(cmd)
 		if err != nil {

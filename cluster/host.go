@@ -182,7 +182,7 @@ func (p *Place) membersToTell() []peer.Member {
 	if self := p.self.Load(); self != nil {
 		list = append([]peer.Member{*self}, list...)
 	}
-	keepersFirst(list)
+	keeper.KeepersFirst(list)
 	return list
 }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/keeper"
 	"github.com/tulle-net/tulle/peer"
 )
 
@@ -116,24 +117,10 @@ func (p *Place) known() []peer.Member {
 	return list
 }
 
-// keepersFirst orders members so that a list that is cut keeps the keepers: they
-// can tell the rest.
-func keepersFirst(list []peer.Member) {
-	slices.SortStableFunc(list, func(a, b peer.Member) int {
-		switch {
-		case a.Keeper == b.Keeper:
-			return 0
-		case a.Keeper:
-			return -1
-		}
-		return 1
-	})
-}
-
 // save keeps members in the state, if they are others than before.
 func (p *Place) save() error {
 	list := p.known()
-	keepersFirst(list)
+	keeper.KeepersFirst(list)
 	list = list[:min(len(list), maxRemembered)]
 	if len(list) == 0 {
 		return nil // a node that knows nobody keeps what it remembers

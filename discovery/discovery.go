@@ -357,7 +357,7 @@ func (d *Discovery) gossip(s *serf.Serf) error {
 		if s := d.serf.Load(); s != nil {
 			// What was said last, which may be another by now: an older passport
 			// than they have the others refuse, and with it that this node is alive.
-			_ = s.SetTags(d.said) // see below
+			_ = s.SetTags(d.said) // its one error is as below
 		}
 	})
 	// It can fail in one way: nobody took the news in time. It is queued, and

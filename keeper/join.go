@@ -228,15 +228,19 @@ func certify(n *Node, issued *crypto.Issued, roots *crypto.Roots, now time.Time)
 func (k *Keeper) members(l *Ledger, most int) []peer.Member {
 	out := []peer.Member{}
 	for _, m := range k.cfg.Members() {
-		if len(out) == most {
-			break
-		}
 		if n := l.Nodes[m.Name]; n.Revoked.IsZero() {
 			m.Keeper = n.Keeper // gossip may not have heard of it yet
 			out = append(out, m)
 		}
 	}
-	slices.SortStableFunc(out, func(a, b peer.Member) int {
+	KeepersFirst(out)
+	return out[:min(len(out), most)]
+}
+
+// KeepersFirst orders members so that a list that is cut keeps the keepers: they
+// can tell the rest.
+func KeepersFirst(list []peer.Member) {
+	slices.SortStableFunc(list, func(a, b peer.Member) int {
 		switch {
 		case a.Keeper == b.Keeper:
 			return 0
@@ -245,7 +249,6 @@ func (k *Keeper) members(l *Ledger, most int) []peer.Member {
 		}
 		return 1
 	})
-	return out
 }
 
 // keeperAddrs returns where keepers are: who is one the ledger says before gossip does.

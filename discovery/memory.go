@@ -86,12 +86,11 @@ func (m *memory) save(members []serf.Member) {
 	if bytes.Equal(b.Bytes(), m.written) {
 		return
 	}
-	m.written = b.Bytes()
-	if err := replaceFile(m.path, m.written); err != nil {
-		m.fail(err)
+	if err := replaceFile(m.path, b.Bytes()); err != nil {
+		m.fail(err) // and tried again with the next change
 		return
 	}
-	m.broken = false
+	m.written, m.broken = b.Bytes(), false
 }
 
 func (m *memory) fail(err error) {
@@ -102,20 +101,18 @@ func (m *memory) fail(err error) {
 }
 
 // replaceFile writes b to path so that a killed node leaves the old or the new file.
+// The name of the new one has no number: the state's own files do, and those that
+// no state names are removed.
 func replaceFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), memoryFile+".*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // gone already if all went well
+	tmp := path + ".new"
 	// No sync: it can take seconds on a slow card, and a node that lost the
 	// file in a power cut has its seeds.
-	_, err = f.Write(b)
-	if e := f.Close(); err == nil {
-		err = e
+	err := os.WriteFile(tmp, b, 0o600)
+	if err == nil {
+		err = os.Rename(tmp, path)
 	}
 	if err != nil {
-		return err
+		os.Remove(tmp)
 	}
-	return os.Rename(f.Name(), path)
+	return err
 }

@@ -110,8 +110,25 @@ func upAs(t *testing.T, l *lab.Lab, h *lab.Host, program []string, args ...strin
 			return (&net.Dialer{}).DialContext(ctx, "unix", n.sock)
 		},
 	}}
+	t.Cleanup(n.explain)
 	n.start()
 	return n
+}
+
+// explain logs what a node that still runs knows, where its test has failed.
+func (n *tulle) explain() {
+	if !n.t.Failed() {
+		return
+	}
+	for _, path := range []string{"/v1/peers", "/v1/status"} {
+		var what any
+		if n.try(path, &what) != nil {
+			return
+		}
+		if b, err := json.Marshal(what); err == nil {
+			n.t.Logf("%s: %s: %s", n.name, path, b)
+		}
+	}
 }
 
 // start starts the node's process (again).

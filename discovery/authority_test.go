@@ -110,7 +110,10 @@ func (c *testCluster) secureConfig(name string, id *crypto.Identity, seeds ...*t
 			return id.Passport(s)
 		},
 		Verify: c.verify,
-		Pull:   func(_ context.Context, from string) ([]byte, error) { return c.pull(name, from) },
+		Pull: func(_ context.Context, from string) ([]byte, func(string) bool, error) {
+			list, err := c.pull(name, from)
+			return list, func(string) bool { return true }, err
+		},
 	}
 	return cfg
 }

@@ -26,11 +26,11 @@ type Secure struct {
 	// Pull returns what the node of that name made with EncodeList, over a
 	// connection on which it proved to be that node, to the VTEP that Members
 	// shows.
-	Pull func(ctx context.Context, name string) ([]byte, error)
-	// Allow reports whether the node of that name, as it proved itself to Pull, may
-	// carry an overlay. What it lists beyond that is left out: nobody gets frames
-	// of an overlay by saying that he carries it. Nil: everybody may carry all.
-	Allow func(name, overlay string) bool
+	//
+	// may reports whether that node may carry an overlay, by the certificate that it
+	// showed on that very connection. What it lists beyond that is left out: nobody
+	// gets frames of an overlay by saying that he carries it.
+	Pull func(ctx context.Context, name string) (list []byte, may func(overlay string) bool, err error)
 	// Extra returns what this node's passport says besides, at most MaxExtra
 	// bytes; nil: nothing.
 	Extra func() []byte
@@ -205,7 +205,7 @@ func (d *Discovery) askSecure(ctx context.Context, q question) (reply, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, pullTimeout)
 	defer cancel()
-	b, err := d.cfg.Secure.Pull(ctx, q.name)
+	b, may, err := d.cfg.Secure.Pull(ctx, q.name)
 	now := time.Now()
 	if err != nil {
 		return fail(err)
@@ -217,19 +217,15 @@ func (d *Discovery) askSecure(ctx context.Context, q question) (reply, error) {
 	if boot != q.card.boot {
 		return fail(fmt.Errorf("its boot is %08x, and %08x in its passport", boot, q.card.boot))
 	}
-	if l, err = d.granted(q.name, l); err != nil {
+	if l, err = granted(l, may); err != nil {
 		return fail(err)
 	}
 	return reply{list: l, zero: now.Add(-ticks(clock))}, nil
 }
 
 // granted returns l without what the node may not carry.
-func (d *Discovery) granted(name string, l *list) (*list, error) {
-	allow := d.cfg.Secure.Allow
-	if allow == nil {
-		return l, nil
-	}
-	no := func(o Overlay) bool { return !allow(name, o.Name) }
+func granted(l *list, may func(overlay string) bool) (*list, error) {
+	no := func(o Overlay) bool { return !may(o.Name) }
 	if !slices.ContainsFunc(l.overlays, no) {
 		return l, nil
 	}

@@ -373,7 +373,10 @@ func TestSecureListsWithinGrants(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
 	acfg := c.secureConfig("a", nil)
-	acfg.Secure.Allow = func(name, overlay string) bool { return name != "b" || overlay == "x" }
+	acfg.Secure.Pull = func(_ context.Context, from string) ([]byte, func(string) bool, error) {
+		list, err := c.pull("a", from)
+		return list, func(overlay string) bool { return overlay == "x" }, err
+	}
 	a := c.start(acfg)
 	b := c.start(c.secureConfig("b", nil, a))
 	if err := b.SetOverlays([]Overlay{{7, "x", "none"}, {9, "secret", "none"}}); err != nil {

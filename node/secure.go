@@ -271,12 +271,12 @@ func (s *secure) gossip(n *Node) *discovery.Secure {
 	}
 	return &discovery.Secure{
 		Keys: keys, Sign: s.place.Sign, Verify: s.place.Verify,
-		Pull: func(ctx context.Context, name string) ([]byte, error) {
-			return s.endpoint.Request(ctx, name, peer.KindOverlays, nil)
-		},
-		Allow: func(name, overlay string) bool {
-			c := s.endpoint.Certificate(name)
-			return c != nil && c.Overlays.Allow(overlay)
+		Pull: func(ctx context.Context, name string) ([]byte, func(string) bool, error) {
+			list, from, err := s.endpoint.RequestFrom(ctx, name, peer.KindOverlays, nil)
+			if err != nil {
+				return nil, nil, err
+			}
+			return list, from.Overlays.Allow, nil
 		},
 		Extra: s.place.Extra, OnExtra: s.place.Notice, Find: s.find(n),
 	}

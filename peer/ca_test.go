@@ -109,3 +109,18 @@ func TestReintroduceUnderWay(t *testing.T) {
 		t.Errorf("%d connections were closed for it, want 1", n)
 	}
 }
+
+// Who answered is known also when this node closes its connections meanwhile: the
+// certificate says what the answer may be about.
+func TestRequestFromUnderWay(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(63))
+	a, b := c.node("n1"), c.node("n2")
+	b.Handle(Kind(999), 0, func(context.Context, Peer, []byte) ([]byte, error) {
+		a.Reintroduce()
+		return []byte("done"), nil
+	})
+	answer, from, err := a.RequestFrom(within(t, 10*time.Second), "n2", Kind(999), nil)
+	if err != nil || string(answer) != "done" || from == nil || from.Name != "n2" {
+		t.Errorf("the answer is %q of %v, %v", answer, from, err)
+	}
+}

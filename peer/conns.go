@@ -540,20 +540,6 @@ type Conn struct {
 	Active   int            `json:"active"`
 }
 
-// Certificate returns the one that a peer showed on the connection that there is
-// with it; nil: there is none.
-func (e *Endpoint) Certificate(name string) *crypto.Certificate {
-	id := e.identity.Load()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if en := e.peers[name]; en != nil && id != nil {
-		if c := en.winner(id.Name(), name); c != nil {
-			return c.node
-		}
-	}
-	return nil
-}
-
 // Conns returns the connections, by name of the peer.
 func (e *Endpoint) Conns() []Conn {
 	e.mu.Lock()

@@ -76,30 +76,37 @@ func (e *Endpoint) HandleKeeper(limit int, h KeeperHandler) {
 // way when the peer restarted is made once more, so a peer may see it twice:
 // handlers must bear that, or look at Peer.RequestID.
 func (e *Endpoint) Request(ctx context.Context, name string, k Kind, payload []byte) ([]byte, error) {
+	answer, _, err := e.RequestFrom(ctx, name, k, payload)
+	return answer, err
+}
+
+// RequestFrom is Request that also returns the certificate of who answered: the
+// one of the connection that the answer came by, which may be closing already.
+func (e *Endpoint) RequestFrom(ctx context.Context, name string, k Kind, payload []byte) ([]byte, *crypto.Certificate, error) {
 	e.stats.RequestsOut.Add(1)
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.RequestTimeout)
 	defer cancel()
-	answer, err := e.request(ctx, name, k, payload)
+	answer, from, err := e.request(ctx, name, k, payload)
 	if err != nil {
 		e.stats.RequestsOutFailed.Add(1)
-		return nil, fmt.Errorf("peer: node %s: %w", name, err)
+		return nil, nil, fmt.Errorf("peer: node %s: %w", name, err)
 	}
-	return answer, nil
+	return answer, from, nil
 }
 
-func (e *Endpoint) request(ctx context.Context, name string, k Kind, payload []byte) (answer []byte, err error) {
+func (e *Endpoint) request(ctx context.Context, name string, k Kind, payload []byte) (answer []byte, from *crypto.Certificate, err error) {
 	id := rand.Uint64()
 	for range 3 {
 		var c *conn
 		if c, err = e.conn(ctx, name); err != nil {
-			return nil, timedOut(ctx, err)
+			return nil, nil, timedOut(ctx, err)
 		}
 		answer, err = c.ask(ctx, k, id, payload)
 		if err == nil || !lost(err) || ctx.Err() != nil {
-			return answer, timedOut(ctx, explain(err))
+			return answer, c.node, timedOut(ctx, explain(err))
 		}
 	}
-	return nil, err
+	return nil, nil, err
 }
 
 // ask makes one request over c. Where no answer comes for a while it looks whether
@@ -235,7 +242,7 @@ func (e *Endpoint) Ask(ctx context.Context, sub uint16, body []byte) ([]byte, er
 func (e *Endpoint) isThere(ctx context.Context, name string) bool {
 	ctx, cancel := context.WithTimeout(ctx, whoamiPatience)
 	defer cancel()
-	_, err := e.request(ctx, name, KindWhoami, nil)
+	_, _, err := e.request(ctx, name, KindWhoami, nil)
 	return err == nil
 }
 

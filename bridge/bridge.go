@@ -188,6 +188,8 @@ type Port struct {
 	at     *place
 	done   sync.WaitGroup
 	lost   atomic.Bool
+	watch  atomic.Pointer[watch] // nil: nobody looks at what is written
+	gone   chan struct{}         // closed by RemovePort
 }
 
 // AddPort attaches a device and starts a worker per queue. The bridge closes
@@ -198,7 +200,7 @@ func (b *Bridge) AddPort(dev tap.Device) (*Port, error) {
 	if b.closed {
 		return nil, ErrClosed
 	}
-	p := &Port{bridge: b, dev: dev, queues: dev.Queues()}
+	p := &Port{bridge: b, dev: dev, queues: dev.Queues(), gone: make(chan struct{})}
 	p.at = &place{port: p}
 	if mac := dev.MAC(); mac.IsValid() {
 		if e, ok := b.fdb.entries.Load(mac); ok && e.static {
@@ -220,7 +222,9 @@ func (b *Bridge) RemovePort(p *Port) error {
 	b.mu.Lock()
 	ports := slices.DeleteFunc(slices.Clone(*b.ports.Load()), func(q *Port) bool { return q == p })
 	b.ports.Store(&ports)
-	p.at.gone.Store(true)
+	if !p.at.gone.Swap(true) {
+		close(p.gone)
+	}
 	b.fdb.forget(p.at)
 	b.mu.Unlock()
 	err := p.dev.Close()
@@ -255,6 +259,9 @@ func (p *Port) Device() tap.Device { return p.dev }
 
 // WriteFrame hands a frame to the port's device: the Port is an ether.Sink.
 func (p *Port) WriteFrame(m ether.Meta, parts [][]byte) {
+	if w := p.watch.Load(); w != nil {
+		w.see(parts[0])
+	}
 	q := p.queues[0]
 	if len(p.queues) > 1 {
 		// One flow, one queue: what is written by one keeps its order.

@@ -58,7 +58,7 @@ func statusOf(err error) int {
 		return http.StatusNotFound
 	case errors.Is(err, peer.ErrDenied), errors.Is(err, keeper.ErrRevoked), errors.Is(err, errDenied):
 		return http.StatusForbidden
-	case errors.Is(err, keeper.ErrExists), errors.Is(err, keeper.ErrInUse), errors.Is(err, errExists),
+	case errors.Is(err, keeper.ErrExists), errors.Is(err, keeper.ErrInUse), errors.Is(err, errExists), errors.Is(err, errDuplicate),
 		errors.Is(err, ipam.ErrTaken), errors.Is(err, ipam.ErrFull):
 		return http.StatusConflict
 	case errors.Is(err, keeper.ErrInvalid), errors.Is(err, keeper.ErrLimit), errors.Is(err, keeper.ErrLastKeeper), errors.Is(err, errRequest):

@@ -378,7 +378,8 @@ type Endpoint struct {
 	// the host's own.
 	Netns        string `json:"netns,omitempty"`
 	DefaultRoute bool   `json:"default_route,omitempty"`
-	// Up is false while its device cannot be made; Error says why.
+	// Up is false while its device cannot be made; Error says why, or, while it is
+	// up, which other station has its address.
 	Up    bool   `json:"up"`
 	Error string `json:"error,omitempty"`
 }

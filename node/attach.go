@@ -20,7 +20,7 @@ import (
 
 // attach makes a device in a network namespace, on a shared overlay.
 func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, error) {
-	e := &endpoint{Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: rand.Text()[:keyLen], DefaultRoute: r.DefaultRoute}
+	e := &endpoint{Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: newKey(), DefaultRoute: r.DefaultRoute}
 	var err error
 	if e.Netns, err = netnsPath(r.Netns, r.PID); err != nil {
 		return nil, err
@@ -55,6 +55,9 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 	}
 	return e, h.make(ctx, e, def, r.IPs)
 }
+
+// newKey returns what tells endpoints of one name apart.
+func newKey() string { return rand.Text()[:keyLen] }
 
 // netnsPath returns the path of the namespace that is asked for.
 func netnsPath(path string, pid int) (string, error) {

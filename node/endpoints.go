@@ -49,6 +49,8 @@ var (
 	errExists = errors.New("it is there already")
 	errAbsent = errors.New("there is none")
 	errDenied = errors.New("not granted")
+	// errDuplicate: an address is somebody's whom the keepers do not know.
+	errDuplicate = errors.New("it is another station's")
 )
 
 // told is an error with a text for who asked, and a kind that statusOf knows.
@@ -76,9 +78,10 @@ type endpoints struct {
 	saving sync.Mutex // one write of the file at a time
 
 	mu      sync.Mutex
-	list    []*endpoint        // in the order in which they were made
-	claimed map[place]struct{} // what somebody changes at the moment
-	free    sync.Cond          // of mu: one is claimed no more
+	list    []*endpoint          // in the order in which they were made
+	claimed map[place]struct{}   // what somebody changes at the moment
+	free    sync.Cond            // of mu: one is claimed no more
+	avoided map[string]time.Time // owners of addresses that are in use by others, and since when
 }
 
 // endpoint is the host itself in an overlay, or a device in a network namespace,
@@ -98,7 +101,8 @@ type endpoint struct {
 	Namespace    tap.Namespace `json:"namespace,omitzero"`
 	DefaultRoute bool          `json:"default_route,omitempty"`
 
-	fault string // why its device is not there
+	fault     string // why its device is not there
+	duplicate string // who else has its address
 }
 
 // place is where at most one endpoint can be: the host in an overlay, or a
@@ -141,7 +145,7 @@ type endpointsFile struct {
 
 // openEndpoints takes what an earlier run remembered.
 func (n *Node) openEndpoints() (*endpoints, error) {
-	h := &endpoints{n: n, claimed: map[place]struct{}{}}
+	h := &endpoints{n: n, claimed: map[place]struct{}{}, avoided: map[string]time.Time{}}
 	h.free.L = &h.mu
 	h.self, h.selfErr = tap.OwnNamespace()
 	b, err := os.ReadFile(filepath.Join(n.cfg.StateDir, fileEndpoints))
@@ -322,16 +326,8 @@ func within(def *store.Overlay, ips []netip.Addr) error {
 // make gives an endpoint its addresses and its device, and remembers it. The place
 // is claimed.
 func (h *endpoints) make(ctx context.Context, e *endpoint, def *store.Overlay, want []netip.Addr) error {
-	a, err := h.assign(ctx, ipam.Request{Overlay: def, Owner: e.owner(), Want: want})
-	if err != nil {
+	if err := h.give(ctx, e, def, want); err != nil {
 		return err
-	}
-	e.IPs = a.Prefixes
-	if e.MAC == 0 {
-		e.MAC = a.MAC
-	}
-	if err = h.n.do(ctx, func() error { return h.n.joinShared(e, def, e.Netns) }); err != nil {
-		return errors.Join(err, h.pool.Release(e.owner()))
 	}
 	h.mu.Lock()
 	h.list = append(h.list, e)
@@ -341,6 +337,33 @@ func (h *endpoints) make(ctx context.Context, e *endpoint, def *store.Overlay, w
 		return errors.Join(err, h.n.do(context.WithoutCancel(ctx), func() error { return h.n.leaveShared(e) }), h.pool.Release(e.owner()))
 	}
 	return nil
+}
+
+// give gives an endpoint its addresses and its device. Those that turn out to be
+// somebody else's are avoided, unless they were asked for. After an error nothing is left.
+func (h *endpoints) give(ctx context.Context, e *endpoint, def *store.Overlay, want []netip.Addr) error {
+	if err := h.unavoid(); err != nil {
+		return err
+	}
+	ownMAC := e.MAC != 0
+	for tried := 1; ; tried++ {
+		a, err := h.assign(ctx, ipam.Request{Overlay: def, Owner: e.owner(), Want: want})
+		if err != nil {
+			return err
+		}
+		e.IPs = a.Prefixes
+		if !ownMAC {
+			e.MAC = a.MAC
+		}
+		switch err = h.settle(ctx, e, def); {
+		case err == nil:
+			return nil
+		case !errors.Is(err, errDuplicate) || len(want) > 0 || e.host() || tried == maxDuplicates:
+			return errors.Join(err, h.pool.Release(e.owner()))
+		}
+		h.n.log.Warn("another address is taken: "+oneLine(err), "overlay", e.Overlay, "port", e.Name)
+		h.avoid(e)
+	}
 }
 
 // assign asks again while the keepers' store is busy: a rollout exposes all nodes
@@ -431,7 +454,7 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !s.Up {
+	if s.Error = e.duplicate; !s.Up {
 		s.Error = e.fault
 	}
 	return s

@@ -1,0 +1,79 @@
+package e2e
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/node"
+)
+
+//	a ──┬─[ul]─┬── b
+//	    │      │
+//	 a1 a2 a3  b1       b1 takes addresses that nobody gave it
+
+// TestAttachDuplicate: an address that a station has without having asked is not
+// given to another one, and who has it is named.
+func TestAttachDuplicate(t *testing.T) {
+	t.Parallel()
+	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
+	nodes := joined(t, l, h, nil)
+	a, b := nodes[0], nodes[1]
+	c := containers(t, l, "a1", "a2", "a3", "b1")
+	a1, a2, a3, b1 := c[0], c[1], c[2], c[3]
+	take := func(dev string, p netip.Prefix) {
+		t.Helper()
+		if err := b1.AddAddr(dev, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	name := func(h *lab.Host) string { return h.Path()[strings.LastIndexByte(h.Path(), '/')+1:] }
+	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16")
+	a.do("overlay", "create", "six", "--subnet", "fd40::/64")
+	known(t, 5*time.Second, "six", true, nodes...)
+
+	at1 := a.attaches("blue", "--netns", a1.Path())
+	atB := b.attaches("blue", "--netns", b1.Path())
+	mac := b.attached(isNamed(name(b1)))[0].MAC.String()
+	ping(t, a1, atB.Addr(), 10*time.Second)
+	var taken []netip.Prefix
+	for ip := at1.Addr(); len(taken) < 3; { // fewer than an attach passes over
+		ip = ip.Next()
+		taken = append(taken, netip.PrefixFrom(ip, at1.Bits()))
+		take("eth0", taken[len(taken)-1])
+	}
+
+	// Asked for, one is refused.
+	used := a.used("blue")
+	a.refuses([]string{taken[0].Addr().String(), mac, "--ip"}, "attach", "blue", "--netns", a2.Path(), "--ip", taken[0].Addr().String())
+	if now := a.used("blue"); now != used || len(a.attached(isNamed(name(a2)))) != 0 {
+		t.Errorf("after it was refused %d addresses are used, %d before", now, used)
+	}
+	// Not asked for, they are passed over.
+	at2 := a.attaches("blue", "--netns", a2.Path())
+	if slices.Contains(taken, at2) {
+		t.Errorf("a2 has %v, which b1 has", at2)
+	}
+	if !strings.Contains(a.proc.Log(), "another address is taken") {
+		t.Errorf("nothing was passed over on the way from %v to %v", at1, at2)
+	}
+	ping(t, a2, atB.Addr(), 10*time.Second)
+
+	// Who was out of reach when it was asked is told of later.
+	b.attaches("six", "--netns", b1.Path(), "--ifname", "eth1")
+	take("eth1", netip.MustParsePrefix("fd40::77/64"))
+	if at3 := a.attaches("six", "--netns", a3.Path(), "--ip", "fd40::77"); at3 != netip.MustParsePrefix("fd40::77/64") {
+		t.Errorf("a3 has %v", at3)
+	}
+	mac6 := b.attached(func(e node.Endpoint) bool { return e.Overlay == "six" })[0].MAC.String()
+	a.eventually(10*time.Second, "fd40::77 is told to be b1's too", func() bool {
+		list := a.attached(isNamed(name(a3)))
+		return len(list) == 1 && list[0].Up && strings.Contains(list[0].Error, "fd40::77") && strings.Contains(list[0].Error, mac6)
+	})
+	if healthy := a.attached(func(e node.Endpoint) bool { return e.Error == "" }); len(healthy) != 2 {
+		t.Errorf("%v have no error, want a1 and a2", healthy)
+	}
+}

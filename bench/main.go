@@ -94,7 +94,7 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	f.SetOutput(log)
 	tulleBin := f.String("tulle", "bin/tulle", "the binary to measure")
 	other := f.String("ab", "", "a second binary, compared with -tulle row by row")
-	peerList := f.String("peers", "", "comma-separated; default: all of "+names(peers(""), peerName))
+	peerList := f.String("peers", usualPeers(), "comma-separated, of "+names(peers(""), peerName)+"; \"\" is all")
 	underlayList := f.String("underlays", "", "comma-separated; default: all of "+names(underlays, underlayName))
 	testList := f.String("tests", usualTests, "comma-separated, of "+names(tests, testName)+"; \"\" is all")
 	f.IntVar(&b.rounds, "rounds", 3, "rounds; below three there is no spread worth the name")
@@ -126,6 +126,11 @@ func parse(args []string, log io.Writer) (*bench, error) {
 // usualTests leave out what adds least to the others, so that a run of three
 // rounds ends in less than half an hour.
 const usualTests = "idle,tcp1,tcp4,udp64,load"
+
+// usualPeers are those that are measured unless others are named.
+func usualPeers() string {
+	return names(slices.DeleteFunc(peers(""), func(p peer) bool { return p.asked }), peerName)
+}
 
 func peerName(p peer) string         { return p.name }
 func underlayName(u underlay) string { return u.name }

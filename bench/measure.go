@@ -62,9 +62,17 @@ func (r *rig) tunnel(dev string) tunnel {
 	return tunnel{addrs: [2]netip.Addr{r.sides[0].over.Addr(), r.sides[1].over.Addr()}, dev: dev}
 }
 
-// tunnelDevice is that of host a.
+// end is where the tests run.
+func (r *rig) end(i int) *lab.Host {
+	if h := r.tun.ends[i]; h != nil {
+		return h
+	}
+	return r.sides[i].Host
+}
+
+// tunnelDevice is that of the first end.
 func (r *rig) tunnelDevice() (lab.Link, error) {
-	dev, ok, err := r.sides[0].Link(r.tun.dev)
+	dev, ok, err := r.end(0).Link(r.tun.dev)
 	if err == nil && !ok {
 		err = errors.New("there is none")
 	}
@@ -219,7 +227,7 @@ func (s *sample) String() string {
 
 // firstPing pings until a reply comes.
 func (r *rig) firstPing(ctx context.Context, limit time.Duration) error {
-	p, err := r.sides[0].NewPinger(r.tun.addrs[1], lab.PingOptions{})
+	p, err := r.end(0).NewPinger(r.tun.addrs[1], lab.PingOptions{})
 	if err != nil {
 		return err
 	}
@@ -232,15 +240,15 @@ func (r *rig) firstPing(ctx context.Context, limit time.Duration) error {
 	})
 }
 
-// serve starts iperf3's server on host b.
+// serve starts iperf3's server at the second end.
 func (r *rig) serve(ctx context.Context) error {
-	p, err := r.sides[1].Start(exec.Command("iperf3", "-s", "-4"))
+	p, err := r.end(1).Start(exec.Command("iperf3", "-s", "-4"))
 	if err != nil {
 		return err
 	}
 	const listening = ":1451 00000000:0000 0A" // port 5201, TCP_LISTEN
 	return until(ctx, 5*time.Second, func() error {
-		sockets, err := r.sides[1].ReadProcNet("tcp")
+		sockets, err := r.end(1).ReadProcNet("tcp")
 		if err == nil && !strings.Contains(sockets, listening) {
 			err = fmt.Errorf("bench: iperf3 does not listen: %s", tail(p.Log()))
 		}
@@ -265,7 +273,7 @@ type iperfReport struct {
 	}
 }
 
-// iperf runs a client on host a.
+// iperf runs a client at the first end.
 func (r *rig) iperf(ctx context.Context, secs int, args ...string) (rep iperfReport, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(secs+15)*time.Second)
 	defer cancel()
@@ -292,7 +300,7 @@ func (r *rig) startIperf(secs int, args ...string) (*lab.Process, *bytes.Buffer,
 	var out bytes.Buffer
 	cmd := exec.Command("iperf3", append([]string{"-c", r.tun.addrs[1].String(), "-J", "-t", strconv.Itoa(secs)}, args...)...)
 	cmd.Stdout = &out // to be read when it has ended
-	p, err := r.sides[0].Start(cmd)
+	p, err := r.end(0).Start(cmd)
 	return p, &out, err
 }
 

@@ -22,6 +22,8 @@ type peer struct {
 	ours, reference bool
 	base            string
 	binary          string // of ours
+	// asked: measured only if it is named.
+	asked bool
 	// prepare does what is slow and needed once, before the first round.
 	prepare func(context.Context) error
 	// up starts it on both hosts; it need not wait until it works.
@@ -30,8 +32,10 @@ type peer struct {
 
 // tunnel is what a peer brought up.
 type tunnel struct {
-	addrs [2]netip.Addr // of the two hosts, through the tunnel
+	addrs [2]netip.Addr // of the two ends, through the tunnel
 	dev   string
+	// ends are containers that the tests run between; nil: the hosts themselves.
+	ends [2]*lab.Host
 	// procs are the processes whose CPU time and memory are the peer's.
 	procs []*lab.Process
 }
@@ -41,7 +45,7 @@ const plainTulle = "tulle-plain"
 
 // peers is the table of rows, with bin as Tulle's binary.
 func peers(bin string) []peer {
-	return []peer{
+	return append([]peer{
 		{name: "underlay", about: "no tunnel", prepare: nothing, up: upUnderlay},
 		{name: "kernel-vxlan", about: "the kernel's vxlan, in the clear", reference: true, prepare: nothing, up: upKernel},
 		tulle(plainTulle, "VXLAN in the clear", bin, "encryption=none", false),
@@ -49,7 +53,7 @@ func peers(bin string) []peer {
 		tulle("tulle-chacha", "sealed, ChaCha20-Poly1305", bin, "cipher=chacha20-poly1305", true),
 		{name: "wireguard-go", about: "layer 3, ChaCha20-Poly1305, " + wireguardVersion, reference: true, prepare: buildWireguard, up: upWireguard},
 		{name: "nebula", about: "layer 3, AES-256-GCM, " + nebulaVersion, prepare: buildNebula, up: upNebula},
-	}
+	}, containerRows(bin)...)
 }
 
 // withOther puts behind each of Tulle's rows the one of that name in others,
@@ -101,18 +105,8 @@ func tulle(name, about, bin, settings string, sealed bool) peer {
 	p.up = func(ctx context.Context, r *rig) (tunnel, error) {
 		t := r.tunnel("tulle0")
 		for i, s := range r.sides {
-			var join []string
-			switch {
-			case i > 0 && sealed:
-				token, err := tokenOf(ctx, r, r.sides[0], bin)
-				if err != nil {
-					return t, err
-				}
-				join = []string{"--token", token}
-			case i > 0:
-				join = []string{"--join", r.sides[0].under.String()}
-			}
-			proc, err := startTulle(r, s, bin, t.dev, settings, join)
+			overlay := fmt.Sprintf("name=bench,vni=42,address=%s,tap=%s,%s", s.over, t.dev, settings)
+			proc, err := startTulle(ctx, r, i, bin, sealed, "--overlay", overlay)
 			if err != nil {
 				return t, err
 			}
@@ -123,13 +117,22 @@ func tulle(name, about, bin, settings string, sealed bool) peer {
 	return p
 }
 
-// startTulle starts a node with an overlay of these settings, and with flags that
-// say how it joins.
-func startTulle(r *rig, s side, bin, dev, settings string, join []string) (*lab.Process, error) {
-	own := []string{"up", "--name", s.Name(), "--advertise", s.under.String(),
-		"--state-dir", filepath.Join(r.lab.Dir(), s.Name()), "--socket", tulleSocket(r, s),
-		"--overlay", fmt.Sprintf("name=bench,vni=42,address=%s,tap=%s,%s", s.over, dev, settings)}
-	cmd := exec.Command(bin, append(own, join...)...)
+// startTulle starts a node on the host of this number; the second joins the first.
+func startTulle(ctx context.Context, r *rig, host int, bin string, sealed bool, flags ...string) (*lab.Process, error) {
+	s := r.sides[host]
+	args := append([]string{"up", "--name", s.Name(), "--advertise", s.under.String(),
+		"--state-dir", filepath.Join(r.lab.Dir(), s.Name()), "--socket", tulleSocket(r, s)}, flags...)
+	switch {
+	case host > 0 && sealed:
+		token, err := tokenOf(ctx, r, r.sides[0], bin)
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, "--token", token)
+	case host > 0:
+		args = append(args, "--join", r.sides[0].under.String())
+	}
+	cmd := exec.Command(bin, args...)
 	cmd.Env = withoutTulle(os.Environ())
 	return s.Start(cmd)
 }

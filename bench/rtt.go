@@ -20,7 +20,7 @@ const (
 	rttWait = 200 * time.Millisecond // for a reply
 )
 
-// roundTrips measures UDP round trips from host a to host b for some seconds:
+// roundTrips measures UDP round trips from the first end to the second for some seconds:
 // ping-pong when every is 0, else a request each time, whether or not the last
 // one was answered (so that a stall shows in all requests that fall into it).
 //
@@ -75,7 +75,8 @@ func percentile(sorted []time.Duration, p float64) time.Duration {
 // udpPair opens a blocking socket in each host, connected to each other.
 func (r *rig) udpPair() (client, server int, err error) {
 	var fds [2]int
-	for i, s := range r.sides {
+	for i := range r.sides {
+		s := r.end(i)
 		local := &syscall.SockaddrInet4{Port: rttPort, Addr: r.tun.addrs[i].As4()}
 		remote := &syscall.SockaddrInet4{Port: rttPort, Addr: r.tun.addrs[1-i].As4()}
 		err := s.Do(func() error {
@@ -97,7 +98,7 @@ func (r *rig) udpPair() (client, server int, err error) {
 			if i == 1 {
 				syscall.Close(fds[0])
 			}
-			return 0, 0, fmt.Errorf("bench: UDP socket on host %s: %w", s.Name(), err)
+			return 0, 0, fmt.Errorf("bench: UDP socket in %s: %w", s.Name(), err)
 		}
 	}
 	return fds[0], fds[1], nil

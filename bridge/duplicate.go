@@ -19,7 +19,7 @@ type Duplicate struct {
 
 // watch is what the frames to a port are looked at for while its addresses are probed.
 type watch struct {
-	own   ether.MAC
+	own   []ether.MAC
 	addrs []netip.Addr
 	found chan Duplicate // of one; more are of no interest
 }
@@ -32,15 +32,18 @@ func (p *Port) Alone() bool {
 // Probe asks the overlay whose these addresses of the port's device are, by ARP
 // probes (RFC 5227, section 2.1.1) and neighbour solicitations for duplicates (RFC
 // 4862, section 5.4.2): at once, and then each time that much later. It returns
-// the first that is another station's, or false when ctx ends. One that has our MAC
-// as well is not found: its frames are dropped as our own. One Probe of a port runs
-// at a time; it ends with the port.
-func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, every time.Duration) (Duplicate, bool) {
+// the first that is another station's, or false when ctx ends. Not another station's
+// are the MACs in siblings: of the host's other devices in the overlay, by which
+// Linux answers for any address that it has. One that has our MAC as well is not
+// found: its frames are dropped as our own. One Probe of a port runs at a time; it
+// ends with the port.
+func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, siblings []ether.MAC, every time.Duration) (Duplicate, bool) {
 	if !p.hold() {
 		return Duplicate{}, false
 	}
 	defer p.done.Done()
-	w := &watch{own: p.dev.MAC(), addrs: addrs, found: make(chan Duplicate, 1)}
+	own := p.dev.MAC()
+	w := &watch{own: append(slices.Clone(siblings), own), addrs: addrs, found: make(chan Duplicate, 1)}
 	p.watch.Store(w)
 	defer p.watch.CompareAndSwap(w, nil)
 	again := time.NewTicker(every)
@@ -48,9 +51,9 @@ func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, every time.Duratio
 	for {
 		p.flood(addrs, func(a netip.Addr) []byte {
 			if a.Is4() {
-				return ether.AppendARP(nil, ether.Broadcast, ether.ARPRequest, w.own, netip.IPv4Unspecified(), 0, a)
+				return ether.AppendARP(nil, ether.Broadcast, ether.ARPRequest, own, netip.IPv4Unspecified(), 0, a)
 			}
-			return ether.AppendSolicitation(nil, 0, w.own, netip.IPv6Unspecified(), a)
+			return ether.AppendSolicitation(nil, 0, own, netip.IPv6Unspecified(), a)
 		})
 		select {
 		case d := <-w.found:
@@ -101,7 +104,7 @@ func (p *Port) flood(addrs []netip.Addr, frameOf func(netip.Addr) []byte) {
 // see looks at a frame to the port. It is borrowed.
 func (w *watch) see(frame []byte) {
 	ip, mac, ok := claim(frame)
-	if ok && mac != w.own && slices.Contains(w.addrs, ip) {
+	if ok && !slices.Contains(w.own, mac) && slices.Contains(w.addrs, ip) {
 		select {
 		case w.found <- Duplicate{ip, mac}:
 		default:

@@ -18,13 +18,14 @@ import (
 func TestDuplicate(t *testing.T) {
 	ip4, ip6 := netip.MustParseAddr("10.32.0.1"), netip.MustParseAddr("fd00::1")
 	other4, other6 := netip.MustParseAddr("10.32.0.2"), netip.MustParseAddr("fd00::2")
-	foreign, none := ether.MAC(0x02aa_0000_0001), ether.MAC(0)
+	foreign, sibling, none := ether.MAC(0x02aa_0000_0001), ether.MAC(0x02aa_0000_0002), ether.MAC(0)
 	for name, c := range map[string]struct {
 		frame []byte
 		want  netip.Addr
 	}{
 		"nothing":                      {},
 		"ARP answer":                   {ethertest.ARPReply(foreign, ip4, macOf(1), netip.IPv4Unspecified()), ip4},
+		"ARP answer of a sibling":      {ethertest.ARPReply(sibling, ip4, macOf(1), netip.IPv4Unspecified()), netip.Addr{}},
 		"ARP question by who has it":   {ethertest.ARPRequest(foreign, ip4, other4), ip4},
 		"ARP probe of another":         {ethertest.ARPRequest(foreign, netip.IPv4Unspecified(), ip4), ip4},
 		"ARP question for it":          {ethertest.ARPRequest(foreign, other4, ip4), netip.Addr{}},
@@ -50,7 +51,7 @@ func TestDuplicate(t *testing.T) {
 				}
 				done := make(chan result, 1)
 				go func() {
-					d, found := port.Probe(ctx, []netip.Addr{ip4, ip6}, time.Second)
+					d, found := port.Probe(ctx, []netip.Addr{ip4, ip6}, []ether.MAC{sibling}, time.Second)
 					done <- result{d, found}
 				}()
 				n[1].wants(t, ethertest.ARPRequest(macOf(1), netip.IPv4Unspecified(), ip4), ether.AppendSolicitation(nil, 0, macOf(1), netip.IPv6Unspecified(), ip6))
@@ -88,7 +89,7 @@ func TestAnnounce(t *testing.T) {
 		if err := n[0].bridge.RemovePort(port); err != nil {
 			t.Fatal(err)
 		}
-		if _, found := port.Probe(t.Context(), []netip.Addr{ip4}, time.Second); found {
+		if _, found := port.Probe(t.Context(), []netip.Addr{ip4}, nil, time.Second); found {
 			t.Error("a port that has ended found somebody")
 		}
 		n[1].wants(t)

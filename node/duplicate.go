@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/bridge"
+	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/store"
 )
 
@@ -65,6 +66,12 @@ func (h *endpoints) duplicate(e *endpoint) (bridge.Duplicate, bool) {
 	for _, p := range e.IPs {
 		addrs = append(addrs, p.Addr())
 	}
+	var siblings []ether.MAC
+	for _, other := range ov.list() {
+		if other.of != nil && other.of.Namespace == e.Namespace {
+			siblings = append(siblings, other.of.MAC)
+		}
+	}
 	// Who is alone now may have company in a moment, when sessions stand.
 	wait := answerWithin
 	if a.port.Alone() {
@@ -78,7 +85,7 @@ func (h *endpoints) duplicate(e *endpoint) (bridge.Duplicate, bool) {
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), askFor)
 		defer cancel()
-		d, found := a.port.Probe(ctx, addrs, askEvery)
+		d, found := a.port.Probe(ctx, addrs, siblings, askEvery)
 		if !found {
 			return
 		}

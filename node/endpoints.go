@@ -89,6 +89,7 @@ type endpoint struct {
 	Tap     string         `json:"tap"`
 	IPs     []netip.Prefix `json:"ips"`
 	MAC     ether.MAC      `json:"mac"`
+	Driver  tap.Driver     `json:"driver,omitempty"` // that was asked for
 
 	// Of one in a namespace: what its addresses are assigned to, what it is called,
 	// and the namespace, with a path that led to it.
@@ -279,7 +280,7 @@ func (h *endpoints) setFault(e *endpoint, err error) {
 
 // expose makes this host an endpoint of a shared overlay.
 func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, error) {
-	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap}
+	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap, Driver: r.Driver}
 	defer h.claim(e.place())()
 	def, err := h.n.mayJoin(ctx, r.Overlay)
 	if err != nil {
@@ -296,6 +297,9 @@ func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, err
 		}
 		if r.Tap != "" && r.Tap != e.Tap {
 			return nil, tellf(errExists, "this host is in overlay %s already, on %s: `tulle unexpose %s` first", def.Name, e.Tap, def.Name)
+		}
+		if r.Driver != "" && r.Driver != cmp.Or(e.Driver, tap.DriverAuto) {
+			return nil, tellf(errExists, "this host is in overlay %s already, with the driver %s: `tulle unexpose %s` first", def.Name, cmp.Or(e.Driver, tap.DriverAuto), def.Name)
 		}
 		return e, nil
 	}
@@ -423,7 +427,7 @@ func (h *endpoints) lost(owner string) {
 func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
-		Netns: e.Netns, DefaultRoute: e.DefaultRoute,
+		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
 		d := ov.deviceOf(e)

@@ -66,7 +66,7 @@ func (n *Node) settingsOf(def *store.Overlay, e *endpoint) (config.Overlay, erro
 	c := n.cfg
 	c.Overlays = []config.Overlay{{
 		Name: def.Name, VNI: vxlan.VNI(def.VNI), Encryption: def.Encryption, Cipher: def.Cipher, MTU: def.MTU, Flood: def.Flood,
-		ClampMSS: def.ClampMSS, Tap: e.Tap, MAC: e.MAC,
+		ClampMSS: def.ClampMSS, Tap: e.Tap, MAC: e.MAC, Driver: e.Driver,
 	}}
 	if err := c.Validate(); err != nil {
 		return config.Overlay{}, bad{err}

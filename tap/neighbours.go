@@ -41,7 +41,7 @@ const (
 	delayFor     = 5 * time.Second
 	retransmit   = time.Second
 	maxAsked     = 3
-	failedFor    = 3 * time.Second
+	failedFor    = time.Second
 )
 
 // neighbour returns the entry of an address, a new one if there is none. It is nil

@@ -171,7 +171,7 @@ type Overlay struct {
 	// default 16,384, or MaxMACs where that is less.
 	MaxMACsPerPort int
 	// Driver of the TAP: auto (default), offload, plain; or tun, which makes none but
-	// a layer 3 device, and needs an Address.
+	// a layer 3 device.
 	Driver tap.Driver
 	// Netns is the path of a network namespace that the device is moved to.
 	Netns string

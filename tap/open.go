@@ -116,11 +116,7 @@ func validate(cfg Config) error {
 		}
 	}
 	switch cfg.Driver {
-	case DriverAuto, DriverOffload, DriverPlain:
-	case DriverTun:
-		if len(cfg.Addresses) == 0 {
-			fault("driver %s: a layer 3 device needs an address", cfg.Driver)
-		}
+	case DriverAuto, DriverOffload, DriverPlain, DriverTun:
 	default:
 		fault("driver %q: choose %s, %s, %s or %s", cfg.Driver, DriverAuto, DriverOffload, DriverPlain, DriverTun)
 	}

@@ -105,6 +105,31 @@ func (s *stand) hears(frame []byte) {
 	s.heard(frame, time.Now())
 }
 
+func (s *stand) size() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.table)
+}
+
+func (s *stand) entry(a netip.Addr) *neighbour {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.table[a]
+}
+
+func (s *stand) held() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.heldBytes
+}
+
+// next returns when the timer is due.
+func (s *stand) next() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.due
+}
+
 func (s *stand) count(why stationDrop) uint64 { return s.drops[why].Load() }
 
 // family has the messages about the neighbour with which ARP and ND do the same.
@@ -177,8 +202,8 @@ func TestResolve(t *testing.T) {
 		if to := s.out(packet(f.own, f.other, 4)); to != otherMAC {
 			t.Errorf("the next went to %v, want %v", to, otherMAC)
 		}
-		if s.heldBytes != 0 {
-			t.Errorf("%d bytes are held, by nobody", s.heldBytes)
+		if s.held() != 0 {
+			t.Errorf("%d bytes are held, by nobody", s.held())
 		}
 	})
 }
@@ -210,8 +235,8 @@ func TestUnreachable(t *testing.T) {
 		s.want("while it is known not to answer")
 		time.Sleep(failedFor)
 		synctest.Wait()
-		if len(s.table) != 0 || !s.due.IsZero() {
-			t.Errorf("%d neighbours, the timer is due %v: want it all forgotten", len(s.table), s.due)
+		if s.size() != 0 || !s.next().IsZero() {
+			t.Errorf("%d neighbours, the timer is due %v: want it all forgotten", s.size(), s.next())
 		}
 		s.out(packet(f.own, f.other, 2))
 		s.want("anew", f.ask)
@@ -243,7 +268,7 @@ func TestProbe(t *testing.T) {
 		s.hears(f.reply)
 		s.taken()
 		time.Sleep(reachableFor / 2) // the least that jitter makes of it
-		if s.out(packet(f.own, f.other, 1)); !s.due.IsZero() && s.due.After(time.Now().Add(delayFor-1)) {
+		if s.out(packet(f.own, f.other, 1)); !s.next().IsZero() && s.next().After(time.Now().Add(delayFor-1)) {
 			t.Error("a neighbour that was confirmed just now is to be asked")
 		}
 		time.Sleep(time.Hour)
@@ -284,7 +309,7 @@ func TestProbe(t *testing.T) {
 func TestMoved(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *stand, f family) {
 		s.hears(f.moved) // of nobody that is known
-		if len(s.table) != 0 {
+		if s.size() != 0 {
 			t.Error("an entry was made for who was not asked for")
 		}
 		s.out(packet(f.own, f.other, 0))
@@ -358,8 +383,8 @@ func TestDuplicate(t *testing.T) {
 		}
 		s.hears(claims[2])
 		s.want("a claim by ND", ether.AppendAdvertisement(nil, 0, stationMAC, netip.Addr{}, own6))
-		if n := s.count(dropConflict); n != 7 || len(s.table) != 0 {
-			t.Errorf("%d conflicts and %d neighbours, want 7 and none", n, len(s.table))
+		if n := s.count(dropConflict); n != 7 || s.size() != 0 {
+			t.Errorf("%d conflicts and %d neighbours, want 7 and none", n, s.size())
 		}
 	})
 }
@@ -465,14 +490,14 @@ func TestUnsound(t *testing.T) {
 	for _, b := range bad {
 		s.hears(b)
 	}
-	if n := s.count(dropMalformed); int(n) != len(bad) || len(s.table) != 0 {
-		t.Errorf("%d of %d refused, %d neighbours", n, len(bad), len(s.table))
+	if n := s.count(dropMalformed); int(n) != len(bad) || s.size() != 0 {
+		t.Errorf("%d of %d refused, %d neighbours", n, len(bad), s.size())
 	}
 	s.want("no answer")
 	// Somebody off the subnet is answered, and is no neighbour.
 	s.hears(ether.AppendARP(nil, ether.Broadcast, ether.ARPRequest, otherMAC, netip.MustParseAddr("192.0.2.7"), 0, own4))
-	if len(s.taken()) != 1 || len(s.table) != 0 {
-		t.Errorf("%d neighbours, want none", len(s.table))
+	if len(s.taken()) != 1 || s.size() != 0 {
+		t.Errorf("%d neighbours, want none", s.size())
 	}
 }
 
@@ -491,36 +516,36 @@ func TestStationBounds(t *testing.T) {
 		if got := s.taken(); len(got) != maxWaiting || got[0][len(got[0])-1] != 5 {
 			t.Errorf("%d packets waited, want the last %d", len(got), maxWaiting)
 		}
-		if s.heldBytes != 0 {
-			t.Errorf("%d bytes are held, by nobody", s.heldBytes)
+		if s.held() != 0 {
+			t.Errorf("%d bytes are held, by nobody", s.held())
 		}
 		// A host that looks through its subnet: the table is full, then a known one makes room.
 		at := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 32, byte(1 + i>>8), byte(i)}) }
 		for i := range maxNeighbours + 5 {
 			s.out(packet(own4, at(i), 0))
 		}
-		if len(s.table) != maxNeighbours || s.table[other4] != nil || s.count(dropNeighbourLimit) != 5 {
-			t.Errorf("%d neighbours, %d refused; want %d, 5, and the one that was known to make room", len(s.table), s.count(dropNeighbourLimit), maxNeighbours)
+		if s.size() != maxNeighbours || s.entry(other4) != nil || s.count(dropNeighbourLimit) != 5 {
+			t.Errorf("%d neighbours, %d refused; want %d, 5, and the one that was known to make room", s.size(), s.count(dropNeighbourLimit), maxNeighbours)
 		}
 		if got, lost := len(s.taken()), s.count(dropAnswerLimit); got != maxQueue || lost != maxNeighbours-maxQueue {
 			t.Errorf("%d questions are sent and %d not, want %d and %d", got, lost, maxQueue, maxNeighbours-maxQueue)
 		}
 		// Nobody makes room for who only asks.
 		s.hears(ether.AppendARP(nil, ether.Broadcast, ether.ARPRequest, otherMAC, other4, 0, own4))
-		if len(s.table) != maxNeighbours || s.table[other4] != nil {
-			t.Errorf("%d neighbours, want %d without who asked", len(s.table), maxNeighbours)
+		if s.size() != maxNeighbours || s.entry(other4) != nil {
+			t.Errorf("%d neighbours, want %d without who asked", s.size(), maxNeighbours)
 		}
 		time.Sleep(7 * time.Second)
 		synctest.Wait()
-		if len(s.table) != 0 || s.heldBytes != 0 {
-			t.Errorf("%d neighbours and %d bytes are left", len(s.table), s.heldBytes)
+		if s.size() != 0 || s.held() != 0 {
+			t.Errorf("%d neighbours and %d bytes are left", s.size(), s.held())
 		}
 		big := append(packet(own4, other4, 0), make([]byte, 60_000)...)
 		for range 20 {
 			s.out(bytes.Clone(big))
 		}
-		if s.heldBytes > maxHeldBytes || s.heldBytes < maxHeldBytes-70_000 {
-			t.Errorf("%d bytes are held, want nearly %d", s.heldBytes, maxHeldBytes)
+		if s.held() > maxHeldBytes || s.held() < maxHeldBytes-70_000 {
+			t.Errorf("%d bytes are held, want nearly %d", s.held(), maxHeldBytes)
 		}
 	})
 }
@@ -553,8 +578,8 @@ func FuzzStation(f *testing.F) {
 			s.mu.Unlock()
 			s.admit(frame)
 		}
-		if len(s.table) > 2 || s.heldBytes > 2*(Headroom+len(frame)) {
-			t.Errorf("%d neighbours, %d bytes held", len(s.table), s.heldBytes)
+		if s.size() > 2 || s.held() > 2*(Headroom+len(frame)) {
+			t.Errorf("%d neighbours, %d bytes held", s.size(), s.held())
 		}
 		for _, out := range s.taken() {
 			if len(out) < etherLen || ether.MACFrom(out[6:]) != stationMAC {

@@ -73,7 +73,7 @@ type endpoints struct {
 	self    tap.Namespace
 	selfErr error
 
-	saving sync.Mutex // one write of the file at a time
+	saver saver
 
 	mu      sync.Mutex
 	list    []*endpoint        // in the order in which they were made
@@ -193,7 +193,7 @@ func encodeEndpoints(list []*endpoint) ([]byte, error) {
 	if slices.ContainsFunc(list, func(e *endpoint) bool { return !e.host() }) {
 		f.Schema = endpointsNetns
 	}
-	return json.MarshalIndent(f, "", "  ")
+	return json.Marshal(f) // not for eyes: with hundreds of endpoints indenting took most of the time
 }
 
 // release gives back addresses of endpoints that are not remembered: the node was
@@ -210,13 +210,13 @@ func (h *endpoints) release() error {
 
 // save remembers the endpoints of now.
 func (h *endpoints) save() error {
-	h.saving.Lock()
-	defer h.saving.Unlock()
-	b, err := encodeEndpoints(h.all())
-	if err != nil {
-		return err
-	}
-	return writeFile(filepath.Join(h.n.cfg.StateDir, fileEndpoints), b)
+	return h.saver.save(func() error {
+		b, err := encodeEndpoints(h.all())
+		if err != nil {
+			return err
+		}
+		return writeFile(filepath.Join(h.n.cfg.StateDir, fileEndpoints), b)
+	})
 }
 
 // all returns the endpoints of now.

@@ -99,6 +99,7 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	}
 	d := &device{cfg: n.tapConfig(o), of: e}
 	d.cfg.Netns, d.cfg.Addresses = netns, e.IPs
+	d.cfg.NoSolicit = !e.host() // hundreds would ask all the others, again and again
 	if d.cfg.Gateways, err = gatewaysOf(def, e); err != nil {
 		return err
 	}

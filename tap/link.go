@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -259,6 +260,9 @@ func (l *link) setUp(cfg Config) error {
 	} else {
 		_ = h.LinkSetIP6AddrGenMode(dev, addrGenEUI64)
 	}
+	if cfg.NoSolicit {
+		l.noSolicit()
+	}
 	for _, a := range cfg.Addresses {
 		if err := addAddress(h, dev, a); err != nil {
 			return err
@@ -299,6 +303,24 @@ func (l *link) addLinkLocal(h *netlink.Handle, dev netlink.Link, mtu int) {
 	if mtu >= minMTU6 {
 		_ = addAddress(h, dev, netip.PrefixFrom(ether.LinkLocal(l.mac), 64))
 	}
+}
+
+// noSolicit does what Config.NoSolicit says, before the device is up. The files are
+// those of the thread's namespace.
+func (l *link) noSolicit() {
+	set := func() {
+		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+l.name+"/router_solicitations", []byte("0"), 0) // else it asks
+	}
+	if l.netns == "" {
+		set()
+		return
+	}
+	ns, err := openNetns(l.netns)
+	if err != nil {
+		return
+	}
+	defer ns.Close()
+	_ = within(ns, set)
 }
 
 // addDefault adds a default route through the device, which is up.

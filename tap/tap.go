@@ -55,6 +55,10 @@ type Config struct {
 	// Gateways get the default routes of the device's namespace, one a family, each
 	// inside one of Addresses. DriverTun sends them what is for none of its subnets.
 	Gateways []netip.Addr
+	// NoSolicit has the kernel ask for no IPv6 routers on the device, which each
+	// does for hours after it came up, of everybody; what they announce by
+	// themselves is heard. Without effect where /proc/sys cannot be written.
+	NoSolicit bool
 	// GSOMaxSize bounds the super-frames that the kernel hands out, in bytes;
 	// 0: such that the train fits one UDP send (see DefaultGSOMaxSize). The
 	// kernel's own bound is 65,536.

@@ -2,14 +2,17 @@ package tap
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/ether"
 )
@@ -330,4 +333,131 @@ func TestTunNoAllocs(t *testing.T) {
 	}); n != 0 {
 		t.Errorf("Read allocates %v times", n)
 	}
+}
+
+// BenchmarkTunWrite is what a train of 60,000 bytes costs on its way into a host that
+// throws it away: as the drivers write it, in pieces, and as the library would.
+func BenchmarkTunWrite(b *testing.B) {
+	frame, m := udpFrame(there, here, pattern(60_000), 1400)
+	for _, c := range []struct {
+		what   string
+		driver Driver
+		cfg    Config
+	}{{"offload", DriverOffload, Config{}}, {"tun", DriverTun, Config{}}, {"tun in pieces", DriverTun, Config{NoGRO: true}}} {
+		b.Run(c.what, func(b *testing.B) {
+			dev := newSpace(b).station(c.driver, herePrefix, c.cfg)
+			dev.MAC().Put(frame)
+			q, parts := dev.Queues()[0], [][]byte{frame}
+			b.SetBytes(int64(len(frame)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := q.WriteFrame(m, parts); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+	b.Run("tun by the library", func(b *testing.B) {
+		d := newSpace(b).station(DriverTun, herePrefix, Config{}).(*tunDevice)
+		d.MAC().Put(frame)
+		var seg ether.Segmenter
+		memory, bufs := make([][]byte, 64), make([][]byte, 0, 64)
+		for i := range memory {
+			memory[i] = make([]byte, ether.MaxFrame)
+		}
+		b.SetBytes(int64(len(frame)))
+		b.ReportAllocs()
+		for b.Loop() {
+			if seg.Reset(frame, m) != nil {
+				b.Fatal("no super-frame")
+			}
+			bufs = bufs[:0]
+			for n := seg.Next(memory[0]); n > 0; n = seg.Next(memory[len(bufs)]) {
+				bufs = append(bufs, memory[len(bufs)][:n])
+			}
+			if _, err := d.tun.Write(bufs, etherLen); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+// BenchmarkTunRead is what a datagram of the host costs on its way out, sending it included.
+func BenchmarkTunRead(b *testing.B) {
+	for _, d := range []Driver{DriverOffload, DriverTun} {
+		b.Run(string(d), func(b *testing.B) {
+			s := newSpace(b)
+			dev := s.station(d, herePrefix, Config{})
+			q, batch := dev.Queues()[0], NewBatch()
+			conn := s.listenUDP(here)
+			to, payload := netip.MustParseAddrPort("10.32.255.255:9"), pattern(1000)
+			raw, err := conn.SyscallConn()
+			if err != nil {
+				b.Fatal(err)
+			}
+			if err := errors.Join(raw.Control(func(fd uintptr) {
+				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 1)
+			}), err); err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(int64(len(payload)))
+			b.ReportAllocs()
+			for b.Loop() {
+				for range 16 {
+					if _, err := conn.WriteToUDPAddrPort(payload, to); err != nil {
+						b.Fatal(err)
+					}
+				}
+				for got := 0; got < 16; {
+					if err := q.Read(batch); err != nil {
+						b.Fatal(err)
+					}
+					got += len(batch.Frames)
+				}
+			}
+		})
+	}
+}
+
+// TestTunWithoutIPv6: where IPv6 is switched off there is IPv4, and no error.
+func TestTunWithoutIPv6(t *testing.T) {
+	sa, sb := newSpace(t), newSpace(t)
+	for _, s := range []*space{sa, sb} {
+		s.do(func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0) })
+	}
+	a, b := sa.station(DriverTun, "10.32.0.1/16", Config{}), sb.station(DriverTun, "10.32.0.2/16", Config{})
+	if got := sa.addresses(a.Name()); len(got) != 1 {
+		t.Errorf("addresses %v, want the IPv4 one alone", got)
+	}
+	plug(t, a, b)
+	transfer(t, sa, sb, there.Addr(), 1<<20)
+	tunDrops(t, a)
+	sa.do(func() error {
+		dev, err := Open(Config{Name: unique(), MTU: 1450, Driver: DriverTun, Addresses: []netip.Prefix{netip.MustParsePrefix("fd00:32::1/64")}})
+		if err == nil {
+			_ = dev.Close()
+			return errors.New("an IPv6 address was taken")
+		}
+		if !strings.Contains(err.Error(), "IPv6 is switched off") {
+			t.Errorf("an IPv6 address: %v", err)
+		}
+		return nil
+	})
+}
+
+// TestNoSolicit: in a namespace of its own a device asks for no routers.
+func TestNoSolicit(t *testing.T) {
+	everyDriver(t, func(t *testing.T, d Driver) {
+		for _, no := range []bool{false, true} {
+			s, target := newSpace(t), newSpace(t)
+			s.open(Config{Name: "eth0", Driver: d, Netns: target.path(), NoSolicit: no})
+			target.do(func() error {
+				b, err := os.ReadFile("/proc/sys/net/ipv6/conf/eth0/router_solicitations")
+				if got := strings.TrimSpace(string(b)); (got == "0") != no {
+					t.Errorf("router_solicitations = %s with NoSolicit %v", got, no)
+				}
+				return err
+			})
+		}
+	})
 }

@@ -98,7 +98,7 @@ func (s *station) toNeighbour(nb *neighbour, frame []byte, now time.Time) bool {
 		}
 		return false
 	case failed:
-		s.drop(dropUnreachable)
+		s.unreachable(frame, now)
 		return false
 	case stale:
 		s.setDelay(nb, now)
@@ -284,7 +284,7 @@ func (s *station) expire(nb *neighbour, now time.Time) {
 	default:
 		for _, f := range nb.waiting {
 			s.heldBytes -= len(f)
-			s.drop(dropUnreachable)
+			s.unreachable(f[Headroom:], now)
 		}
 		nb.waiting, nb.state = nil, failed
 		nb.until = now.Add(failedFor)

@@ -23,9 +23,11 @@ type station struct {
 	prefixes []netip.Prefix // the host's addresses, the link-local one among them
 	gateways []netip.Addr
 	drops    [numStationDrops]atomic.Uint64
-	// wake tells the worker that there is something to take. It is called with
-	// mu held and does not block.
+	// wake tells the worker that there is something to take, tell the host what is
+	// in a packet, borrowed, behind 14 bytes. They are called with mu held and do not
+	// block.
 	wake func()
+	tell func(frame []byte)
 
 	mu    sync.Mutex
 	table map[netip.Addr]*neighbour
@@ -39,6 +41,9 @@ type station struct {
 	timer              *time.Timer // calls tick
 	due                time.Time   // when it does; zero: it does not
 	defended           time.Time   // when an address was last defended
+	told               int         // how often the host was told in the second from toldSince
+	toldSince          time.Time
+	scratch            []byte // memory of what it is told
 	closed             bool
 }
 
@@ -57,6 +62,8 @@ const (
 	maxQueue      = 256
 	maxWaiting    = 64
 	maxHeldBytes  = 512 << 10
+	// maxTold bounds the ICMP errors to the host, a second.
+	maxTold = 100
 
 	etherLen = 14
 	ipv4Len  = 20
@@ -101,8 +108,8 @@ var stationDropNames = [numStationDrops]string{
 	dropConflict:       "tun_conflict",
 }
 
-func newStation(mac ether.MAC, prefixes []netip.Prefix, gateways []netip.Addr, wake func()) *station {
-	return &station{mac: mac, prefixes: prefixes, gateways: gateways, wake: wake, table: map[netip.Addr]*neighbour{}}
+func newStation(mac ether.MAC, prefixes []netip.Prefix, gateways []netip.Addr, wake func(), tell func(frame []byte)) *station {
+	return &station{mac: mac, prefixes: prefixes, gateways: gateways, wake: wake, tell: tell, table: map[netip.Addr]*neighbour{}}
 }
 
 func (s *station) drop(why stationDrop) { s.drops[why].Add(1) }
@@ -418,6 +425,24 @@ func (s *station) take(b *Batch) bool {
 	}
 	s.queue = nil // with its memory
 	return true
+}
+
+// unreachable drops a packet behind 14 bytes, and tells the host why.
+func (s *station) unreachable(frame []byte, now time.Time) {
+	s.drop(dropUnreachable)
+	if now.Sub(s.toldSince) >= time.Second {
+		s.told, s.toldSince = 0, now
+	}
+	if s.told >= maxTold || s.closed {
+		return
+	}
+	if s.scratch == nil {
+		s.scratch = make([]byte, etherLen, etherLen+ether.MaxUnreachable)
+	}
+	if answer, ok := ether.Unreachable(s.scratch[:etherLen], frame[etherLen:]); ok {
+		s.told++
+		s.tell(answer)
+	}
 }
 
 // jitter returns a time of 0.5 to 1.5 times d (RFC 4861, section 6.3.2).

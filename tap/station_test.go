@@ -30,6 +30,7 @@ type stand struct {
 	t testing.TB
 	*station
 	rung int
+	told [][]byte // packets
 	b    *Batch
 }
 
@@ -37,7 +38,7 @@ func newStand(t testing.TB) *stand {
 	s := &stand{t: t, b: NewBatch()}
 	s.station = newStation(stationMAC, []netip.Prefix{
 		netip.PrefixFrom(own4, 16), netip.PrefixFrom(own6, 64), netip.PrefixFrom(ether.LinkLocal(stationMAC), 64),
-	}, []netip.Addr{netip.MustParseAddr("10.32.0.9")}, func() { s.rung++ })
+	}, []netip.Addr{netip.MustParseAddr("10.32.0.9")}, func() { s.rung++ }, func(f []byte) { s.told = append(s.told, bytes.Clone(f[etherLen:])) })
 	t.Cleanup(s.close)
 	return s
 }
@@ -51,7 +52,11 @@ func packet(src, dst netip.Addr, tag byte) []byte {
 	} else {
 		f = append(f, 0x60, 0, 0, 0, 0, 1, 253, 64)
 	}
-	return append(append(append(f, src.AsSlice()...), dst.AsSlice()...), tag)
+	f = append(append(append(f, src.AsSlice()...), dst.AsSlice()...), tag)
+	if dst.Is4() {
+		binary.BigEndian.PutUint16(f[24:], ^ether.Sum(f[14:34], 0))
+	}
+	return f
 }
 
 // out has the station address a packet, and returns where it goes, 0 if not now.
@@ -86,6 +91,15 @@ func (s *stand) taken() (frames [][]byte) {
 		s.t.Errorf("%d packets are still counted", s.packets)
 	}
 	return frames
+}
+
+// tells returns what the host was told.
+func (s *stand) tells() [][]byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	told := s.told
+	s.told = nil
+	return told
 }
 
 // want compares what the station has for the worker.
@@ -228,11 +242,21 @@ func TestUnreachable(t *testing.T) {
 		if n := s.count(dropUnreachable); n != 1 || time.Since(start) != 3*time.Second {
 			t.Errorf("%d packets dropped after %v, want 1 after 3 s", n, time.Since(start))
 		}
+		want, _ := ether.Unreachable(nil, addressed(f, 0, 0)[etherLen:])
+		if told := s.tells(); len(told) != 1 || len(want) == 0 || !bytes.Equal(told[0], want) {
+			t.Errorf("the host was told %x, want %x", told, want)
+		}
 		s.out(packet(f.own, f.other, 1))
 		if n := s.count(dropUnreachable); n != 2 {
 			t.Errorf("%d packets dropped, want 2", n)
 		}
 		s.want("while it is known not to answer")
+		for range 2 * maxTold {
+			s.out(packet(f.own, f.other, 1))
+		}
+		if told := s.tells(); len(told) != maxTold-1 {
+			t.Errorf("the host was told %d times in a second, want %d at most", 1+len(told), maxTold)
+		}
 		time.Sleep(failedFor)
 		synctest.Wait()
 		if s.size() != 0 || !s.next().IsZero() {
@@ -591,7 +615,7 @@ func FuzzStation(f *testing.F) {
 
 // BenchmarkAddress is what a packet pays for its Ethernet header.
 func BenchmarkAddress(b *testing.B) {
-	s := newStation(stationMAC, []netip.Prefix{netip.PrefixFrom(own4, 16)}, nil, func() {})
+	s := newStation(stationMAC, []netip.Prefix{netip.PrefixFrom(own4, 16)}, nil, func() {}, nil)
 	f := append(packet(own4, other4, 0), make([]byte, 1400)...)
 	now := time.Now()
 	s.address(f, now)

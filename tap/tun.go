@@ -134,7 +134,7 @@ func (d *tunDevice) setUpAll(cfg Config, vnet uint16) error {
 		return err
 	}
 	prefixes := append(slices.Clone(cfg.Addresses), netip.PrefixFrom(ether.LinkLocal(cfg.MAC), 64))
-	d.st = newStation(cfg.MAC, prefixes, cfg.Gateways, d.bell.ring)
+	d.st = newStation(cfg.MAC, prefixes, cfg.Gateways, d.bell.ring, d.tell)
 	if err := d.move(cfg); err != nil {
 		return err
 	}
@@ -443,6 +443,9 @@ func (d *tunDevice) writeFinished(frame []byte) error {
 	}
 	return nil
 }
+
+// tell writes the packet of a frame that the station has for the host, which may lose it.
+func (d *tunDevice) tell(frame []byte) { _ = d.writeFinished(frame) }
 
 // write hands over the packet of a frame as it is.
 func (d *tunDevice) write(m ether.Meta, parts [][]byte) error {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -460,4 +461,35 @@ func TestNoSolicit(t *testing.T) {
 			})
 		}
 	})
+}
+
+// TestTunUnreachable: a program of the host's is told that there is nobody, as soon as
+// it would be by Ethernet: the fourth second.
+func TestTunUnreachable(t *testing.T) {
+	s := newSpace(t)
+	dev := s.station(DriverTun, "10.32.0.1/16", Config{Addresses: []netip.Prefix{netip.MustParsePrefix("fd00:32::1/64")}})
+	ended := make(chan error, 1)
+	go func() { ended <- pump(dev.Queues()[0], func(Frame) {}) }()
+	var wg sync.WaitGroup
+	for _, to := range []string{"10.32.0.7:9", "[fd00:32::7]:9"} {
+		wg.Go(func() {
+			start := time.Now()
+			s.do(func() error {
+				conn, err := (&net.Dialer{Timeout: 20 * time.Second}).Dial("tcp", to)
+				if err == nil {
+					_ = conn.Close()
+				}
+				if !errors.Is(err, unix.EHOSTUNREACH) {
+					t.Errorf("connect to %s: %v, want EHOSTUNREACH", to, err)
+				}
+				return nil
+			})
+			if took := time.Since(start); took < 2*time.Second || took > 8*time.Second {
+				t.Errorf("connect to %s: told after %v, want some three seconds", to, took)
+			}
+		})
+	}
+	wg.Wait()
+	_ = dev.Close()
+	<-ended
 }

@@ -133,6 +133,7 @@ func TestTunShared(t *testing.T) {
 	if err := dfPing(t, h[0], to[0].Addr(), 1418); err != nil {
 		t.Errorf("a packet of the MTU: %v", err)
 	}
+	bulk(t, h[0], h[1], to[0].Addr(), 64, 1300, 8000)
 	intact(t, h[0], h[1], a1)
 	for reason, n := range a.status().Drops {
 		if strings.HasPrefix(reason, "tun_") && n > 0 {

@@ -170,11 +170,12 @@ type Overlay struct {
 	// MaxMACsPerPort bounds what one port or VTEP may fill, 1 to MaxMACs;
 	// default 16,384, or MaxMACs where that is less.
 	MaxMACsPerPort int
-	// Driver of the TAP: auto (default), offload, plain.
+	// Driver of the TAP: auto (default), offload, plain; or tun, which makes none but
+	// a layer 3 device.
 	Driver tap.Driver
 	// Netns is the path of a network namespace that the device is moved to.
 	Netns string
-	// Queues of the TAP, 1 to 256; default 1. The driver plain has one.
+	// Queues of the TAP, 1 to 256; default 1. The drivers plain and tun have one.
 	Queues int
 	// NoTSO, NoUSO and NoGRO (keys tso, uso and gro: on, off; default on) switch
 	// off the TAP's super-frames: of TCP and of UDP on their way out of the

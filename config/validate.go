@@ -190,10 +190,10 @@ func (v *validator) device(o *Overlay) {
 	if o.MTU != 0 {
 		v.check("mtu", checkRange(o.MTU, minMTU, maxMTU))
 	}
-	v.check("driver", checkChoice(string(o.Driver), string(tap.DriverAuto), string(tap.DriverOffload), string(tap.DriverPlain)))
+	v.check("driver", checkChoice(string(o.Driver), string(tap.DriverAuto), string(tap.DriverOffload), string(tap.DriverPlain), string(tap.DriverTun)))
 	v.check("queues", checkRange(o.Queues, 1, maxQueues))
-	if o.Driver == tap.DriverPlain && o.Queues > 1 {
-		v.fault("queues %d: the driver plain has one: leave queues out, or take driver=offload", o.Queues)
+	if (o.Driver == tap.DriverPlain || o.Driver == tap.DriverTun) && o.Queues > 1 {
+		v.fault("queues %d: the driver %s has one: leave queues out, or take driver=offload", o.Queues, o.Driver)
 	}
 	if o.Netns != "" && !filepath.IsAbs(o.Netns) {
 		v.fault("netns %q: want the path of a network namespace, as in /run/netns/%s", o.Netns, filepath.Base(o.Netns))

@@ -184,8 +184,9 @@ func TestValidateOverlayFaults(t *testing.T) {
 		{func(o *Overlay) { o.MaxMACs = 1<<20 + 1 }, "config: overlay blue: max-macs 1048577: want 1 to 1048576"},
 		{func(o *Overlay) { o.MaxMACs = -1 }, "config: overlay blue: max-macs -1: want 1 to 1048576"},
 		{func(o *Overlay) { o.MaxMACs = 10; o.MaxMACsPerPort = 11 }, "config: overlay blue: max-macs-per-port 11: want 1 to 10"},
-		{func(o *Overlay) { o.Driver = "water" }, `config: overlay blue: driver "water": want auto, offload or plain`},
+		{func(o *Overlay) { o.Driver = "water" }, `config: overlay blue: driver "water": want auto, offload, plain or tun`},
 		{func(o *Overlay) { o.Driver = "plain"; o.Queues = 2 }, "config: overlay blue: queues 2: the driver plain has one"},
+		{func(o *Overlay) { o.Driver = "tun"; o.Queues = 2 }, "config: overlay blue: queues 2: the driver tun has one"},
 		{func(o *Overlay) { o.Queues = 257 }, "config: overlay blue: queues 257: want 1 to 256"},
 		{func(o *Overlay) { o.Netns = "h1" }, `config: overlay blue: netns "h1": want the path of a network namespace, as in /run/netns/h1`},
 	} {

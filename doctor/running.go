@@ -265,7 +265,7 @@ func offloads(u underlay.Offloads, taps map[string]tap.Offloads) Check {
 	switch {
 	case len(missing) > 0:
 		return warn(name, "not available: "+join(missing),
-			"it works as it is, slower; `uname -r`: USO comes with Linux 6.2, the underlay's GSO with 4.18, its GRO with 5.0; an overlay's driver is auto unless its settings say plain")
+			"it works as it is, slower; `uname -r`: USO comes with Linux 6.2, the underlay's GSO with 4.18, its GRO with 5.0; an overlay's driver is auto unless its settings say otherwise")
 	case len(off) > 0:
 		return ok(name, "on, but as the settings say off: %s", join(slices.Sorted(maps.Keys(off))))
 	}

@@ -110,6 +110,12 @@ func TestKernelVTEPZeroChecksum6(t *testing.T) {
 func exchange(t *testing.T, l *lab.Lab, a *tulle, b *lab.Host, mtu int) {
 	t.Helper()
 	resolve(t, a, b)
+	traffic(t, l, a, b, mtu)
+}
+
+// traffic is exchange between hosts that know each other.
+func traffic(t *testing.T, l *lab.Lab, a *tulle, b *lab.Host, mtu int) {
+	t.Helper()
 	for _, dir := range []struct {
 		from *lab.Host
 		to   netip.Addr

@@ -6,7 +6,9 @@
 // the inner flow (RFC 7348, section 5), and it cuts super-frames into segments
 // and joins segments to super-frames. For paths that are narrower than a sender
 // thinks it lowers the MSS of a SYN (RFC 9293, section 3.7.1) and makes the ICMP
-// answer to a packet that is too big (RFC 1191, RFC 4443).
+// answer to a packet that is too big (RFC 1191, RFC 4443). For hosts without Ethernet
+// it makes the messages of ARP and neighbour discovery, and the ICMP answer to a packet
+// for nobody.
 //
 //	      6     6     0, 4 or 8     2
 //	+-----+-----+---------------+------+----------+-------------+---------+

@@ -3,12 +3,18 @@ package ether
 import "encoding/binary"
 
 const (
-	icmpUnreachable = 3 // its code 4: fragmentation needed and DF set
-	icmpMaxType     = 18
-	icmpHeaderLen   = 8 // ICMP and ICMPv6 alike
-	icmp6TooBig     = 2
-	icmp6Redirect   = 137
-	icmpHopLimit    = 64
+	icmpUnreachable = 3 // destination unreachable; its codes:
+
+	icmpHostUnreachable     = 1
+	icmpFragmentationNeeded = 4
+	icmp6Unreachable        = 1 // its code 3: address unreachable
+	icmp6AddressUnreachable = 3
+
+	icmpMaxType   = 18
+	icmpHeaderLen = 8 // ICMP and ICMPv6 alike
+	icmp6TooBig   = 2
+	icmp6Redirect = 137
+	icmpHopLimit  = 64
 	// icmpMaxPacket is the most bytes of an ICMP error's packet (RFC 1812,
 	// section 4.3.2.3).
 	icmpMaxPacket = 576
@@ -58,16 +64,16 @@ func TooBig(dst, frame []byte, mtu int) ([]byte, bool) {
 		}
 		return appendTooBig6(appendBack(dst, frame[:h.L3]), packet, mtu), true
 	}
-	if mtu < minIPv4MTU || !answerable4(IPv4(packet)) {
+	if mtu < minIPv4MTU || !IPv4(packet).DontFragment() || !answerable4(IPv4(packet)) {
 		return dst, false
 	}
 	return appendTooBig4(appendBack(dst, frame[:h.L3]), packet, mtu), true
 }
 
 // answerable4 reports whether the packet p, whose lengths are right, may be
-// answered with an ICMP error that it was not fragmented.
+// answered with an ICMP error.
 func answerable4(p IPv4) bool {
-	if !p.DontFragment() || p.FragmentOffset() != 0 || !p.ChecksumOK() || !isHost4(p[12:16]) || !isHost4(p[16:20]) {
+	if p.FragmentOffset() != 0 || !p.ChecksumOK() || !isHost4(p[12:16]) || !isHost4(p[16:20]) {
 		return false
 	}
 	if p.Proto() != ProtoICMP {
@@ -126,6 +132,11 @@ func appendBack(dst, header []byte) []byte {
 
 // appendTooBig4 appends the answer to packet.
 func appendTooBig4(dst, packet []byte, mtu int) []byte {
+	return appendUnreachable4(dst, packet, icmpFragmentationNeeded, mtu)
+}
+
+// appendUnreachable4 appends an ICMP message of the type destination unreachable.
+func appendUnreachable4(dst, packet []byte, code byte, mtu int) []byte {
 	packet = packet[:min(len(packet), icmpMaxPacket-ipv4Len-icmpHeaderLen)]
 	at := len(dst)
 	dst = append(dst,
@@ -134,7 +145,7 @@ func appendTooBig4(dst, packet []byte, mtu int) []byte {
 		icmpHopLimit, ProtoICMP, 0, 0)
 	dst = append(dst, packet[16:20]...)
 	dst = append(dst, packet[12:16]...)
-	dst = append(dst, icmpUnreachable, 4, 0, 0, 0, 0, byte(mtu>>8), byte(mtu))
+	dst = append(dst, icmpUnreachable, code, 0, 0, 0, 0, byte(mtu>>8), byte(mtu))
 	dst = append(dst, packet...)
 	ip := IPv4(dst[at:])
 	binary.BigEndian.PutUint16(ip[2:4], uint16(len(ip)))
@@ -146,13 +157,18 @@ func appendTooBig4(dst, packet []byte, mtu int) []byte {
 
 // appendTooBig6 is appendTooBig4 for IPv6.
 func appendTooBig6(dst, packet []byte, mtu int) []byte {
+	return appendError6(dst, packet, icmp6TooBig, 0, uint32(mtu))
+}
+
+// appendError6 appends an ICMPv6 error with the four bytes that belong to its type.
+func appendError6(dst, packet []byte, kind, code byte, word uint32) []byte {
 	packet = packet[:min(len(packet), minIPv6MTU-ipv6Len-icmpHeaderLen)]
 	at := len(dst)
 	dst = append(dst, 0x60, 0, 0, 0, 0, 0, ProtoICMPv6, icmpHopLimit)
 	dst = append(dst, packet[24:40]...)
 	dst = append(dst, packet[8:24]...)
-	dst = append(dst, icmp6TooBig, 0, 0, 0)
-	dst = binary.BigEndian.AppendUint32(dst, uint32(mtu))
+	dst = append(dst, kind, code, 0, 0)
+	dst = binary.BigEndian.AppendUint32(dst, word)
 	dst = append(dst, packet...)
 	ip := dst[at:]
 	icmp := ip[ipv6Len:]

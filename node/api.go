@@ -335,6 +335,8 @@ type ExposeRequest struct {
 	// IPs are addresses to have, at most one of each family; empty: any.
 	IPs []netip.Addr `json:"ips,omitempty"`
 	Tap string       `json:"tap,omitempty"` // name of the device; default: the overlay's, cut to 15 bytes
+	// Driver of the device, as an overlay's in the settings; default auto.
+	Driver tap.Driver `json:"driver,omitempty"`
 }
 
 // AttachRequest makes a device in a network namespace, on a shared overlay. Either
@@ -351,6 +353,8 @@ type AttachRequest struct {
 	Name string `json:"name,omitempty"`
 	// DefaultRoute: the namespace gets a default route through the overlay's gateway.
 	DefaultRoute bool `json:"default_route,omitempty"`
+	// Driver of the device, as an overlay's in the settings; default auto.
+	Driver tap.Driver `json:"driver,omitempty"`
 }
 
 // DetachRequest says which device to remove, by the parameters of the request.
@@ -378,6 +382,8 @@ type Endpoint struct {
 	// the host's own.
 	Netns        string `json:"netns,omitempty"`
 	DefaultRoute bool   `json:"default_route,omitempty"`
+	// Driver is what was asked for; absent: nothing.
+	Driver tap.Driver `json:"driver,omitempty"`
 	// Up is false while its device cannot be made; Error says why, or, while it is
 	// up, which other station has its address.
 	Up    bool   `json:"up"`

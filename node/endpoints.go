@@ -75,7 +75,7 @@ type endpoints struct {
 	self    tap.Namespace
 	selfErr error
 
-	saving sync.Mutex // one write of the file at a time
+	saver saver
 
 	mu      sync.Mutex
 	list    []*endpoint          // in the order in which they were made
@@ -92,6 +92,7 @@ type endpoint struct {
 	Tap     string         `json:"tap"`
 	IPs     []netip.Prefix `json:"ips"`
 	MAC     ether.MAC      `json:"mac"`
+	Driver  tap.Driver     `json:"driver,omitempty"` // that was asked for
 
 	// Of one in a namespace: what its addresses are assigned to, what it is called,
 	// and the namespace, with a path that led to it.
@@ -196,7 +197,7 @@ func encodeEndpoints(list []*endpoint) ([]byte, error) {
 	if slices.ContainsFunc(list, func(e *endpoint) bool { return !e.host() }) {
 		f.Schema = endpointsNetns
 	}
-	return json.MarshalIndent(f, "", "  ")
+	return json.Marshal(f) // not for eyes: with hundreds of endpoints indenting took most of the time
 }
 
 // release gives back addresses of endpoints that are not remembered: the node was
@@ -213,13 +214,13 @@ func (h *endpoints) release() error {
 
 // save remembers the endpoints of now.
 func (h *endpoints) save() error {
-	h.saving.Lock()
-	defer h.saving.Unlock()
-	b, err := encodeEndpoints(h.all())
-	if err != nil {
-		return err
-	}
-	return writeFile(filepath.Join(h.n.cfg.StateDir, fileEndpoints), b)
+	return h.saver.save(func() error {
+		b, err := encodeEndpoints(h.all())
+		if err != nil {
+			return err
+		}
+		return writeFile(filepath.Join(h.n.cfg.StateDir, fileEndpoints), b)
+	})
 }
 
 // all returns the endpoints of now.
@@ -283,7 +284,7 @@ func (h *endpoints) setFault(e *endpoint, err error) {
 
 // expose makes this host an endpoint of a shared overlay.
 func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, error) {
-	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap}
+	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap, Driver: r.Driver}
 	defer h.claim(e.place())()
 	def, err := h.n.mayJoin(ctx, r.Overlay)
 	if err != nil {
@@ -300,6 +301,9 @@ func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, err
 		}
 		if r.Tap != "" && r.Tap != e.Tap {
 			return nil, tellf(errExists, "this host is in overlay %s already, on %s: `tulle unexpose %s` first", def.Name, e.Tap, def.Name)
+		}
+		if r.Driver != "" && r.Driver != cmp.Or(e.Driver, tap.DriverAuto) {
+			return nil, tellf(errExists, "this host is in overlay %s already, with the driver %s: `tulle unexpose %s` first", def.Name, cmp.Or(e.Driver, tap.DriverAuto), def.Name)
 		}
 		return e, nil
 	}
@@ -446,7 +450,7 @@ func (h *endpoints) lost(owner string) {
 func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
-		Netns: e.Netns, DefaultRoute: e.DefaultRoute,
+		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
 		d := ov.deviceOf(e)

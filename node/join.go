@@ -66,7 +66,7 @@ func (n *Node) settingsOf(def *store.Overlay, e *endpoint) (config.Overlay, erro
 	c := n.cfg
 	c.Overlays = []config.Overlay{{
 		Name: def.Name, VNI: vxlan.VNI(def.VNI), Encryption: def.Encryption, Cipher: def.Cipher, MTU: def.MTU, Flood: def.Flood,
-		ClampMSS: def.ClampMSS, Tap: e.Tap, MAC: e.MAC,
+		ClampMSS: def.ClampMSS, Tap: e.Tap, MAC: e.MAC, Driver: e.Driver,
 	}}
 	if err := c.Validate(); err != nil {
 		return config.Overlay{}, bad{err}
@@ -99,6 +99,7 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	}
 	d := &device{cfg: n.tapConfig(o), of: e}
 	d.cfg.Netns, d.cfg.Addresses = netns, e.IPs
+	d.cfg.NoSolicit = !e.host() // hundreds would ask all the others, again and again
 	if d.cfg.Gateways, err = gatewaysOf(def, e); err != nil {
 		return err
 	}

@@ -51,6 +51,14 @@ type named struct {
 
 func (d named) Name() string { return d.name }
 
+// bare is a device as tap made it.
+func bare(dev tap.Device) tap.Device {
+	if d, ok := dev.(named); ok {
+		return d.Device
+	}
+	return dev
+}
+
 func (o *overlay) sealed() bool { return o.cfg.Encryption == "required" }
 
 // list returns the devices of now.

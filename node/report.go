@@ -70,8 +70,11 @@ func (n *Node) drops() map[string]uint64 {
 	d["tx_full"] = s.TxFull.Load()
 	d["tx_error"] = s.TxError.Load()
 	d["tap_overflow"] = 0
+	count := func(name string, count uint64) { d[name] += count }
+	tap.EachDrop(nil, count) // every name is there
 	for _, l := range n.labelled() {
 		d["tap_overflow"] += l.dev.Dropped()
+		tap.EachDrop(bare(l.dev), count)
 	}
 	g := n.disc.Load().Stats()
 	d["passports_refused"] = g.PassportsRefused

@@ -19,7 +19,7 @@ import (
 // TestNamespaceEnds: an open device does not keep its namespace alive, and its
 // queues end with it, be they waited for or not.
 func TestNamespaceEnds(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s, target := newSpace(t), newSpace(t)
 		dev := s.open(Config{Driver: d, Netns: target.path()})
 		if err := dev.SetMTU(1400); err != nil { // uses the namespace, and lets go of it
@@ -53,7 +53,7 @@ func TestNamespaceEnds(t *testing.T) {
 // TestDeviceDeleted: somebody removes the device (ip link del), and the workers
 // of all its queues end at once, polling or parked, so that it can be told.
 func TestDeviceDeleted(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		for _, idle := range []time.Duration{0, 20 * time.Millisecond} {
 			s := newSpace(t)
 			cfg := Config{Driver: d}
@@ -114,7 +114,7 @@ func pump(q Queue, fn func(Frame)) error {
 }
 
 func TestCloseWakesWait(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s := newSpace(t)
 		for _, idle := range []time.Duration{0, 20 * time.Millisecond} { // polling, parked
 			dev := s.open(Config{Driver: d})
@@ -148,7 +148,7 @@ func hold(name string) {
 
 // TestKilled: a device ends with its process, also after kill -9.
 func TestKilled(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s := newSpace(t)
 		name := unique()
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -34,6 +35,7 @@ type link struct {
 	gateways   []netip.Addr   // as configured
 	mu         sync.Mutex     // held for a change
 	noIPv6     bool           // the MTU was too small for IPv6; guarded by mu
+	layer3     bool           // a TUN: it has no MAC but mac, which the kernel does not know
 }
 
 func (l *link) Name() string   { return l.name }
@@ -241,14 +243,8 @@ func (l *link) setUp(cfg Config) error {
 	}
 	l.name, l.gsoMaxSize, l.addresses = cfg.Name, cfg.GSOMaxSize, slices.Clone(cfg.Addresses)
 	l.gateways = slices.Clone(cfg.Gateways)
-	l.mac = ether.MACFrom(dev.Attrs().HardwareAddr)
-	if cfg.MAC != 0 {
-		mac := make(net.HardwareAddr, 6)
-		cfg.MAC.Put(mac)
-		if err := h.LinkSetHardwareAddr(dev, mac); err != nil {
-			return fmt.Errorf("set MAC %v: %w", cfg.MAC, err)
-		}
-		l.mac = cfg.MAC
+	if err := l.setMAC(h, dev, cfg.MAC); err != nil {
+		return err
 	}
 	if err := l.applyMTU(h, dev, cfg.MTU); err != nil {
 		return err
@@ -258,7 +254,15 @@ func (l *link) setUp(cfg Config) error {
 	}
 	// A link-local address of the MAC: it moves with an endpoint as the MAC
 	// does. Without IPv6 in the kernel there is nothing to set.
-	_ = h.LinkSetIP6AddrGenMode(dev, addrGenEUI64)
+	if l.layer3 {
+		_ = h.LinkSetIP6AddrGenMode(dev, addrGenNone)
+		l.addLinkLocal(h, dev, cfg.MTU)
+	} else {
+		_ = h.LinkSetIP6AddrGenMode(dev, addrGenEUI64)
+	}
+	if cfg.NoSolicit {
+		l.noSolicit()
+	}
 	for _, a := range cfg.Addresses {
 		if err := addAddress(h, dev, a); err != nil {
 			return err
@@ -273,6 +277,50 @@ func (l *link) setUp(cfg Config) error {
 		}
 	}
 	return nil
+}
+
+// setMAC gives the device its MAC, or finds out which it has.
+func (l *link) setMAC(h *netlink.Handle, dev netlink.Link, want ether.MAC) error {
+	switch {
+	case l.layer3:
+		return nil
+	case want == 0:
+		l.mac = ether.MACFrom(dev.Attrs().HardwareAddr)
+		return nil
+	}
+	mac := make(net.HardwareAddr, 6)
+	want.Put(mac)
+	if err := h.LinkSetHardwareAddr(dev, mac); err != nil {
+		return fmt.Errorf("set MAC %v: %w", want, err)
+	}
+	l.mac = want
+	return nil
+}
+
+// addLinkLocal adds the address that a TUN's kernel does not make of a MAC. Where
+// there is no IPv6 it needs none.
+func (l *link) addLinkLocal(h *netlink.Handle, dev netlink.Link, mtu int) {
+	if mtu >= minMTU6 {
+		_ = addAddress(h, dev, netip.PrefixFrom(ether.LinkLocal(l.mac), 64))
+	}
+}
+
+// noSolicit does what Config.NoSolicit says, before the device is up. The files are
+// those of the thread's namespace.
+func (l *link) noSolicit() {
+	set := func() {
+		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+l.name+"/router_solicitations", []byte("0"), 0) // else it asks
+	}
+	if l.netns == "" {
+		set()
+		return
+	}
+	ns, err := openNetns(l.netns)
+	if err != nil {
+		return
+	}
+	defer ns.Close()
+	_ = within(ns, set)
 }
 
 // addDefault adds a default route through the device, which is up.
@@ -326,7 +374,11 @@ func (l *link) applyMTU(h *netlink.Handle, dev netlink.Link, mtu int) error {
 	if size == 0 {
 		size = DefaultGSOMaxSize(mtu)
 	}
-	_ = h.LinkSetGSOMaxSegs(dev, gsoMaxSegs)
+	segs := gsoMaxSegs
+	if l.layer3 {
+		segs, _ = tunSegmentsAt(mtu)
+	}
+	_ = h.LinkSetGSOMaxSegs(dev, segs)
 	_ = h.LinkSetGSOMaxSize(dev, size)     // IPv6, and before Linux 6.3 IPv4 as well
 	_ = h.LinkSetGSOIPv4MaxSize(dev, size) // since 6.3
 	return nil
@@ -358,6 +410,9 @@ func (l *link) SetMTU(bytes int) error {
 func (l *link) restoreIPv6(h *netlink.Handle, dev netlink.Link, mtu int) error {
 	if !l.noIPv6 || mtu < minMTU6 {
 		return nil
+	}
+	if l.layer3 {
+		l.addLinkLocal(h, dev, mtu)
 	}
 	for _, a := range l.addresses {
 		if !a.Addr().Is6() {

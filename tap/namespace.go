@@ -71,8 +71,14 @@ func isNetwork(fd int) bool {
 func OwnNamespace() (Namespace, error) { return NamespaceAt("/proc/self/ns/net") }
 
 // cookieOf returns what SO_NETNS_COOKIE says in ns; 0 before Linux 5.14. A socket
-// has to be made there: the thread that enters is given up when it cannot return.
+// has to be made there.
 func cookieOf(ns netns.NsHandle) (cookie uint64, err error) {
+	entered := within(ns, func() { cookie, err = cookieHere() })
+	return cookie, errors.Join(entered, err)
+}
+
+// within calls fn in ns. The thread that enters is given up when it cannot return.
+func within(ns netns.NsHandle, fn func()) (err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -91,13 +97,13 @@ func cookieOf(ns netns.NsHandle) (cookie uint64, err error) {
 				return
 			}
 		}
-		cookie, err = cookieHere()
+		fn()
 		if home.Equal(ns) || netns.Set(home) == nil {
 			runtime.UnlockOSThread()
 		} // else the thread ends with this goroutine
 	}()
 	<-done
-	return cookie, err
+	return err
 }
 
 // cookieHere returns the cookie of the thread's namespace.

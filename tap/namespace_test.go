@@ -66,7 +66,7 @@ func TestNamespaceAtRefuses(t *testing.T) {
 // TestGateways: default routes of both families, kept over an MTU without IPv6; a
 // second one is refused and leaves no device.
 func TestGateways(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s := newSpace(t)
 		cfg := Config{
 			Name: "eth0", MTU: 1450, Driver: d, Netns: s.path(),

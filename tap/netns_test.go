@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"testing"
 
@@ -167,7 +168,17 @@ func (s *space) station(driver Driver, address string, cfg Config) Device {
 
 var drivers = []Driver{DriverOffload, DriverPlain}
 
-// eachDriver runs a test with both.
+// allDrivers are those of TAPs, and the one that makes a TUN.
+var allDrivers = append(slices.Clip(drivers), DriverTun)
+
+// everyDriver runs a test with all of them.
+func everyDriver(t *testing.T, fn func(t *testing.T, d Driver)) {
+	for _, d := range allDrivers {
+		t.Run(string(d), func(t *testing.T) { fn(t, d) })
+	}
+}
+
+// eachDriver runs a test with both that make a TAP.
 func eachDriver(t *testing.T, fn func(t *testing.T, d Driver)) {
 	for _, d := range drivers {
 		t.Run(string(d), func(t *testing.T) { fn(t, d) })

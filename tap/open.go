@@ -61,6 +61,8 @@ func open(cfg Config) (Device, error) {
 		return openPlain(cfg)
 	case DriverOffload:
 		return openOffload(cfg)
+	case DriverTun:
+		return openTunnel(cfg)
 	}
 	dev, err := openOffload(cfg)
 	return fallBack(cfg, dev, err)
@@ -114,9 +116,9 @@ func validate(cfg Config) error {
 		}
 	}
 	switch cfg.Driver {
-	case DriverAuto, DriverOffload, DriverPlain:
+	case DriverAuto, DriverOffload, DriverPlain, DriverTun:
 	default:
-		fault("driver %q: choose %s, %s or %s", cfg.Driver, DriverAuto, DriverOffload, DriverPlain)
+		fault("driver %q: choose %s, %s, %s or %s", cfg.Driver, DriverAuto, DriverOffload, DriverPlain, DriverTun)
 	}
 	return errors.Join(faults...)
 }

@@ -22,7 +22,7 @@ import (
 
 func TestOpenClose(t *testing.T) {
 	s := newSpace(t)
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		var log bytes.Buffer
 		cfg := Config{
 			Name: unique(), MTU: 1418, MAC: 0x0254_0a20_0001, Driver: d,
@@ -38,11 +38,15 @@ func TestOpenClose(t *testing.T) {
 			t.Fatal("no such device")
 		}
 		a := l.Attrs()
-		if a.MTU != cfg.MTU || a.HardwareAddr.String() != cfg.MAC.String() || a.Flags&1 == 0 || a.TxQLen != txQueueLen {
+		if a.MTU != cfg.MTU || d != DriverTun && a.HardwareAddr.String() != cfg.MAC.String() || a.Flags&1 == 0 || a.TxQLen != txQueueLen {
 			t.Errorf("kernel has MTU %d, MAC %v, flags %v, queue %d", a.MTU, a.HardwareAddr, a.Flags, a.TxQLen)
 		}
-		if want := DefaultGSOMaxSize(cfg.MTU); int(a.GSOMaxSize) != want || int(a.GSOMaxSegs) != gsoMaxSegs {
-			t.Errorf("kernel has gso_max_size %d, gso_max_segs %d, want %d, %d", a.GSOMaxSize, a.GSOMaxSegs, want, gsoMaxSegs)
+		segs := gsoMaxSegs
+		if d == DriverTun {
+			segs = tunSegments
+		}
+		if want := DefaultGSOMaxSize(cfg.MTU); int(a.GSOMaxSize) != want || int(a.GSOMaxSegs) != segs {
+			t.Errorf("kernel has gso_max_size %d, gso_max_segs %d, want %d, %d", a.GSOMaxSize, a.GSOMaxSegs, want, segs)
 		}
 		for _, want := range cfg.Addresses {
 			if got := s.addresses(cfg.Name); !slices.Contains(got, want) {
@@ -51,7 +55,7 @@ func TestOpenClose(t *testing.T) {
 		}
 		if o := dev.Offloads(); o.Driver != d {
 			t.Errorf("Offloads = %+v, want driver %s", o, d)
-		} else if d == DriverOffload && o != (Offloads{d, "on", "on", "on", "on", "on"}) {
+		} else if d != DriverPlain && o != (Offloads{d, "on", "on", "on", "on", "on"}) {
 			t.Errorf("Offloads = %+v, want all on with this kernel", o)
 		}
 		if log.Len() > 0 {
@@ -104,7 +108,7 @@ func TestQueues(t *testing.T) {
 }
 
 func TestNameTaken(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s, target := newSpace(t), newSpace(t)
 		for _, kind := range []string{"persistent tun", "persistent tap", "moved"} {
 			name := unique()
@@ -162,14 +166,14 @@ func TestFallBack(t *testing.T) {
 
 // TestTakenMeanwhile: the name is taken between the look and the creation.
 func TestTakenMeanwhile(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s := newSpace(t)
 		name := unique()
 		s.do(func() error {
 			if err := netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TAP}); err != nil {
 				return err
 			}
-			openDriver := map[Driver]func(Config) (Device, error){DriverOffload: openOffload, DriverPlain: openPlain}[d]
+			openDriver := map[Driver]func(Config) (Device, error){DriverOffload: openOffload, DriverPlain: openPlain, DriverTun: openTunnel}[d]
 			if _, err := openDriver(Config{Name: name, MTU: 1450, Queues: 1, Log: slog.New(slog.DiscardHandler)}); !errors.Is(err, fs.ErrExist) {
 				t.Errorf("open = %v, want fs.ErrExist", err)
 			}
@@ -183,7 +187,7 @@ func TestTakenMeanwhile(t *testing.T) {
 
 // TestNothingLeft fails the last step before up and looks for remains.
 func TestNothingLeft(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s, target := newSpace(t), newSpace(t)
 		twice := netip.MustParsePrefix("10.1.0.1/24")
 		fds := countFDs(t)
@@ -222,7 +226,7 @@ func countFDs(t *testing.T) int {
 // TestNoPrivilege opens on a thread without CAP_NET_ADMIN.
 func TestNoPrivilege(t *testing.T) {
 	needRoot(t)
-	for _, d := range append(drivers, DriverAuto) {
+	for _, d := range append(allDrivers, DriverAuto) {
 		fds := countFDs(t)
 		done := make(chan error, 1)
 		go func() {
@@ -246,7 +250,7 @@ func TestNoPrivilege(t *testing.T) {
 }
 
 func TestSetMTUAndMove(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s, target := newSpace(t), newSpace(t)
 		cfg := Config{Name: "eth0", Driver: d, MAC: 0x0254_0a20_0002, Netns: target.path(), Addresses: []netip.Prefix{netip.MustParsePrefix("10.32.0.2/16")}}
 		if d == DriverOffload {
@@ -260,7 +264,7 @@ func TestSetMTUAndMove(t *testing.T) {
 			t.Errorf("%d devices stayed, want lo and eth0", n)
 		}
 		l := target.links()["eth0"]
-		if l == nil || l.Attrs().HardwareAddr.String() != cfg.MAC.String() || l.Attrs().Flags&1 == 0 {
+		if l == nil || d != DriverTun && l.Attrs().HardwareAddr.String() != cfg.MAC.String() || l.Attrs().Flags&1 == 0 {
 			t.Fatalf("device there: %+v", l)
 		}
 		if got := target.addresses("eth0"); !slices.Contains(got, cfg.Addresses[0]) {
@@ -286,7 +290,7 @@ func TestSetMTUAndMove(t *testing.T) {
 
 // TestSetMTUBelowIPv6: the kernel forgets IPv6 addresses below 1280 bytes.
 func TestSetMTUBelowIPv6(t *testing.T) {
-	eachDriver(t, func(t *testing.T, d Driver) {
+	everyDriver(t, func(t *testing.T, d Driver) {
 		s := newSpace(t)
 		four, six, removed := netip.MustParsePrefix("10.32.0.1/16"), netip.MustParsePrefix("fd00:32::1/64"), netip.MustParsePrefix("fd00:33::1/64")
 		dev := s.open(Config{Driver: d, Addresses: []netip.Prefix{four, six, removed}})
@@ -339,7 +343,7 @@ func TestValidate(t *testing.T) {
 		{func(c *Config) { c.Queues = 257 }, "1 to 256"},
 		{func(c *Config) { c.Queues = -1 }, "1 to 256"},
 		{func(c *Config) { c.GSOMaxSize = 1 << 17 }, "65536"},
-		{func(c *Config) { c.Driver = "fast" }, "auto, offload or plain"},
+		{func(c *Config) { c.Driver = "fast" }, "auto, offload, plain or tun"},
 		{func(c *Config) { c.Addresses = make([]netip.Prefix, 1) }, "10.32.0.1/16"},
 		{func(c *Config) { c.MTU, c.Addresses = 1279, []netip.Prefix{netip.MustParsePrefix("fd00:32::1/64")} },
 			"fd00:32::1/64: IPv6 needs an MTU of at least 1280 bytes, and this overlay's would be 1279"},

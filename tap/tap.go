@@ -6,9 +6,11 @@
 //
 //	offload  TUNSETIFF with IFF_VNET_HDR, multi-queue, TUNSETOFFLOAD (the default)
 //	plain    github.com/songgao/water, a frame a call: where offloads are refused, and the oracle for offload
+//	tun      golang.zx2c4.com/wireguard/tun: a layer 3 device, for a host that wants no Ethernet
 //
 // The package does not look into frames beyond what finishing them in software
-// needs, and it does not know overlays.
+// needs, but for tun, which is a host's Ethernet for it (RFC 826, RFC 4861). It
+// does not know overlays.
 package tap
 
 import (
@@ -27,6 +29,8 @@ const (
 	DriverAuto    Driver = "auto"
 	DriverOffload Driver = "offload"
 	DriverPlain   Driver = "plain"
+	// DriverTun makes no TAP but a TUN: see tunDevice.
+	DriverTun Driver = "tun"
 )
 
 // Config describes one device.
@@ -40,7 +44,8 @@ type Config struct {
 	MTU int
 	// Addresses to assign; may be empty. IPv6 ones need an MTU of 1280.
 	Addresses []netip.Prefix
-	// Queues is the number of queues, 1 to 256; default 1. DriverPlain has one.
+	// Queues is the number of queues, 1 to 256; default 1. DriverPlain and DriverTun
+	// have one.
 	Queues int
 	// Driver; default DriverAuto.
 	Driver Driver
@@ -48,8 +53,12 @@ type Config struct {
 	// after it was created in the caller's; empty: it stays.
 	Netns string
 	// Gateways get the default routes of the device's namespace, one a family, each
-	// inside one of Addresses.
+	// inside one of Addresses. DriverTun sends them what is for none of its subnets.
 	Gateways []netip.Addr
+	// NoSolicit has the kernel ask for no IPv6 routers on the device, which each
+	// does for hours after it came up, of everybody; what they announce by
+	// themselves is heard. Without effect where /proc/sys cannot be written.
+	NoSolicit bool
 	// GSOMaxSize bounds the super-frames that the kernel hands out, in bytes;
 	// 0: such that the train fits one UDP send (see DefaultGSOMaxSize). The
 	// kernel's own bound is 65,536.
@@ -149,6 +158,7 @@ func FrameAt(buf []byte, n int) Frame {
 type Batch struct {
 	Frames []Frame
 	buf    []byte
+	wide   []byte // of the tun driver, when it reads
 }
 
 // NewBatch returns a Batch with its own memory.

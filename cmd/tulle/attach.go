@@ -76,6 +76,8 @@ It lasts as long as the namespace, also when the node starts again in between, o
 	where := addNetnsFlags(cmd)
 	ifname := f.String("ifname", "eth0", "name of the device there")
 	mac := f.String("mac", "", "MAC of the device (default: by the address)")
+	var asked node.AttachRequest
+	addDriverFlag(cmd, (*string)(&asked.Driver))
 	completeFlag(cmd, "ifname", noFiles)
 	completeFlag(cmd, "mac", noFiles)
 	what := addEndpointFlags(cmd, "the namespace's file, or pid-N")
@@ -91,6 +93,10 @@ It lasts as long as the namespace, also when the node starts again in between, o
 			return usageError{err}
 		}
 		if want.Ifname, err = checkIfname(cmd, args[0], *ifname); err != nil {
+			return usageError{err}
+		}
+		want.Driver = asked.Driver
+		if err := checkOverlay(config.Overlay{Name: args[0], Driver: asked.Driver}); err != nil {
 			return usageError{err}
 		}
 		e, err := attach(cmd.Context(), clusterClient(cmd), want)

@@ -25,11 +25,15 @@ func exposeCommand() *cobra.Command {
 its prefix length, and nothing else, on standard output; where the overlay has IPv4 and
 IPv6, one a line, IPv4 first.
 
+With --driver tun the device is one of layer 3: the host has no Ethernet on it, and the
+node finds the MACs of others in its place.
+
 The node remembers it: ` + "`tulle up`" + ` makes the device again, with the same address, until
 ` + "`tulle unexpose`" + `.`,
 		Example: `  tulle expose blue
   tulle expose blue --ip 10.40.0.7 --tap blue0
   tulle expose blue --ip 10.40.0.7 --ip fd00:40::7
+  tulle expose blue --driver tun
   ip=$(tulle expose blue)`,
 		Args: overlayArg("want the name of one overlay, as in `tulle expose blue`; `tulle overlay ls` lists them"),
 
@@ -39,18 +43,26 @@ The node remembers it: ` + "`tulle up`" + ` makes the device again, with the sam
 	ips := f.StringSlice("ip", []string{ipAuto}, "address to have, or auto; at most one of IPv4 and one of IPv6")
 	device := f.String("tap", "", "name of the device (default: the overlay's, cut to 15 bytes)")
 	completeFlag(cmd, "ip", func(*cobra.Command) []string { return []string{ipAuto} })
+	var want node.ExposeRequest
+	addDriverFlag(cmd, (*string)(&want.Driver))
 	completeFlag(cmd, "tap", noFiles)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		want := node.ExposeRequest{Overlay: args[0], Tap: *device}
+		want.Overlay, want.Tap = args[0], *device
 		if err := setWantedIPs(&want.IPs, *ips); err != nil {
 			return usageError{err}
 		}
-		if err := checkOverlay(config.Overlay{Name: args[0], Tap: *device}); err != nil {
+		if err := checkOverlay(config.Overlay{Name: args[0], Tap: *device, Driver: want.Driver}); err != nil {
 			return usageError{err}
 		}
 		return expose(cmd, want)
 	}
 	return cmd
+}
+
+// addDriverFlag adds --driver, which is empty where it is not given.
+func addDriverFlag(cmd *cobra.Command, d *string) {
+	cmd.Flags().StringVar(d, "driver", "", "auto, offload or plain for an Ethernet device; tun for one of layer 3 (default auto)")
+	completeFlag(cmd, "driver", func(*cobra.Command) []string { return []string{"auto", "offload", "plain", "tun"} })
 }
 
 // setWantedIPs reads --ip. What is auto is left to the node.

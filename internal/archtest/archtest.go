@@ -56,6 +56,7 @@ var thirdParty = map[string][]string{
 	"github.com/hashicorp/":         {"discovery"},
 	"github.com/vishvananda/":       {"tap", "internal/lab"},
 	"github.com/songgao/water":      {"tap"},
+	"golang.zx2c4.com/wireguard":    {"tap"},
 	"github.com/spf13/cobra":        {"cmd/tulle"},
 	"github.com/goccy/go-yaml":      {"config", "cmd/tulle"},
 	"github.com/puzpuzpuz/xsync/v4": {"bridge"},

@@ -199,18 +199,21 @@ func TestArchitectureNames(t *testing.T) {
 	}
 }
 
-// TestDropNames: docs/architecture.md explains each drop that bridge counts.
+// TestDropNames: docs/architecture.md explains each drop that bridge and tap count.
 func TestDropNames(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join(root, "docs/architecture.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	source, err := os.ReadFile(filepath.Join(root, "bridge/drop.go"))
-	if err != nil {
-		t.Fatal(err)
+	var names [][][]byte
+	for _, file := range []string{"bridge/drop.go", "tap/station.go"} {
+		source, err := os.ReadFile(filepath.Join(root, file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, regexp.MustCompile(`: +"([a-z_]+)",`).FindAllSubmatch(source, -1)...)
 	}
-	names := regexp.MustCompile(`: +"([a-z_]+)",`).FindAllSubmatch(source, -1)
-	if len(names) < 15 {
+	if len(names) < 24 {
 		t.Fatalf("only %d drop names found", len(names))
 	}
 	for _, n := range names {

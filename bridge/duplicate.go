@@ -24,9 +24,10 @@ type watch struct {
 	found chan Duplicate // of one; more are of no interest
 }
 
-// Alone reports whether nobody else is in the overlay who could answer a probe.
-func (p *Port) Alone() bool {
-	return len(*p.bridge.flood.Load()) == 0 && len(*p.bridge.ports.Load()) < 2
+// Others reports who else is in the overlay and could answer a probe: other devices of
+// this node, or whoever is behind its tunnel.
+func (p *Port) Others() (here, away bool) {
+	return len(*p.bridge.ports.Load()) > 1, len(*p.bridge.flood.Load()) > 0
 }
 
 // Probe asks the overlay whose these addresses of the port's device are, by ARP

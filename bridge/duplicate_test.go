@@ -80,8 +80,8 @@ func TestAnnounce(t *testing.T) {
 		defer end(n)
 		ip4, ip6 := netip.MustParseAddr("10.32.0.1"), netip.MustParseAddr("fd00::1")
 		port := (*n[0].bridge.ports.Load())[0]
-		if port.Alone() {
-			t.Error("a port that has a peer is alone")
+		if here, away := port.Others(); here || !away {
+			t.Errorf("others: here %v, away %v, want a peer", here, away)
 		}
 		port.Announce([]netip.Addr{ip4, ip6})
 		n[1].wants(t, ethertest.ARPRequest(macOf(1), ip4, ip4),

@@ -17,10 +17,12 @@ const (
 	// times, as RFC 5227 has it.
 	askEvery = time.Second
 	askFor   = 2500 * time.Millisecond
-	// answerWithin is how long an attach waits for an answer. Addresses are given out
-	// once, so the check is for stations that have one by other means. Who answers
-	// later is told of by the log and `tulle endpoints`.
-	answerWithin = 20 * time.Millisecond
+	// answerHere and answerAway are how long an attach waits for an answer of this
+	// node's other endpoints, and of others. Addresses are given out once, so the check
+	// is for stations that have one by other means. Who answers later is told of by
+	// the log and `tulle endpoints`.
+	answerHere = 2 * time.Millisecond
+	answerAway = 10 * time.Millisecond
 	// maxDuplicates are so many addresses that are found to be somebody's before an
 	// attach gives up, and keepAway is how long this node gives out none of them.
 	maxDuplicates = 4
@@ -73,9 +75,12 @@ func (h *endpoints) duplicate(e *endpoint) (bridge.Duplicate, bool) {
 		}
 	}
 	// Who is alone now may have company in a moment, when sessions stand.
-	wait := answerWithin
-	if a.port.Alone() {
-		wait = 0
+	var wait time.Duration
+	switch here, away := a.port.Others(); {
+	case away:
+		wait = answerAway
+	case here:
+		wait = answerHere
 	}
 	soon := make(chan bridge.Duplicate)
 	late := time.NewTimer(wait)

@@ -23,8 +23,8 @@ import (
 // overlay a port with a MAC like any other. A station stands between them. It has
 // one queue, itself.
 //
-// The library's Read cuts the kernel's super-frames and finishes their checksums.
-// Its Write takes ordinary packets only and looks for what it can merge, while here
+// The library's Read cuts the kernel's super-frames and finishes their checksums; they
+// are put together again, as one write is cheaper than forty. Its Write takes ordinary packets only and looks for what it can merge, while here
 // they come merged: so super-frames go past it, to the descriptor, and what it
 // writes is for kernels without virtio headers.
 type tunDevice struct {
@@ -38,14 +38,15 @@ type tunDevice struct {
 	of    *byte    // whose memory that is
 	gap   int      // between the begins of two
 	sizes [BatchFrames]int
+	whole gather // what was cut, put together
 
 	vnet    bool // the descriptor has virtio headers
 	uso     bool // and the kernel UDP super-frames
 	writers sync.Pool
 	cutters cutters
-	writing sync.Mutex // of one
-	one     [1][]byte  // the library's Write takes slices of slices
-	whole   atomic.Bool
+	writing sync.Mutex  // of one
+	one     [1][]byte   // the library's Write takes slices of slices
+	passes  atomic.Bool // super-frames into the kernel
 	closed  atomic.Bool
 	lost    atomic.Bool // the worker has found that the device is gone
 
@@ -98,7 +99,8 @@ func openTunnelWith(cfg Config, vnet uint16) (*tunDevice, error) {
 	}
 	d := &tunDevice{vnet: vnet != 0, noTSO: cfg.NoTSO, noUSO: cfg.NoUSO}
 	d.writers.New = func() any { return newWriter() }
-	d.whole.Store(!cfg.NoGRO)
+	d.whole.c = ether.NewCoalescer(maxIPv4)
+	d.passes.Store(!cfg.NoGRO)
 	d.link = link{name: cfg.Name, mac: cfg.MAC, layer3: true}
 	if err := d.setUpAll(cfg, vnet); err != nil {
 		_ = d.Close()
@@ -134,6 +136,7 @@ func (d *tunDevice) setUpAll(cfg Config, vnet uint16) error {
 		return err
 	}
 	prefixes := append(slices.Clone(cfg.Addresses), netip.PrefixFrom(ether.LinkLocal(cfg.MAC), 64))
+	d.whole.lost = func() { d.st.drop(dropMalformed) }
 	d.st = newStation(cfg.MAC, prefixes, cfg.Gateways, d.bell.ring, d.tell)
 	if err := d.move(cfg); err != nil {
 		return err
@@ -199,7 +202,7 @@ func (d *tunDevice) SetOffload(noTSO, noUSO, noGRO bool) error {
 	d.mu.Lock()
 	d.noTSO, d.noUSO = noTSO, noUSO
 	d.mu.Unlock()
-	d.whole.Store(!noGRO)
+	d.passes.Store(!noGRO)
 	return d.wrap(d.apply())
 }
 
@@ -216,7 +219,7 @@ func (d *tunDevice) Offloads() Offloads {
 	}
 	return Offloads{
 		Driver: DriverTun, Checksum: "on", TSO4: onOff(d.noTSO, ""), TSO6: onOff(d.noTSO, ""),
-		USO: onOff(d.noUSO, uso), GRO: onOff(!d.whole.Load(), ""),
+		USO: onOff(d.noUSO, uso), GRO: onOff(!d.passes.Load(), ""),
 	}
 }
 
@@ -270,7 +273,7 @@ func (d *tunDevice) Read(b *Batch) error {
 		d.bell.clear()
 	}
 	d.st.mu.Unlock()
-	own := len(b.Frames)
+	own, cut := len(b.Frames), -1
 	segments := d.places(b)
 	for n := 0; n+segments <= len(d.grid) && len(b.Frames)+segments <= BatchFrames && d.file.Readable(); {
 		got, err := d.tun.Read(d.grid[n:n+segments], d.sizes[:segments], tunOffset)
@@ -281,6 +284,9 @@ func (d *tunDevice) Read(b *Batch) error {
 			}
 			d.st.drop(dropMalformed) // the library has no use for it
 			break
+		}
+		if got > 1 {
+			cut = len(b.Frames)
 		}
 		for i, size := range d.sizes[:got] {
 			if size > d.gap-tunOffset {
@@ -297,7 +303,17 @@ func (d *tunDevice) Read(b *Batch) error {
 	if len(b.Frames) == 0 && d.closed.Load() {
 		return ErrClosed
 	}
+	if cut < 0 {
+		d.address(b, own)
+		return nil
+	}
+	segs := b.Frames[cut:]
+	b.Frames = b.Frames[:cut]
 	d.address(b, own)
+	first := len(b.Frames)
+	b.Frames = append(b.Frames, segs...)
+	d.address(b, first)
+	d.whole.merge(b, first)
 	return nil
 }
 
@@ -363,7 +379,7 @@ func (d *tunDevice) WriteFrame(m ether.Meta, parts [][]byte) error {
 	case message:
 		return d.hear(m, parts)
 	}
-	if !d.vnet || m.GSO != ether.GSONone && !d.whole.Load() {
+	if !d.vnet || m.GSO != ether.GSONone && !d.passes.Load() {
 		return d.cut(m, parts)
 	}
 	err := d.write(m, parts)

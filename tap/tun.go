@@ -23,8 +23,8 @@ import (
 // overlay a port with a MAC like any other. A station stands between them. It has
 // one queue, itself.
 //
-// The library's Read cuts the kernel's super-frames and finishes their checksums.
-// Its Write takes ordinary packets only and looks for what it can merge, while here
+// The library's Read cuts the kernel's super-frames and finishes their checksums; they
+// are put together again, as one write is cheaper than forty. Its Write takes ordinary packets only and looks for what it can merge, while here
 // they come merged: so super-frames go past it, to the descriptor, and what it
 // writes is for kernels without virtio headers.
 type tunDevice struct {
@@ -38,14 +38,15 @@ type tunDevice struct {
 	of    *byte    // whose memory that is
 	gap   int      // between the begins of two
 	sizes [BatchFrames]int
+	whole gather // what was cut, put together
 
 	vnet    bool // the descriptor has virtio headers
 	uso     bool // and the kernel UDP super-frames
 	writers sync.Pool
 	cutters cutters
-	writing sync.Mutex // of one
-	one     [1][]byte  // the library's Write takes slices of slices
-	whole   atomic.Bool
+	writing sync.Mutex  // of one
+	one     [1][]byte   // the library's Write takes slices of slices
+	passes  atomic.Bool // super-frames into the kernel
 	closed  atomic.Bool
 	lost    atomic.Bool // the worker has found that the device is gone
 
@@ -98,7 +99,8 @@ func openTunnelWith(cfg Config, vnet uint16) (*tunDevice, error) {
 	}
 	d := &tunDevice{vnet: vnet != 0, noTSO: cfg.NoTSO, noUSO: cfg.NoUSO}
 	d.writers.New = func() any { return newWriter() }
-	d.whole.Store(!cfg.NoGRO)
+	d.whole.c = ether.NewCoalescer(maxIPv4)
+	d.passes.Store(!cfg.NoGRO)
 	d.link = link{name: cfg.Name, mac: cfg.MAC, layer3: true}
 	if err := d.setUpAll(cfg, vnet); err != nil {
 		_ = d.Close()
@@ -134,6 +136,7 @@ func (d *tunDevice) setUpAll(cfg Config, vnet uint16) error {
 		return err
 	}
 	prefixes := append(slices.Clone(cfg.Addresses), netip.PrefixFrom(ether.LinkLocal(cfg.MAC), 64))
+	d.whole.lost = func() { d.st.drop(dropMalformed) }
 	d.st = newStation(cfg.MAC, prefixes, cfg.Gateways, d.bell.ring, d.tell)
 	if err := d.move(cfg); err != nil {
 		return err
@@ -199,7 +202,7 @@ func (d *tunDevice) SetOffload(noTSO, noUSO, noGRO bool) error {
 	d.mu.Lock()
 	d.noTSO, d.noUSO = noTSO, noUSO
 	d.mu.Unlock()
-	d.whole.Store(!noGRO)
+	d.passes.Store(!noGRO)
 	return d.wrap(d.apply())
 }
 
@@ -216,7 +219,7 @@ func (d *tunDevice) Offloads() Offloads {
 	}
 	return Offloads{
 		Driver: DriverTun, Checksum: "on", TSO4: onOff(d.noTSO, ""), TSO6: onOff(d.noTSO, ""),
-		USO: onOff(d.noUSO, uso), GRO: onOff(!d.whole.Load(), ""),
+		USO: onOff(d.noUSO, uso), GRO: onOff(!d.passes.Load(), ""),
 	}
 }
 
@@ -270,7 +273,7 @@ func (d *tunDevice) Read(b *Batch) error {
 		d.bell.clear()
 	}
 	d.st.mu.Unlock()
-	own := len(b.Frames)
+	own, cut := len(b.Frames), -1
 	segments := d.places(b)
 	for n := 0; n+segments <= len(d.grid) && len(b.Frames)+segments <= BatchFrames && d.file.Readable(); {
 		got, err := d.tun.Read(d.grid[n:n+segments], d.sizes[:segments], tunOffset)
@@ -281,6 +284,9 @@ func (d *tunDevice) Read(b *Batch) error {
 			}
 			d.st.drop(dropMalformed) // the library has no use for it
 			break
+		}
+		if got > 1 {
+			cut = len(b.Frames)
 		}
 		for i, size := range d.sizes[:got] {
 			if size > d.gap-tunOffset {
@@ -297,7 +303,17 @@ func (d *tunDevice) Read(b *Batch) error {
 	if len(b.Frames) == 0 && d.closed.Load() {
 		return ErrClosed
 	}
+	if cut < 0 {
+		d.address(b, own)
+		return nil
+	}
+	segs := b.Frames[cut:]
+	b.Frames = b.Frames[:cut]
 	d.address(b, own)
+	first := len(b.Frames)
+	b.Frames = append(b.Frames, segs...)
+	d.address(b, first)
+	d.whole.merge(b, first)
 	return nil
 }
 
@@ -348,146 +364,6 @@ func libraryError(err error) error {
 		return ErrClosed // the poller refuses a descriptor that has only errors left
 	}
 	return err // of a packet
-}
-
-func (d *tunDevice) WriteFrame(m ether.Meta, parts [][]byte) error {
-	if len(parts) == 0 || len(parts) > 1 && len(parts[0]) < headLen || len(parts) > maxParts {
-		return d.joined(m, parts)
-	}
-	if len(parts[0]) < etherLen {
-		return d.short()
-	}
-	switch d.st.admit(parts[0]) {
-	case unwanted:
-		return d.gone()
-	case message:
-		return d.hear(m, parts)
-	}
-	if !d.vnet || m.GSO != ether.GSONone && !d.whole.Load() {
-		return d.cut(m, parts)
-	}
-	err := d.write(m, parts)
-	if err == errInvalid && m.GSO != ether.GSONone {
-		return d.cut(m, parts) // a kernel that refuses sound ones, see offloadQueue.refused
-	}
-	return err
-}
-
-// short is the error for what is no frame.
-func (d *tunDevice) short() error {
-	if err := d.gone(); err != nil {
-		return err
-	}
-	return errInvalid
-}
-
-// gone is ErrClosed when nothing can be written any more, for who has not tried to.
-func (d *tunDevice) gone() error {
-	if d.closed.Load() || d.lost.Load() {
-		return ErrClosed
-	}
-	return nil
-}
-
-// joined writes a frame whose begin is in several parts, or that has too many.
-func (d *tunDevice) joined(m ether.Meta, parts [][]byte) error {
-	k := d.cutters.get()
-	frame, err := k.join(parts)
-	if err == nil {
-		k.whole[0] = frame
-		err = d.WriteFrame(m, k.whole[:])
-	}
-	d.cutters.put(k)
-	return err
-}
-
-// hear gives a message to the station.
-func (d *tunDevice) hear(m ether.Meta, parts [][]byte) error {
-	k := d.cutters.get()
-	frame, err := k.join(parts)
-	if err == nil && (m.GSO != ether.GSONone || !ether.FinishChecksum(frame, m)) {
-		err = errInvalid
-	}
-	if err == nil {
-		d.st.heard(frame, time.Now())
-	}
-	d.cutters.put(k)
-	return err
-}
-
-// cut writes a frame as the packets that it stands for.
-func (d *tunDevice) cut(m ether.Meta, parts [][]byte) error {
-	k := d.cutters.get()
-	frame, err := k.join(parts)
-	if err == nil {
-		err = k.finish(m, frame, d)
-	}
-	d.cutters.put(k)
-	return err
-}
-
-func (d *tunDevice) writeFinished(frame []byte) error {
-	if d.vnet {
-		w := d.writers.Get().(*writer)
-		w.begin(ether.Meta{})
-		w.add(frame[etherLen:])
-		return d.send(w)
-	}
-	d.writing.Lock()
-	d.one[0] = frame
-	_, err := d.tun.Write(d.one[:], etherLen)
-	d.one[0] = nil
-	d.writing.Unlock()
-	if err != nil {
-		return libraryError(err)
-	}
-	return nil
-}
-
-// tell writes the packet of a frame that the station has for the host, which may lose it.
-func (d *tunDevice) tell(frame []byte) { _ = d.writeFinished(frame) }
-
-// write hands over the packet of a frame as it is.
-func (d *tunDevice) write(m ether.Meta, parts [][]byte) error {
-	if m.Checksum == ether.ChecksumPartial {
-		if m.ChecksumStart < etherLen {
-			return errInvalid
-		}
-		m.ChecksumStart -= etherLen
-	}
-	if m.GSO != ether.GSONone {
-		if m.HeaderLen < etherLen {
-			return errInvalid
-		}
-		m.HeaderLen -= etherLen
-	}
-	w := d.writers.Get().(*writer)
-	w.begin(m)
-	w.add(parts[0][etherLen:])
-	for _, p := range parts[1:] {
-		w.add(p)
-	}
-	return d.send(w)
-}
-
-// send writes what w holds and gives w back.
-func (d *tunDevice) send(w *writer) error {
-	if w.lenBytes > ether.MaxFrame-etherLen {
-		clear(w.iov[:w.n])
-		d.writers.Put(w)
-		return errInvalid
-	}
-	err := d.file.Control(w.call)
-	errno := w.errno
-	clear(w.iov[:w.n]) // the parts are borrowed
-	d.writers.Put(w)
-	switch {
-	case err != nil, errno == unix.EBADFD:
-		return ErrClosed
-	case errno != 0:
-		return errno
-	}
-	return nil
 }
 
 // EachDrop calls f for each reason why a layer 3 device has passed something on no

@@ -33,9 +33,14 @@ func TestTunTCP(t *testing.T) {
 				a, b := sa.station(DriverTun, addrA, Config{}), sb.station(other, addrB, Config{})
 				w := plug(t, a, b)
 				transfer(t, sa, sb, netip.MustParsePrefix(addrB).Addr(), n)
-				if w.longest.Load() > 1450+14 {
-					t.Errorf("the TUN gave a frame of %d bytes, want none beyond the MTU", w.longest.Load())
+				kind := ether.GSOTCPv4
+				if v6 {
+					kind = ether.GSOTCPv6
 				}
+				if n := w.super[kind].Load(); n < 20 || w.longest.Load() < 20_000 {
+					t.Errorf("the TUN gave %d super-frames, the longest of %d bytes, want the bulk of the traffic", n, w.longest.Load())
+				}
+				w.longest.Store(0)
 				transfer(t, sb, sa, netip.MustParsePrefix(addrA).Addr(), n)
 				if longest := w.longest.Load(); other == DriverOffload && longest < 20_000 {
 					t.Errorf("the longest frame into the TUN has %d bytes, want a long super-frame", longest)
@@ -47,7 +52,11 @@ func TestTunTCP(t *testing.T) {
 				if o := a.Offloads(); o != (Offloads{DriverTun, "on", "off", "off", "off", "off"}) {
 					t.Errorf("Offloads = %+v, want all but the checksum off", o)
 				}
+				w.longest.Store(0)
 				transfer(t, sa, sb, netip.MustParsePrefix(addrB).Addr(), n/4)
+				if w.longest.Load() > 1450+14 {
+					t.Errorf("the TUN gave a frame of %d bytes, want none beyond the MTU", w.longest.Load())
+				}
 				transfer(t, sb, sa, netip.MustParsePrefix(addrA).Addr(), n/4)
 				tunDrops(t, a)
 			})
@@ -159,7 +168,7 @@ func TestTunUDPChecksumZero(t *testing.T) {
 // with what somebody else has set nothing breaks.
 func TestTunMTU(t *testing.T) {
 	sa, sb := newSpace(t), newSpace(t)
-	a, b := sa.station(DriverTun, "10.32.0.1/16", Config{}), sb.station(DriverOffload, "10.32.0.2/16", Config{MTU: 65521})
+	a, b := sa.station(DriverTun, "10.32.0.1/16", Config{NoTSO: true}), sb.station(DriverOffload, "10.32.0.2/16", Config{MTU: 65521})
 	w := plug(t, a, b)
 	for _, mtu := range []int{1450, 576, 9000, 32000, 100, 1280} {
 		if err := a.SetMTU(mtu); err != nil {
@@ -321,19 +330,73 @@ func TestTunNoAllocs(t *testing.T) {
 		}
 	}
 	w.put(ether.AppendARP(nil, dev.MAC(), ether.ARPRequest, 0x0200_0000_0002, there.Addr(), 0, here.Addr()))
-	payload := pattern(1000)
-	if n := testing.AllocsPerRun(100, func() {
-		if _, err := conn.WriteToUDPAddrPort(payload, there); err != nil {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ lenBytes, segment int }{{1000, 0}, {20_500, 1000}} {
+		if err := errors.Join(raw.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, c.segment)
+		}), err); err != nil {
 			t.Fatal(err)
 		}
-		for len(w.b.Frames) > 0 || true {
-			if w.q.Read(w.b) != nil || len(w.b.Frames) == 0 || isUDP(w.b.Frames[0].B) {
-				break
+		payload, got := pattern(c.lenBytes), 0
+		if n := testing.AllocsPerRun(100, func() {
+			if _, err := conn.WriteToUDPAddrPort(payload, there); err != nil {
+				t.Fatal(err)
+			}
+			for {
+				if err := w.q.Read(w.b); err != nil || len(w.b.Frames) == 0 {
+					t.Fatalf("Read found no datagram: %v", err)
+				}
+				if f := w.b.Frames[len(w.b.Frames)-1]; isUDP(f.B) {
+					if len(f.B) == 42+c.lenBytes && int(f.Meta.SegmentLen) == c.segment && len(f.Head) == Headroom+len(f.B) {
+						got++
+					}
+					break
+				}
+			}
+		}); n != 0 {
+			t.Errorf("Read of %d bytes allocates %v times", c.lenBytes, n)
+		}
+		if got != 101 { // one to warm up
+			t.Errorf("%d of 101 trains of %d bytes were read whole", got, c.lenBytes)
+		}
+	}
+}
+
+// TestTunUSO: a UDP train passes out of the host whole, in the right order, behind
+// what waits for the neighbour as well.
+func TestTunUSO(t *testing.T) {
+	const seg, total = 1000, 30_500
+	sa, sb := newSpace(t), newSpace(t)
+	a, b := sa.station(DriverTun, "10.32.0.1/16", Config{}), sb.station(DriverOffload, "10.32.0.2/16", Config{})
+	w := plug(t, a, b)
+	out, in := sa.listenUDP(here), sb.listenUDP(there)
+	raw, err := out.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, seg)
+	}), err); err != nil {
+		t.Fatal(err)
+	}
+	payload := pattern(total)
+	for range 3 {
+		if _, err := out.WriteToUDPAddrPort(payload, there); err != nil {
+			t.Fatal(err)
+		}
+		for off := 0; off < total; off += seg {
+			if got := receive(t, in); !bytes.Equal(got, payload[off:min(off+seg, total)]) {
+				t.Fatalf("datagram at %d is damaged", off)
 			}
 		}
-	}); n != 0 {
-		t.Errorf("Read allocates %v times", n)
 	}
+	if n := w.super[ether.GSOUDP].Load(); n != 2 { // the first waited, in pieces
+		t.Errorf("%d UDP super-frames, want 2", n)
+	}
+	tunDrops(t, a)
 }
 
 // BenchmarkTunWrite is what a train of 60,000 bytes costs on its way into a host that

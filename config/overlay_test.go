@@ -42,7 +42,7 @@ func TestParseOverlayFaults(t *testing.T) {
 		{"blue", `"blue" is no KEY=VALUE`},
 		{"name=a,adress=10.0.0.1/8", `unknown key "adress"; did you mean "address"?`},
 		{"name=a,peers=192.0.2.1", `unknown key "peers"; did you mean "peer"?`},
-		{"name=a,xyzzy=1", `unknown key "xyzzy"; the keys are name, vni, encryption, cipher, mss-clamp, address, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues`},
+		{"name=a,xyzzy=1", `unknown key "xyzzy"; the keys are name, vni, encryption, cipher, mss-clamp, address, gateway, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues`},
 		{"name=a,name=b", `"name" is there twice`},
 		{"vni=0", `vni "0": 0 is reserved by Tulle: it is what a header that was never filled in carries; take one from 1 to 16777215`},
 		{"vni=16777216", `vni "16777216": a VNI has 24 bits: take one from 1 to 16777215`},

@@ -188,6 +188,13 @@ func (g *Gateway) replace(w Want, v4, v6 bool) error {
 			}
 		}
 	}
+	var devices []string
+	for _, x := range w.Exits {
+		devices = append(devices, x.Device)
+	}
+	if err := g.letThrough(c, devices); err != nil {
+		return explain(err)
+	}
 	if err := c.Flush(); err != nil {
 		return explain(err)
 	}
@@ -208,7 +215,7 @@ func (g *Gateway) remove() error {
 			c.AddTable(t)
 			c.DelTable(t)
 		}
-		e = c.Flush()
+		e = errors.Join(g.letThrough(c, nil), c.Flush())
 	}
 	if e != nil && !lacking(e) { // a kernel without nftables has no table either
 		err = errors.Join(err, explain(e))
@@ -250,6 +257,10 @@ func (g *Gateway) Check() {
 			g.done = nil
 			return
 		}
+	}
+	if !g.passes(c, len(g.done.Exits)) {
+		g.cfg.Log.Warn("a firewall that drops what this host forwards has come, or has forgotten this node's rules: making them again")
+		g.done = nil
 	}
 }
 

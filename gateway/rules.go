@@ -4,6 +4,7 @@ import (
 	"net/netip"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -47,7 +48,7 @@ func build(c *nftables.Conn, t *nftables.Table, w Want, rec *record) error {
 		name    string
 		devices []string
 	}{{&b.gateways, "gateways", gateways}, {&b.others, "others", w.Others}, {&b.before, "before", before}} {
-		*s.at = &nftables.Set{Table: b.t, Name: s.name, KeyType: nftables.TypeIFName}
+		*s.at = &nftables.Set{Table: b.t, Name: s.name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}
 		var all []nftables.SetElement
 		for _, d := range s.devices {
 			all = append(all, nftables.SetElement{Key: ifname(d)})

@@ -146,7 +146,7 @@ const (
 // legacyDrops reports whether the tables of before nftables drop by default what
 // is forwarded. They are looked at only where they are in use.
 func legacyDrops(family int, file string) bool {
-	names, _ := os.ReadFile("/proc/net/" + file)
+	names, _ := os.ReadFile("/proc/thread-self/net/" + file)
 	if !slices.Contains(strings.Fields(string(names)), foreignTable) {
 		return false
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/tulle-net/tulle/doctor"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/gateway"
 	"github.com/tulle-net/tulle/store"
@@ -314,4 +315,25 @@ func (o *overlay) gatewayStatus() *GatewayStatus {
 		return nil
 	}
 	return &GatewayStatus{Device: x.device, Up: x.fault == "", Error: x.fault}
+}
+
+// Gateways is for the doctor.
+func (p patient) Gateways() *doctor.Gateways {
+	g := &doctor.Gateways{}
+	for _, o := range p.n.list() {
+		switch s := o.gatewayStatus(); {
+		case s == nil:
+		case s.Up:
+			g.Devices = append(g.Devices, s.Device)
+		default:
+			g.Faults = append(g.Faults, o.cfg.Name+": "+s.Error)
+		}
+	}
+	if len(g.Devices)+len(g.Faults) == 0 {
+		return nil
+	}
+	if len(g.Devices) > 0 {
+		g.Blocked = p.n.gateways.Blocked()
+	}
+	return g
 }

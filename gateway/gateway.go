@@ -129,9 +129,14 @@ func (g *Gateway) Apply(w Want) error {
 	if len(w.Ports) > MaxPorts {
 		return errors.Join(fmt.Errorf("gateway: %d published ports: %d at most", len(w.Ports), MaxPorts), g.remove())
 	}
+	var before []Port
+	if g.done != nil {
+		before = g.done.Ports
+	}
 	if err := g.apply(w); err != nil {
 		return errors.Join(err, g.remove())
 	}
+	g.forget(before, w.Ports)
 	g.done = &w
 	return nil
 }
@@ -203,6 +208,9 @@ func (g *Gateway) replace(w Want, v4, v6 bool) error {
 
 // remove takes everything back. g.mu is held.
 func (g *Gateway) remove() error {
+	if g.done != nil {
+		defer g.forget(g.done.Ports, nil)
+	}
 	g.done = nil
 	if g.rec == nil {
 		return nil
@@ -230,8 +238,8 @@ func (g *Gateway) remove() error {
 	return nil
 }
 
-// Check notices that somebody has flushed the host's rules: the next Apply makes
-// them again.
+// Check notices that somebody has flushed the host's rules, or told it not to
+// forward: the next Apply has it do so again.
 func (g *Gateway) Check() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -254,6 +262,16 @@ func (g *Gateway) Check() {
 		there := slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Family == f.family && t.Name == g.cfg.Table })
 		if f.used && !there {
 			g.cfg.Log.Warn("somebody has removed this node's nftables rules: making them again")
+			g.done = nil
+			return
+		}
+	}
+	for _, f := range []struct {
+		used bool
+		name string
+	}{{v4, forward4}, {v6, forward6}} {
+		if is, err := setting(f.name); f.used && err == nil && is == "0" {
+			g.cfg.Log.Warn("somebody has switched forwarding off on this host: switching it on again (" + f.name + ")")
 			g.done = nil
 			return
 		}

@@ -213,7 +213,21 @@ func TestForwarding(t *testing.T) {
 	w.wantSeen(w.c, at(out4, 2), 7000, at(out4, 1))
 	w.wantSeen(w.x, at(far4, 2), 7000, at(out4, 2))
 	w.wantSeen(w.x, at(in4, 2), 7000, nobody)
+	// One that is told not to forward while there are exits does so all the same,
+	// and for them alone.
+	if err := w.a.Sysctl(forward4, "0"); err != nil {
+		t.Fatal(err)
+	}
+	w.wantSeen(w.c, at(out4, 2), 7000, nobody)
+	if err := w.a.Do(func() error { w.g.Check(); return w.g.Apply(Want{Exits: exits}) }); err != nil {
+		t.Fatal(err)
+	}
+	w.wantSeen(w.c, at(out4, 2), 7000, at(out4, 1))
+	w.wantSeen(w.x, at(far4, 2), 7000, nobody)
 	w.apply(Want{})
+	if err := w.a.Sysctl(forward4, "1"); err != nil {
+		t.Fatal(err)
+	}
 	w.wantSeen(w.x, at(far4, 2), 7000, at(out4, 2))
 	if s := w.sysctl(settings...); s != "1111" {
 		t.Errorf("%v are %s, want 1111", settings, s)
@@ -519,4 +533,62 @@ func TestReserve(t *testing.T) {
 	} else {
 		_ = f.Close()
 	}
+}
+
+// TestFlows: a sender of UDP that does not pause is heard where the port leads now.
+func TestFlows(t *testing.T) {
+	w := newWorld(t)
+	hears := func(h *lab.Host, at string) <-chan string {
+		t.Helper()
+		pc, err := h.ListenPacket(at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		heard, b := make(chan string, 1), make([]byte, 64)
+		t.Cleanup(func() { _ = pc.Close() })
+		go func() {
+			for {
+				n, from, err := pc.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				select {
+				case heard <- string(b[:n]) + " from " + from.(*net.UDPAddr).IP.String():
+				default:
+				}
+			}
+		}()
+		return heard
+	}
+	host, first, second := hears(w.a, ":53"), hears(w.c, ":53"), hears(w.c, ":54")
+	c, err := w.x.Dial(t.Context(), "udp", netip.AddrPortFrom(at(out4, 1), 53).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	send := func(text string, to <-chan string) {
+		t.Helper()
+		if _, err := io.WriteString(c, text); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case got := <-to:
+			if got != text+" from "+at(out4, 2).String() {
+				t.Errorf("sent %q, heard %q", text, got)
+			}
+		case <-time.After(3 * time.Second):
+			t.Errorf("%q is not heard", text)
+		}
+	}
+	port := func(to uint16) Want {
+		return Want{Exits: exits, Ports: []Port{{netip.AddrPortFrom(netip.Addr{}, 53), "udp", netip.AddrPortFrom(at(in4, 2), to)}}}
+	}
+	w.apply(Want{Exits: exits})
+	send("to the host", host)
+	w.apply(port(53))
+	send("to an endpoint", first)
+	w.apply(port(54))
+	send("to another port", second)
+	w.apply(Want{})
+	send("to the host again", host)
 }

@@ -55,7 +55,7 @@ var imports = map[string][]string{
 var thirdParty = map[string][]string{
 	"github.com/quic-go/quic-go":    {"peer"},
 	"github.com/hashicorp/":         {"discovery"},
-	"github.com/vishvananda/":       {"tap", "internal/lab"},
+	"github.com/vishvananda/":       {"tap", "gateway", "internal/lab"},
 	"github.com/songgao/water":      {"tap"},
 	"github.com/spf13/cobra":        {"cmd/tulle"},
 	"github.com/goccy/go-yaml":      {"config", "cmd/tulle"},

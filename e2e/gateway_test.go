@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -357,6 +358,28 @@ func TestGateway(t *testing.T) {
 		runIn(t, h[0], "ip", "route", "del", "10.77.1.0/24")
 	})
 
+	part(t, "run", nodes, func(t *testing.T) {
+		out := &heard{}
+		cmd := exec.Command(binary, "--socket", a.sock, "run", "blue", "--publish", "8084:5201", "--", "iperf3", "-s", "-1", "--forceflush")
+		cmd.Stdout, cmd.Stderr = out, out
+		p, err := h[0].Start(cmd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 10*time.Second, "the server listens", func() bool { return strings.Contains(out.String(), "Server listening") })
+		runIn(t, x, "iperf3", "-c", sw.Addr(h[0]).String(), "-p", "8084", "-n", "16M")
+		if err := p.Wait(); err != nil || !strings.Contains(out.String(), "Accepted connection from "+at4.String()) {
+			t.Errorf("tulle run --publish: %v: %s", err, out)
+		}
+		a.eventually(2*time.Second, "the port is free again", func() bool {
+			ln, err := h[0].Listen(":8084")
+			if err == nil {
+				_ = ln.Close()
+			}
+			return err == nil
+		})
+	})
+
 	part(t, "the wire", nodes, func(t *testing.T) {
 		var mac [6]byte
 		blueGateway.Put(mac[:])
@@ -390,7 +413,24 @@ func TestGateway(t *testing.T) {
 		if !strings.Contains(ruleset(t, h[0]), "table ip tulle-a-") {
 			t.Error("the kernel has lost the rules by itself: this part tests nothing")
 		}
+		// A program that takes a port meanwhile has it, until it ends.
+		ln, err := h[0].Listen(":8082")
+		if err != nil {
+			t.Fatal(err)
+		}
 		a.start()
+		wantTold(t, c1, "tcp", port(at4, 7000), sw.Addr(h[0]))
+		list := a.attached(isNamed(filepath.Base(c1.Path())))
+		if len(list) != 1 || !list[0].Up || !strings.Contains(list[0].PublishError, "8082:8000/tcp: a program on this host has the port") {
+			t.Errorf("c1 with a port that is taken: %+v", list)
+		}
+		wantSilence(t, x, "tcp", port(sw.Addr(h[0]), 8080)) // all or none
+		_ = ln.Close()
+		a.do("overlay", "set", "blue", "--reserve", "10.32.0.0/24") // or within 10 s
+		a.eventually(5*time.Second, "c1's ports are published again", func() bool {
+			list := get[node.Endpoints](a, "/v1/endpoints").Endpoints
+			return !slices.ContainsFunc(list, func(e node.Endpoint) bool { return e.PublishError != "" })
+		})
 		published(t)
 		wantTold(t, c1, "tcp", port(at4, 7000), sw.Addr(h[0]))
 		wantTold(t, c1, "tcp", port(at6, 7000), sw.Addr6(h[0]))
@@ -477,4 +517,43 @@ func dropsIn(t *testing.T, h *lab.Host, chain string) (sum uint64) {
 		}
 	}
 	return sum
+}
+
+//	e ··[blue]·· a ──[ul]── x      a's own device in blue is the gateway of e, whose
+//	             └── b ─┘          device is a static one of b's, in a namespace
+
+// TestStaticGateway: a host is the gateway of a static overlay at its own address.
+func TestStaticGateway(t *testing.T) {
+	t.Parallel()
+	l, sw, h := hosts(t, 3, lab.Underlay{Prefix4: underlay4})
+	e := containers(t, l, "e")[0]
+	a := up(t, l, h[0], "--overlay", overlay(1, "gateway=true"), "--overlay", "name=red,vni=101,encryption=none,tap=red0,address=10.33.0.1/16")
+	b := up(t, l, h[1], "--join", sw.Addr(h[0]).String(), "--overlay", overlay(2, "netns="+e.Path()), "--overlay", "name=red,vni=101,encryption=none,tap=red0,address=10.33.0.2/16")
+	telling(t, h[2], 7000)
+	telling(t, e, 7000)
+	telling(t, h[1], 7003)
+	at := port(sw.Addr(h[2]), 7000)
+	ping(t, e, address(1), 10*time.Second)
+	if _, err := told(e, "tcp", at, time.Second); err == nil {
+		t.Error("without a route there is an answer")
+	}
+	if err := e.AddRoute(netip.MustParsePrefix("0.0.0.0/0"), address(1)); err != nil {
+		t.Fatal(err)
+	}
+	wantTold(t, e, "tcp", at, sw.Addr(h[0]))
+	wantTold(t, e, "udp", at, sw.Addr(h[0]))
+	wantTold(t, h[0], "tcp", port(address(2), 7000), address(1))
+	// The host has another overlay, without a gateway: that is somebody else's.
+	ping(t, h[1], netip.MustParseAddr("10.33.0.1"), 10*time.Second)
+	wantSilence(t, e, "tcp", netip.MustParseAddrPort("10.33.0.2:7003"))
+	runIn(t, h[1], "ip", "route", "add", "10.32.0.0/16", "via", "10.33.0.1")
+	wantSilence(t, h[1], "tcp", port(address(2), 7000))
+	if g := a.gateway("blue"); g == nil || !g.Up || g.Device != "blue0" || a.gateway("red") != nil {
+		t.Errorf("gateway of blue: %+v, of red: %+v", g, a.gateway("red"))
+	}
+	b.stop()
+	a.stop()
+	if rules := ruleset(t, h[0]); rules != "" {
+		t.Errorf("left after the stop:\n%s", rules)
+	}
 }

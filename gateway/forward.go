@@ -141,7 +141,7 @@ func (g *Gateway) unforward() error {
 	return errors.Join(errs...)
 }
 
-// Tune sets what an exit's devices need, once they are there.
+// Tune sets what an exit's devices need, of those that are there.
 func (g *Gateway) Tune(x Exit) {
 	if !x.Anycast {
 		return
@@ -156,7 +156,7 @@ func (g *Gateway) Tune(x Exit) {
 		if s.device == "" {
 			continue
 		}
-		if err := set("net/ipv4/conf/"+s.device+"/"+s.name, s.value); err != nil {
+		if err := set("net/ipv4/conf/"+s.device+"/"+s.name, s.value); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			g.cfg.Log.Warn("the gateway works, but not for everybody", "port", s.device, "err", err)
 		}
 	}

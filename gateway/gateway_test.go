@@ -28,6 +28,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 type world struct {
 	t          *testing.T
+	lab        *lab.Lab
 	a, c, x, y *lab.Host
 	g          *Gateway
 	kept       []byte // what is remembered
@@ -53,7 +54,7 @@ func at(p netip.Prefix, n int) netip.Addr {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	l := labtest.New(t)
-	w := &world{t: t}
+	w := &world{t: t, lab: l}
 	for _, h := range []struct {
 		at   **lab.Host
 		name string
@@ -591,4 +592,22 @@ func TestFlows(t *testing.T) {
 	send("to another port", second)
 	w.apply(Want{})
 	send("to the host again", host)
+}
+
+// TestNarrow: who sends more than the host's way out takes is told by ICMP.
+func TestNarrow(t *testing.T) {
+	w := newWorld(t)
+	w.apply(Want{Exits: exits})
+	if err := w.a.SetMTU("out", 1280); err != nil {
+		t.Fatal(err)
+	}
+	for _, to := range []netip.Addr{at(out4, 2), at(out6, 2)} {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		got, err := w.lab.Transfer(ctx, w.c, w.x, netip.AddrPortFrom(to, 0), lab.Amount{Bytes: 1 << 20})
+		cancel()
+		if err != nil || got.Bytes != 1<<20 {
+			t.Errorf("%d bytes to %s: %v", got.Bytes, to, err)
+		}
+	}
+	w.apply(Want{})
 }

@@ -209,6 +209,12 @@ func (n *Node) openExit(ov *overlay, name string, want gateway.Want) {
 		n.closeExit(ov)
 		x = nil
 	}
+	for _, e := range want.Exits {
+		if e.Device == name {
+			n.gateways.Tune(e) // the host's other device, before it could answer for this one
+			defer n.gateways.Tune(e)
+		}
+	}
 	if x == nil || x.live == nil {
 		a, err := n.openExitDevice(ov, name)
 		if err != nil {
@@ -217,11 +223,6 @@ func (n *Node) openExit(ov *overlay, name string, want gateway.Want) {
 		}
 		n.log.Info("this node is the gateway of its endpoints", "overlay", ov.cfg.Name, "port", name, "mac", a.dev.MAC())
 		x = &exit{device: name, live: a}
-	}
-	for _, e := range want.Exits {
-		if e.Device == name {
-			n.gateways.Tune(e)
-		}
 	}
 	next := &exit{device: name, live: x.live, routed: map[netip.Addr]struct{}{}}
 	var add, remove []netip.Addr

@@ -124,12 +124,12 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 		}
 		return err
 	}
+	n.followGateways()
 	if was {
 		n.followMTU()
 	} else {
 		n.carriedChanged()
 	}
-	n.followGateways()
 	return n.published(e)
 }
 
@@ -189,8 +189,7 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 // leaveShared ends an endpoint's device, and with the last one that the overlay is
 // carried. Called by Run's goroutine.
 func (n *Node) leaveShared(e *endpoint) error {
-	n.unreserve(e)
-	defer n.followGateways()
+	defer n.unreserve(e)
 	ov := n.sharedHere(e.Overlay)
 	if ov == nil {
 		return nil
@@ -200,6 +199,7 @@ func (n *Node) leaveShared(e *endpoint) error {
 	if d := ov.deviceOf(e); d != nil {
 		err = n.removeDevice(ov, d)
 	}
+	n.followGateways()
 	switch {
 	case len(ov.list()) == 0:
 		err = errors.Join(err, n.removeOverlay(ov))

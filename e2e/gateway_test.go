@@ -170,6 +170,9 @@ func TestGateway(t *testing.T) {
 		if forwards(t, h[0]) != "11" {
 			t.Error("a does not forward")
 		}
+		if off := runIn(t, h[0], "cat", "/proc/sys/net/ipv6/conf/tg-red/disable_ipv6"); off != "1\n" {
+			t.Errorf("red has no IPv6, and its gateway has: %s", off)
+		}
 		// In the overlay the endpoints see each other, not the gateways.
 		wantTold(t, c1, "tcp", port(addr[c3][0], 7000), addr[c1][0])
 		wantTold(t, c3, "tcp", port(addr[c1][1], 7000), addr[c3][1])

@@ -149,14 +149,24 @@ func (g *Gateway) Tune(x Exit) {
 	// Who asks for an address of the gateway's device must not be answered by the
 	// host's other device in the overlay, on which other nodes' endpoints ask too; what
 	// endpoints send to that one is answered by the gateway's.
-	settings := []struct{ device, name, value string }{
-		{x.Device, "route_localnet", "1"}, {x.Device, "arp_ignore", "1"}, {x.Own, "arp_ignore", "1"}, {x.Own, "rp_filter", "2"},
+	type sysctl struct{ family, device, name, value string }
+	settings := []sysctl{
+		{"ipv4", x.Device, "route_localnet", "1"}, {"ipv4", x.Device, "arp_ignore", "1"}, {"ipv4", x.Own, "arp_ignore", "1"}, {"ipv4", x.Own, "rp_filter", "2"},
+	}
+	// Of a family that the overlay has not, nothing is forwarded: there may be no
+	// table of it either.
+	v4, v6 := families(Want{Exits: []Exit{x}})
+	if !v4 {
+		settings = append(settings, sysctl{"ipv4", x.Device, "forwarding", "0"})
+	}
+	if !v6 {
+		settings = append(settings, sysctl{"ipv6", x.Device, "disable_ipv6", "1"})
 	}
 	for _, s := range settings {
 		if s.device == "" {
 			continue
 		}
-		if err := set("net/ipv4/conf/"+s.device+"/"+s.name, s.value); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := set("net/"+s.family+"/conf/"+s.device+"/"+s.name, s.value); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			g.cfg.Log.Warn("the gateway works, but not for everybody", "port", s.device, "err", err)
 		}
 	}

@@ -611,3 +611,27 @@ func TestNarrow(t *testing.T) {
 	}
 	w.apply(Want{})
 }
+
+// TestTune: an exit's device forwards what its overlay has, and answers for itself.
+func TestTune(t *testing.T) {
+	w := newWorld(t)
+	names := []string{"net/ipv4/conf/in/route_localnet", "net/ipv4/conf/in/arp_ignore", "net/ipv4/conf/in/forwarding", "net/ipv6/conf/in/disable_ipv6",
+		"net/ipv4/conf/far/arp_ignore", "net/ipv4/conf/far/rp_filter"}
+	w.apply(Want{Exits: exits})
+	for _, tt := range []struct {
+		x    Exit
+		want string
+	}{
+		{Exit{Device: "in", Subnets: []netip.Prefix{in4, in6}}, "001000"},
+		{Exit{Device: "none", Subnets: []netip.Prefix{in4}, Anycast: true}, "001000"},
+		{Exit{Device: "in", Subnets: []netip.Prefix{in4, in6}, Anycast: true, Own: "far"}, "111012"},
+		{Exit{Device: "in", Subnets: []netip.Prefix{in6}, Anycast: true}, "110012"},
+		{Exit{Device: "in", Subnets: []netip.Prefix{in4}, Anycast: true}, "110112"},
+	} {
+		_ = w.a.Do(func() error { w.g.Tune(tt.x); return nil })
+		if got := w.sysctl(names...); got != tt.want {
+			t.Errorf("after Tune(%+v): %s, want %s", tt.x, got, tt.want)
+		}
+	}
+	w.apply(Want{})
+}

@@ -560,3 +560,49 @@ func TestStaticGateway(t *testing.T) {
 		t.Errorf("left after the stop:\n%s", rules)
 	}
 }
+
+// TestGatewayRefused: a node that may not change its host's settings, as in a
+// container, is no gateway, says so, and its overlays work.
+func TestGatewayRefused(t *testing.T) {
+	t.Parallel()
+	l, sw, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4})
+	program := []string{"unshare", "--mount", "--propagation", "slave", "sh", "-c", `mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec "$0" "$@"`, binary}
+	a := upAs(t, l, h[0], program)
+	c := containers(t, l, "c1", "c2", "c3")
+	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16", "--gateway", "true")
+	a.attaches("blue", "--netns", c[0].Path())
+	at := a.attaches("blue", "--netns", c[1].Path())
+	ping(t, c[0], at.Addr(), 5*time.Second)
+	if g := a.gateway("blue"); g == nil || g.Up || !strings.Contains(g.Error, "sysctl -w net/ipv4/ip_forward=1") {
+		t.Errorf("gateway: %+v", g)
+	}
+	a.refuses([]string{"8080:80/tcp", "sysctl -w net/ipv4/ip_forward=1"}, "attach", "blue", "--netns", c[2].Path(), "--publish", "8080:80")
+	a.refuses([]string{"8080:80/tcp", "default route already"}, "attach", "blue", "--netns", c[1].Path(), "--ifname", "eth1", "--publish", "8080:80")
+	if list := a.attached(func(node.Endpoint) bool { return true }); len(list) != 2 {
+		t.Errorf("left of what was refused: %+v", list)
+	}
+	if rules := ruleset(t, h[0]); rules != "" {
+		t.Errorf("half of it is there:\n%s", rules)
+	}
+	if _, there, _ := h[0].Link("tg-blue"); there {
+		t.Error("half of it is there: tg-blue")
+	}
+	if status, checks, _ := a.doctor(); status != 1 || checks["gateway"].Result != "failed" {
+		t.Errorf("doctor: %d, %+v", status, checks["gateway"])
+	}
+	// Whoever may does it, and all is well.
+	if err := h[0].Sysctl("net/ipv4/ip_forward", "1"); err != nil {
+		t.Fatal(err)
+	}
+	a.do("overlay", "set", "blue", "--reserve", "10.32.0.0/24") // or within 10 s
+	a.eventually(5*time.Second, "it is a gateway", func() bool { g := a.gateway("blue"); return g != nil && g.Up })
+	telling(t, h[1], 7000)
+	wantTold(t, c[0], "tcp", port(sw.Addr(h[1]), 7000), sw.Addr(h[0]))
+	if _, checks, _ := a.doctor(); checks["gateway"].Result != "ok" {
+		t.Errorf("doctor: %+v", checks["gateway"])
+	}
+	a.stop()
+	if f := forwards(t, h[0]); f[0] != '1' || ruleset(t, h[0]) != "" {
+		t.Errorf("after the stop forwarding is %s, rules are %q", f, ruleset(t, h[0]))
+	}
+}

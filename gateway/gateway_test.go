@@ -149,8 +149,8 @@ func (w *world) tell(h *lab.Host) {
 
 // seen is the address that a call from a host is seen to come from; zero: it is
 // not answered.
-func (w *world) seen(from *lab.Host, to netip.Addr, port uint16) netip.Addr {
-	ctx, cancel := context.WithTimeout(w.t.Context(), 300*time.Millisecond)
+func (w *world) seen(from *lab.Host, to netip.Addr, port uint16, within time.Duration) netip.Addr {
+	ctx, cancel := context.WithTimeout(w.t.Context(), within)
 	defer cancel()
 	c, err := from.Dial(ctx, "tcp", netip.AddrPortFrom(to, port).String())
 	if err != nil {
@@ -166,7 +166,11 @@ func (w *world) seen(from *lab.Host, to netip.Addr, port uint16) netip.Addr {
 
 func (w *world) wantSeen(from *lab.Host, to netip.Addr, port uint16, want netip.Addr) {
 	w.t.Helper()
-	if got := w.seen(from, to, port); got != want {
+	within := 5 * time.Second
+	if want == nobody {
+		within = 300 * time.Millisecond
+	}
+	if got := w.seen(from, to, port, within); got != want {
 		w.t.Errorf("%s calls %s port %d and is seen as %v, want %v", from.Name(), to, port, got, want)
 	}
 }

@@ -130,10 +130,14 @@ func (g *Gateway) Apply(w Want) error {
 		return errors.Join(fmt.Errorf("gateway: %d published ports: %d at most", len(w.Ports), MaxPorts), g.remove())
 	}
 	var before []Port
+	apply := g.apply
 	if g.done != nil {
 		before = g.done.Ports
+		if same := (Want{w.Exits, w.Others, before}); reflect.DeepEqual(*g.done, same) {
+			apply = g.repoint
+		}
 	}
-	if err := g.apply(w); err != nil {
+	if err := apply(w); err != nil {
 		return errors.Join(err, g.remove())
 	}
 	g.forget(before, w.Ports)
@@ -204,6 +208,29 @@ func (g *Gateway) replace(w Want, v4, v6 bool) error {
 		return explain(err)
 	}
 	return nil
+}
+
+// repoint replaces the ports alone: an endpoint with some comes or goes.
+func (g *Gateway) repoint(w Want) error {
+	c, err := conn()
+	if err != nil {
+		return explain(err)
+	}
+	v4, v6 := families(w)
+	for _, f := range []struct {
+		family nftables.TableFamily
+		used   bool
+	}{{nftables.TableFamilyIPv4, v4}, {nftables.TableFamilyIPv6, v6}} {
+		if f.used {
+			b := &table{c: c, t: &nftables.Table{Family: f.family, Name: g.cfg.Table}, v6: f.family == nftables.TableFamilyIPv6}
+			c.FlushChain(&nftables.Chain{Name: chainPorts, Table: b.t})
+			b.ports(w)
+		}
+	}
+	if c.Flush() == nil {
+		return nil
+	}
+	return g.apply(w) // somebody has removed the table
 }
 
 // remove takes everything back. g.mu is held.

@@ -320,6 +320,12 @@ func TestPorts(t *testing.T) {
 	w.wantSeen(w.c, at(out4, 2), 80, nobody)
 	w.apply(Want{Exits: exits})
 	w.wantSeen(w.x, at(out4, 1), 80, nobody)
+	w.wantSeen(w.c, at(out4, 2), 7000, at(out4, 1))
+	// Ports alone have changed, and the table is gone.
+	w.run("nft", "flush", "ruleset")
+	w.apply(Want{Exits: exits, Ports: []Port{{netip.AddrPortFrom(netip.Addr{}, 80), "tcp", to4}}})
+	w.wantSeen(w.x, at(out4, 1), 80, at(out4, 2))
+	w.wantSeen(w.c, at(out4, 2), 7000, at(out4, 1))
 	var many []Port
 	for range MaxPorts + 1 {
 		many = append(many, Port{netip.AddrPortFrom(netip.Addr{}, 80), "tcp", to4})

@@ -30,6 +30,8 @@ type table struct {
 	gateways, others, before *nftables.Set
 }
 
+const chainPorts = "ports"
+
 var loopback4 = netip.MustParsePrefix("127.0.0.0/8")
 
 // build fills a table that was just made.
@@ -58,7 +60,8 @@ func build(c *nftables.Conn, t *nftables.Table, w Want, rec *record) error {
 		}
 	}
 	b.arriving(w)
-	b.calls(w)
+	b.calls()
+	b.ports(w)
 	b.input(w)
 	b.forward(w, b.v6 && rec.IPv6 || !b.v6 && rec.IPv4)
 	b.output()
@@ -105,32 +108,31 @@ func (b *table) arriving(w Want) {
 	})
 }
 
-func (b *table) calls(w Want) {
-	var list []Port
-	for _, p := range w.Ports {
-		if p.To.Addr().Is6() == b.v6 {
-			list = append(list, p)
-		}
-	}
-	if len(list) == 0 {
-		return
-	}
-	ports := b.c.AddChain(&nftables.Chain{Name: "ports", Table: b.t})
+func (b *table) calls() {
+	b.c.AddChain(&nftables.Chain{Name: chainPorts, Table: b.t})
 	in := b.chain("calls_in", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest)
 	out := b.chain("calls_out", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
-	b.rule(in, local(), jump("ports"))
+	b.rule(in, local(), jump(chainPorts))
 	if b.v6 { // the kernel routes no ::1 to a device
 		one := netip.PrefixFrom(netip.IPv6Loopback(), 128)
-		b.rule(out, b.destination(one, false), local(), jump("ports"))
+		b.rule(out, b.destination(one, false), local(), jump(chainPorts))
 	} else {
-		b.rule(out, local(), jump("ports"))
+		b.rule(out, local(), jump(chainPorts))
 	}
-	for _, p := range list {
+}
+
+// ports fills the chain that is there, and empty.
+func (b *table) ports(w Want) {
+	ch := &nftables.Chain{Name: chainPorts, Table: b.t}
+	for _, p := range w.Ports {
+		if p.To.Addr().Is6() != b.v6 {
+			continue
+		}
 		var at []expr.Any
 		if a := p.Host.Addr(); a.IsValid() {
 			at = b.destination(netip.PrefixFrom(a, a.BitLen()), true)
 		}
-		b.rule(ports, at, protocol(p.Protocol), dport(p.Host.Port()), b.dnat(p.To))
+		b.rule(ch, at, protocol(p.Protocol), dport(p.Host.Port()), b.dnat(p.To))
 	}
 }
 

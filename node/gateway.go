@@ -148,6 +148,9 @@ func (n *Node) roomForExit(def *store.Overlay) error {
 // followGateways brings all exits, and ports of the host, in step with the
 // overlays and endpoints of now.
 func (n *Node) followGateways() {
+	if n.restoring {
+		return
+	}
 	var want gateway.Want
 	faults := map[*overlay]string{}
 	for i, ov := range n.list() {

@@ -53,6 +53,7 @@ type Node struct {
 	stopped   chan struct{} // closed when it does nothing any more
 	endpoints *endpoints    // in shared overlays; nil in an open cluster
 	gateways  *gateway.Gateway
+	restoring bool                     // endpoints: gateways follow when all are there
 	ports     map[*endpoint][]*os.File // of the host, that lead to endpoints; New's and Run's goroutine's
 
 	// at is where this node is: the address that it advertises.
@@ -126,7 +127,9 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 		return nil, err
 	}
 	if n.endpoints != nil {
+		n.restoring = true
 		n.endpoints.restore()
+		n.restoring = false
 	}
 	n.followGateways() // also without any: an earlier run may have been killed
 	return n, n.disc.Load().SetOverlays(n.carried())

@@ -226,6 +226,10 @@ func TestGateway(t *testing.T) {
 			t.Errorf("another tenant's address is let out: %s", out)
 		}
 		spoofed := dropsIn(t, h[0], "arriving")
+		runIn(t, c1, "ip", "addr", "add", "10.32.250.1/16", "dev", "eth0")
+		if out, err := c1.Run(t.Context(), "ping", "-c", "1", "-W", "1", "-I", "10.32.250.1", at4.String()); err == nil {
+			t.Errorf("an address that the endpoint took by itself is answered: %s", out)
+		}
 		runIn(t, c1, "ip", "route", "del", "local", "127.0.0.0/8", "dev", "lo", "table", "local")
 		runIn(t, c1, "ip", "route", "add", "127.5.0.0/16", "via", "10.32.0.1", "src", addr[c1][0].String())
 		runIn(t, c1, "sysctl", "-qw", "net.ipv4.conf.all.route_localnet=1")

@@ -645,3 +645,48 @@ func TestTune(t *testing.T) {
 	}
 	w.apply(Want{})
 }
+
+// TestOthers: the host's devices in overlays without a gateway are somebody else's,
+// and an overlay's addresses are believed from nowhere but from it.
+func TestOthers(t *testing.T) {
+	for _, router := range []bool{false, true} {
+		w := newWorld(t)
+		if router {
+			if err := errors.Join(w.a.Sysctl(forward4, "1"), w.a.Sysctl(forward6, "1")); err != nil {
+				t.Fatal(err)
+			}
+			w.wantSeen(w.y, at(in4, 2), 7000, at(far4, 2))
+		}
+		w.apply(Want{Exits: exits, Others: []string{"far"}})
+		w.wantSeen(w.c, at(out4, 2), 7000, at(out4, 1))
+		for _, far := range []netip.Prefix{far4, far6} {
+			w.wantSeen(w.c, at(far, 2), 7000, nobody)
+		}
+		w.wantSeen(w.y, at(in4, 2), 7000, nobody)
+		w.wantSeen(w.y, at(in6, 2), 7000, nobody)
+		between := nobody
+		if router { // as it was
+			between = at(far4, 2)
+		}
+		w.wantSeen(w.y, at(out4, 2), 7000, between)
+
+		dropped := func() int {
+			return strings.Count(w.run("nft", "list", "table", "ip", testTable), "packets 0 bytes 0 drop")
+		}
+		before := dropped()
+		w.tell(w.a)
+		if err := w.x.AddAddr("lo", netip.PrefixFrom(at(in4, 77), 32)); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.a.Sysctl("net/ipv4/conf/all/rp_filter", "0"); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		_, err := w.x.Run(ctx, "ping", "-c", "1", "-W", "1", "-I", at(in4, 77).String(), at(out4, 1).String())
+		cancel()
+		if err == nil || dropped() != before-1 {
+			t.Errorf("an overlay's address from outside: %v, %d rules have dropped nothing, before %d", err, dropped(), before)
+		}
+		w.apply(Want{})
+	}
+}

@@ -90,3 +90,17 @@ func TestGatewayDevice(t *testing.T) {
 		t.Errorf("of IPv6 the MAC is %s", mac)
 	}
 }
+
+// TestFitGateway: a node does not move to an address that is an overlay's gateway,
+// which every node has.
+func TestFitGateway(t *testing.T) {
+	at := netip.MustParseAddr("192.0.2.1")
+	ov := &overlay{}
+	ov.exit.Store(&exit{device: "tg-blue"})
+	n := &Node{}
+	n.at.Store(&at)
+	n.overlays.Store(&[]*overlay{ov})
+	if n.fit(netip.MustParseAddr("10.32.0.1"), "tg-blue") || !n.fit(netip.MustParseAddr("192.0.2.2"), "eth0") {
+		t.Error("the gateway's address fits, or another does not")
+	}
+}

@@ -31,6 +31,9 @@ import (
 // blueGateway is the MAC of 10.32.0.1.
 const blueGateway ether.MAC = 0x0254_0a20_0001
 
+// forged is what an endpoint sends as VXLAN: a frame that nobody would miss.
+var forged = []byte("\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00\x66\x66forged by an endpoint")
+
 // telling answers each TCP connection and each UDP datagram on a port of a host
 // with the address that it came from.
 func telling(t *testing.T, h *lab.Host, port uint16) {
@@ -225,6 +228,20 @@ func TestGateway(t *testing.T) {
 		if out, err := c1.Run(t.Context(), "ping", "-c", "1", "-W", "1", "-I", "10.33.7.7", at4.String()); err == nil {
 			t.Errorf("another tenant's address is let out: %s", out)
 		}
+		// Nor one that takes another node's, or sends what would be taken for this
+		// node's frames: plain VXLAN is told by the address that it comes from.
+		runIn(t, c1, "ip", "addr", "add", sw.Addr(h[1]).String()+"/32", "dev", "lo")
+		if out, err := c1.Run(t.Context(), "ping", "-c", "1", "-W", "1", "-I", sw.Addr(h[1]).String(), sw.Addr(h[0]).String()); err == nil {
+			t.Errorf("another node's address is let in: %s", out)
+		}
+		runIn(t, c1, "ip", "addr", "del", sw.Addr(h[1]).String()+"/32", "dev", "lo")
+		forge, err := c1.Dial(t.Context(), "udp", port(sw.Addr(h[1]), 4789).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		blue, _ := a.carries("blue")
+		_, _ = forge.Write(slices.Concat([]byte{8, 0, 0, 0, byte(blue.VNI >> 16), byte(blue.VNI >> 8), byte(blue.VNI), 0}, forged))
+		_ = forge.Close()
 		spoofed := dropsIn(t, h[0], "arriving")
 		runIn(t, c1, "ip", "addr", "add", "10.32.250.1/16", "dev", "eth0")
 		if out, err := c1.Run(t.Context(), "ping", "-c", "1", "-W", "1", "-I", "10.32.250.1", at4.String()); err == nil {
@@ -397,6 +414,9 @@ func TestGateway(t *testing.T) {
 					continue
 				}
 				frames++
+				if bytes.Contains(d.payload, forged) {
+					t.Fatalf("%s → %s: an endpoint sends VXLAN as if it were its node", d.src, d.dst)
+				}
 				if bytes.Equal(d.payload[8:14], mac[:]) || bytes.Equal(d.payload[14:20], mac[:]) {
 					t.Fatalf("%s → %s: a frame of the gateway's on the wire: %x", d.src, d.dst, d.payload[8:])
 				}

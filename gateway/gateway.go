@@ -52,7 +52,10 @@ type Want struct {
 	// Others are the host's devices in overlays, but for those of Exits: between
 	// them and an exit nothing is forwarded.
 	Others []string
-	Ports  []Port
+	// Tunnels are UDP ports that endpoints cannot send to by an exit: from the host's
+	// address plain VXLAN would be taken for the host's own.
+	Tunnels []uint16
+	Ports   []Port
 }
 
 // Config of a Gateway.
@@ -133,7 +136,7 @@ func (g *Gateway) Apply(w Want) error {
 	apply := g.apply
 	if g.done != nil {
 		before = g.done.Ports
-		if same := (Want{w.Exits, w.Others, before}); reflect.DeepEqual(*g.done, same) {
+		if same := (Want{w.Exits, w.Others, w.Tunnels, before}); reflect.DeepEqual(*g.done, same) {
 			apply = g.repoint
 		}
 	}

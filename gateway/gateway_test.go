@@ -177,7 +177,7 @@ func (w *world) wantSeen(from *lab.Host, to netip.Addr, port uint16, want netip.
 
 var (
 	nobody netip.Addr
-	exits  = []Exit{{Device: "in", Subnets: []netip.Prefix{in4, in6}}}
+	exits  = []Exit{{Device: "in", Subnets: []netip.Prefix{in4, in6}, Anycast: true}}
 )
 
 func TestForwarding(t *testing.T) {
@@ -657,7 +657,7 @@ func TestOthers(t *testing.T) {
 			}
 			w.wantSeen(w.y, at(in4, 2), 7000, at(far4, 2))
 		}
-		w.apply(Want{Exits: exits, Others: []string{"far"}})
+		w.apply(Want{Exits: exits, Others: []string{"far"}, Tunnels: []uint16{4789}})
 		w.wantSeen(w.c, at(out4, 2), 7000, at(out4, 1))
 		for _, far := range []netip.Prefix{far4, far6} {
 			w.wantSeen(w.c, at(far, 2), 7000, nobody)
@@ -675,6 +675,28 @@ func TestOthers(t *testing.T) {
 		}
 		before := dropped()
 		w.tell(w.a)
+		pc, err := w.a.ListenPacket(":4789")
+		if err != nil {
+			t.Fatal(err)
+		}
+		far, err := w.x.ListenPacket(":4789")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, to := range []netip.Addr{at(out4, 1), at(out4, 2), at(out6, 1), at(out6, 2), at(far4, 1)} {
+			by := w.c
+			if to == at(far4, 1) {
+				by = w.y
+			}
+			c, err := by.Dial(t.Context(), "udp", netip.AddrPortFrom(to, 4789).String())
+			if err == nil {
+				_, err = io.WriteString(c, "as if from the host")
+				_ = c.Close()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
 		if err := w.x.AddAddr("lo", netip.PrefixFrom(at(in4, 77), 32)); err != nil {
 			t.Fatal(err)
 		}
@@ -682,10 +704,18 @@ func TestOthers(t *testing.T) {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		_, err := w.x.Run(ctx, "ping", "-c", "1", "-W", "1", "-I", at(in4, 77).String(), at(out4, 1).String())
+		_, err = w.x.Run(ctx, "ping", "-c", "1", "-W", "1", "-I", at(in4, 77).String(), at(out4, 1).String())
 		cancel()
-		if err == nil || dropped() != before-1 {
-			t.Errorf("an overlay's address from outside: %v, %d rules have dropped nothing, before %d", err, dropped(), before)
+		if err == nil || dropped() != before-4 {
+			t.Errorf("an overlay's address from outside, and datagrams to tunnels: %v, %d rules have dropped nothing, before %d", err, dropped(), before)
+		}
+		for _, c := range []net.PacketConn{pc, far} {
+			b := make([]byte, 64)
+			_ = c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+			if n, from, err := c.ReadFrom(b); err == nil {
+				t.Errorf("%q arrives at a tunnel, from %s", b[:n], from)
+			}
+			_ = c.Close()
 		}
 		w.apply(Want{})
 	}

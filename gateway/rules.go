@@ -13,13 +13,14 @@ import (
 // set gateways, the host's other devices in overlays in others; before has those
 // that the host had when forwarding was switched on here.
 //
-//	arriving   prerouting, raw      drop what claims an overlay's address and comes from elsewhere,
-//	                                and what an endpoint sends to or from the host's loopback
+//	arriving   prerouting, raw      drop what claims an overlay's address and comes from elsewhere, what
+//	                                comes from an overlay and claims another, and what an endpoint
+//	                                sends to or from the host's loopback
 //	calls_in   prerouting, dstnat   to an address of this host: ports
 //	calls_out  output, dstnat       the same for the host's own
 //	ports      –                    dnat to endpoints
-//	input      input, filter        drop what is for the host's addresses in other overlays
-//	forward    forward, filter      established passes; into an overlay only what ports has changed;
+//	input      input, filter        drop what is for tunnels, or for the host's addresses in other overlays
+//	forward    forward, filter      nothing is for tunnels; established passes; into an overlay only what ports has changed;
 //	                                out of one what is the overlay's, but not to others
 //	output     output, filter       drop ICMP redirects: an endpoint has one gateway
 //	leaving    postrouting, srcnat  masquerade; into an overlay only what would be answered past the host
@@ -32,7 +33,10 @@ type table struct {
 
 const chainPorts = "ports"
 
-var loopback4 = netip.MustParsePrefix("127.0.0.0/8")
+var (
+	loopback4 = netip.MustParsePrefix("127.0.0.0/8")
+	linkLocal = netip.MustParsePrefix("fe80::/10")
+)
 
 // build fills a table that was just made.
 func build(c *nftables.Conn, t *nftables.Table, w Want, rec *record) error {
@@ -106,6 +110,21 @@ func (b *table) arriving(w Want) {
 		}
 		b.rule(ch, append(elsewhere, drop())...)
 	})
+	for _, x := range w.Exits {
+		if !x.Anycast {
+			continue // whatever else is in such an overlay may talk to the host
+		}
+		from := [][]expr.Any{iif(x.Device, true)}
+		for _, s := range x.Subnets {
+			if s.Addr().Is6() == b.v6 {
+				from = append(from, b.source(s, false))
+			}
+		}
+		if b.v6 {
+			from = append(from, b.source(linkLocal, false), b.source(netip.PrefixFrom(netip.IPv6Unspecified(), 128), false))
+		}
+		b.rule(ch, append(from, drop())...)
+	}
 }
 
 func (b *table) calls() {
@@ -138,6 +157,8 @@ func (b *table) ports(w Want) {
 
 func (b *table) input(w Want) {
 	ch := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
+	b.tunnels(ch, w, b.gateways)
+	b.tunnels(ch, w, b.others) // Tune lets more in there
 	b.subnets(w, func(x Exit, s netip.Prefix) {
 		b.rule(ch, iif(x.Device, true), b.destination(s, true), accept())
 	})
@@ -149,6 +170,7 @@ func (b *table) input(w Want) {
 // forward; ours: the host forwards for the sake of overlays alone.
 func (b *table) forward(w Want, ours bool) {
 	ch := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
+	b.tunnels(ch, w, b.gateways)
 	for _, by := range [][]expr.Any{iifIn(b.gateways), oifIn(b.gateways)} {
 		b.rule(ch, by, state(expr.CtStateBitINVALID), drop())
 		b.rule(ch, by, state(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept())
@@ -171,6 +193,12 @@ func (b *table) forward(w Want, ours bool) {
 		b.rule(ch, iifIn(b.others), drop())
 		b.rule(ch, oifIn(b.others), drop())
 		b.rule(ch, iifIn(b.before), oifIn(b.before), drop())
+	}
+}
+
+func (b *table) tunnels(ch *nftables.Chain, w Want, from *nftables.Set) {
+	for _, p := range w.Tunnels {
+		b.rule(ch, iifIn(from), protocol("udp"), dport(p), drop())
 	}
 }
 

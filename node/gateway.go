@@ -17,6 +17,7 @@ import (
 	"github.com/tulle-net/tulle/store"
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
+	"github.com/tulle-net/tulle/vxlan"
 )
 
 // The functions in this file give overlays with a gateway theirs on this node, and
@@ -151,7 +152,7 @@ func (n *Node) followGateways() {
 	if n.restoring {
 		return
 	}
-	var want gateway.Want
+	want := gateway.Want{Tunnels: n.tunnelPorts()}
 	faults := map[*overlay]string{}
 	for i, ov := range n.list() {
 		name, wants := ov.wantsExit()
@@ -186,6 +187,21 @@ func (n *Node) followGateways() {
 			n.openExit(ov, name, want)
 		}
 	}
+}
+
+// tunnelPorts are the UDP ports that VXLAN arrives at, here and at others, sorted.
+func (n *Node) tunnelPorts() []uint16 {
+	list := []uint16{vxlan.Port, n.cfg.Listen.Port()}
+	for _, m := range n.members() {
+		list = append(list, m.VTEP.Port())
+	}
+	for _, o := range n.list() {
+		for _, p := range o.cfg.Peers {
+			list = append(list, p.Port())
+		}
+	}
+	slices.Sort(list)
+	return slices.Compact(list)
 }
 
 // clashOfExit says which overlay of those before is in an exit's way; empty: none.

@@ -190,17 +190,26 @@ type Port struct {
 	lost   atomic.Bool
 	watch  atomic.Pointer[watch] // nil: nobody looks at what is written
 	gone   chan struct{}         // closed by RemovePort
+	// local: nothing passes between this port and the tunnel, either way.
+	local bool
 }
 
 // AddPort attaches a device and starts a worker per queue. The bridge closes
 // the device with RemovePort or Close.
-func (b *Bridge) AddPort(dev tap.Device) (*Port, error) {
+func (b *Bridge) AddPort(dev tap.Device) (*Port, error) { return b.addPort(dev, false) }
+
+// AddLocalPort is AddPort for a device that has to do with this node's ports alone:
+// its frames never go into the tunnel, and none from there reach it. So each node
+// may have a device with the same MAC (the anycast gateway of RFC 9135, section 4.1).
+func (b *Bridge) AddLocalPort(dev tap.Device) (*Port, error) { return b.addPort(dev, true) }
+
+func (b *Bridge) addPort(dev tap.Device, local bool) (*Port, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
 		return nil, ErrClosed
 	}
-	p := &Port{bridge: b, dev: dev, queues: dev.Queues(), gone: make(chan struct{})}
+	p := &Port{bridge: b, dev: dev, queues: dev.Queues(), local: local, gone: make(chan struct{})}
 	p.at = &place{port: p}
 	if mac := dev.MAC(); mac.IsValid() {
 		if e, ok := b.fdb.entries.Load(mac); ok && e.static {

@@ -49,6 +49,9 @@ const (
 	DropSplitHorizon
 	// DropSamePort: a frame for a MAC at the port that it came from.
 	DropSamePort
+	// DropLocalOnly: a frame from the tunnel for a local port (AddLocalPort), or from
+	// such a port for a MAC behind the tunnel.
+	DropLocalOnly
 	// DropMalformed: a super-frame whose headers contradict its metadata.
 	DropMalformed
 	// DropNoPort: from the tunnel, for an overlay without a device.
@@ -93,6 +96,7 @@ var dropNames = [numDrops]string{
 	DropBadSource:        "bad_source",
 	DropSplitHorizon:     "split_horizon",
 	DropSamePort:         "same_port",
+	DropLocalOnly:        "local_only",
 	DropMalformed:        "malformed",
 	DropNoPort:           "no_port",
 	DropReceive:          "receive_failed",

@@ -92,12 +92,15 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 		// Local: the super-frame passes whole.
 		l.parts[0] = f.B
 		to.port.WriteFrame(f.Meta, l.parts[:])
+	case p.local:
+		b.tunnel.drops.add(DropLocalOnly)
 	default:
 		b.encap(l, to, f, ether.FlowHash(f.B), true)
 	}
 }
 
-// floodFrame sends a BUM frame to every other port and to the flood list.
+// floodFrame sends a BUM frame to every other port and, unless its own is local, to
+// the flood list.
 func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 	b := p.bridge
 	l.parts[0] = f.B
@@ -105,6 +108,9 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 		if other != p {
 			other.WriteFrame(f.Meta, l.parts[:])
 		}
+	}
+	if p.local {
+		return
 	}
 	// Before the list is looked at: whoever joins it in between may get the frame
 	// twice, as broadcasts may, but not never.

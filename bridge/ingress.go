@@ -272,6 +272,11 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 					in.t.drops.add(DropSplitHorizon)
 					return
 				}
+				if p.port.local {
+					in.lastDst = noMAC
+					in.t.drops.add(DropLocalOnly)
+					return
+				}
 				in.to = p.port
 			}
 		}
@@ -290,7 +295,9 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		in.t.drops.add(DropNoPort)
 	}
 	for _, p := range ports {
-		in.merge.Add(p, frame, m)
+		if !p.local {
+			in.merge.Add(p, frame, m)
+		}
 	}
 }
 

@@ -141,6 +141,9 @@ type Overlay struct {
 	ClampMSS bool
 	// Address is this host's own address in the overlay; may be absent.
 	Address netip.Prefix
+	// Gateway: who sends to Address what is for elsewhere reaches what this host
+	// reaches, as this host (masquerade).
+	Gateway bool
 	// Tap is the name of the device, 1 to 15 bytes; default: the overlay's
 	// name, cut to 15 bytes.
 	Tap string

@@ -128,6 +128,7 @@ var overlayFields = []field[Overlay]{
 		o.Address, err = parsePrefix(s)
 		return err
 	}},
+	{key: "gateway", set: yesNo(func(o *Overlay) *bool { return &o.Gateway })},
 	{key: "tap", set: text(func(o *Overlay) *string { return &o.Tap })},
 	{key: "mac", set: func(o *Overlay, s string) (err error) {
 		if o.MAC, err = ether.ParseMAC(s); err != nil {

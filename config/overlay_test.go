@@ -23,6 +23,7 @@ func TestParseOverlay(t *testing.T) {
 				netip.MustParseAddrPort("192.0.2.9:4789"), netip.MustParseAddrPort("[2001:db8::9]:8472"), netip.MustParseAddrPort("[2001:db8::8]:4789"),
 			},
 		}},
+		{"name=s,vni=9,address=10.32.0.1/16,gateway=true", Overlay{Name: "s", VNI: 9, Encryption: "required", Address: netip.MustParsePrefix("10.32.0.1/16"), Gateway: true}},
 		{"name=s,vni=9,cipher=aes-256-gcm,mss-clamp=true", Overlay{Name: "s", VNI: 9, Encryption: "required", Cipher: "aes-256-gcm", ClampMSS: true}},
 		{"name=b,mac=02-54-0A-20-00-01,mtu=0,flood=gossip,group=ff05::1,group-ttl=2,learn-vteps=true,age=90s,max-macs=5,max-macs-per-port=4,driver=plain,netns=/run/netns/x,queues=2", Overlay{
 			Name: "b", Encryption: "required", MAC: 0x0254_0a20_0001, Flood: "gossip", Group: netip.MustParseAddr("ff05::1"), GroupTTL: 2,
@@ -42,7 +43,7 @@ func TestParseOverlayFaults(t *testing.T) {
 		{"blue", `"blue" is no KEY=VALUE`},
 		{"name=a,adress=10.0.0.1/8", `unknown key "adress"; did you mean "address"?`},
 		{"name=a,peers=192.0.2.1", `unknown key "peers"; did you mean "peer"?`},
-		{"name=a,xyzzy=1", `unknown key "xyzzy"; the keys are name, vni, encryption, cipher, mss-clamp, address, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues`},
+		{"name=a,xyzzy=1", `unknown key "xyzzy"; the keys are name, vni, encryption, cipher, mss-clamp, address, gateway, tap, mac, mtu, peer, flood, group, group-ttl, learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues`},
 		{"name=a,name=b", `"name" is there twice`},
 		{"vni=0", `vni "0": 0 is reserved by Tulle: it is what a header that was never filled in carries; take one from 1 to 16777215`},
 		{"vni=16777216", `vni "16777216": a VNI has 24 bits: take one from 1 to 16777215`},

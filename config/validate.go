@@ -195,6 +195,13 @@ func (v *validator) device(o *Overlay) {
 	if (o.Driver == tap.DriverPlain || o.Driver == tap.DriverTun) && o.Queues > 1 {
 		v.fault("queues %d: the driver %s has one: leave queues out, or take driver=offload", o.Queues, o.Driver)
 	}
+	switch {
+	case !o.Gateway:
+	case !o.Address.IsValid() || o.Address.IsSingleIP():
+		v.fault("gateway: who sends to this host has to know where: give an address with the overlay's prefix length, as in address=10.32.0.1/16")
+	case o.Netns != "":
+		v.fault("gateway: the device is in another network namespace, where this node changes nothing: leave gateway or netns out")
+	}
 	if o.Netns != "" && !filepath.IsAbs(o.Netns) {
 		v.fault("netns %q: want the path of a network namespace, as in /run/netns/%s", o.Netns, filepath.Base(o.Netns))
 	}

@@ -188,6 +188,11 @@ func TestValidateOverlayFaults(t *testing.T) {
 		{func(o *Overlay) { o.Driver = "plain"; o.Queues = 2 }, "config: overlay blue: queues 2: the driver plain has one"},
 		{func(o *Overlay) { o.Driver = "tun"; o.Queues = 2 }, "config: overlay blue: queues 2: the driver tun has one"},
 		{func(o *Overlay) { o.Queues = 257 }, "config: overlay blue: queues 257: want 1 to 256"},
+		{func(o *Overlay) { o.Gateway, o.Address = true, netip.Prefix{} }, "config: overlay blue: gateway: who sends to this host has to know where: give an address"},
+		{func(o *Overlay) { o.Gateway, o.Address = true, netip.MustParsePrefix("10.32.0.1/32") }, "config: overlay blue: gateway: who sends to this host has to know where"},
+		{func(o *Overlay) {
+			o.Gateway, o.Address, o.Netns = true, netip.MustParsePrefix("10.32.0.1/16"), "/run/netns/h1"
+		}, "config: overlay blue: gateway: the device is in another network namespace"},
 		{func(o *Overlay) { o.Netns = "h1" }, `config: overlay blue: netns "h1": want the path of a network namespace, as in /run/netns/h1`},
 	} {
 		c := valid()

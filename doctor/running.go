@@ -53,6 +53,8 @@ type Node interface {
 	Store(context.Context) *Store
 	// Endpoints that this node should have and has not, one sentence each.
 	Endpoints() []string
+	// Gateways: nil, this node is none.
+	Gateways() *Gateways
 }
 
 // Store is a keeper's view of the store.
@@ -109,6 +111,7 @@ func Running(ctx context.Context, n Node) []Check {
 	return slices.Concat(
 		[]Check{certificate(cert, n.Now())}, keeper, kept, gossip,
 		[]Check{endpoints(n.Endpoints()), offloads(n.Underlay(), n.Taps()), buffer(n.Underlay().ReceiveBuffer), conflicts(n.Conflicts()), mtus(n.MTUs())},
+		gateways(n.Gateways()),
 	)
 }
 

@@ -43,6 +43,7 @@ type fakeNode struct {
 	mtus      []MTU
 	store     *Store
 	missing   []string
+	gateways  *Gateways
 	asked     int
 }
 
@@ -69,6 +70,7 @@ func (n *fakeNode) Conflicts() []string           { return n.conflicts }
 func (n *fakeNode) MTUs() []MTU                   { return n.mtus }
 func (n *fakeNode) Store(context.Context) *Store  { return n.store }
 func (n *fakeNode) Endpoints() []string           { return n.missing }
+func (n *fakeNode) Gateways() *Gateways           { return n.gateways }
 
 func names(checks []Check) (list []string) {
 	for _, c := range checks {
@@ -80,10 +82,10 @@ func names(checks []Check) (list []string) {
 func TestRunning(t *testing.T) {
 	secure := &fakeNode{
 		cert: validFor(20 * 24 * time.Hour), keeper: Keeper{"n1", now, time.Millisecond}, probes: []Probe{{Peer: "n2"}},
-		mtus: []MTU{{"blue", 1418, 1418}}, store: &Store{Keepers: 3, Quorum: true},
+		mtus: []MTU{{"blue", 1418, 1418}}, store: &Store{Keepers: 3, Quorum: true}, gateways: &Gateways{Devices: []string{"tg-blue"}},
 	}
 	checks := Running(t.Context(), secure)
-	if got, all := names(checks), []string{"certificate", "keeper", "clock_skew", "store", "gossip", "endpoints", "offloads", "receive_buffer", "conflicts", "mtu"}; !slices.Equal(got, all) {
+	if got, all := names(checks), []string{"certificate", "keeper", "clock_skew", "store", "gossip", "endpoints", "offloads", "receive_buffer", "conflicts", "mtu", "gateway"}; !slices.Equal(got, all) {
 		t.Errorf("secure: %q, want %q", got, all)
 	}
 	for _, c := range checks {

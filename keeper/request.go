@@ -318,6 +318,7 @@ type OverlayChange struct {
 	MTU      *int            `json:"mtu,omitempty"`
 	Flood    *string         `json:"flood,omitempty"`
 	ClampMSS *bool           `json:"mss_clamp,omitempty"`
+	Gateway  *bool           `json:"gateway,omitempty"`
 	Reserved *[]netip.Prefix `json:"reserved,omitempty"`
 }
 

@@ -358,6 +358,9 @@ func (c *call) setOverlay(ctx context.Context, b *setOverlayBody) (any, error) {
 		if b.ClampMSS != nil {
 			o.ClampMSS = *b.ClampMSS
 		}
+		if b.Gateway != nil {
+			o.Gateway = *b.Gateway
+		}
 		if b.Reserved != nil {
 			o.Reserved = *b.Reserved
 		}

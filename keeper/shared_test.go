@@ -239,8 +239,8 @@ func TestSetOverlay(t *testing.T) {
 	}
 	mtu, yes, flood, cipher := 1300, true, "gossip", "aes-256-gcm"
 	reserved := []netip.Prefix{netip.MustParsePrefix("10.32.7.0/24")}
-	o, _, err := k.admin().SetOverlay(ctx, "blue", keeper.OverlayChange{MTU: &mtu, ClampMSS: &yes, Flood: &flood, Cipher: &cipher, Reserved: &reserved})
-	if err != nil || o.MTU != mtu || !o.ClampMSS || o.Flood != flood || o.Cipher != cipher || !slices.Equal(o.Reserved, reserved) {
+	o, _, err := k.admin().SetOverlay(ctx, "blue", keeper.OverlayChange{MTU: &mtu, ClampMSS: &yes, Flood: &flood, Cipher: &cipher, Gateway: &yes, Reserved: &reserved})
+	if err != nil || o.MTU != mtu || !o.Gateway || !o.ClampMSS || o.Flood != flood || o.Cipher != cipher || !slices.Equal(o.Reserved, reserved) {
 		t.Fatalf("SetOverlay = %+v, %v", o, err)
 	}
 	if text := keys(t, mem)[key]; !strings.Contains(text, `"later":[1,2]`) || !strings.Contains(text, `"mtu":1300`) {

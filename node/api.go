@@ -102,6 +102,15 @@ type OverlayStatus struct {
 	RxFrames  uint64           `json:"rx_frames"`  // from the underlay
 	RxBytes   uint64           `json:"rx_bytes"`
 	Flooded   uint64           `json:"flooded"` // frames that went to the flood list
+	// Gateway is how its endpoints here reach other networks; absent: not by this node.
+	Gateway *GatewayStatus `json:"gateway,omitempty"`
+}
+
+// GatewayStatus is this node as the gateway of its endpoints in an overlay.
+type GatewayStatus struct {
+	Device string `json:"device"` // of the host, that they send to
+	Up     bool   `json:"up"`
+	Error  string `json:"error,omitempty"` // why not
 }
 
 // OffloadStatus says what the kernel does for this node.
@@ -295,6 +304,8 @@ type SharedOverlay struct {
 	MTU        int            `json:"mtu"`    // 0: what the underlay allows
 	Flood      string         `json:"flood"`
 	ClampMSS   bool           `json:"mss_clamp"`
+	// Gateway: each node is the gateway of its own endpoints, at Gateways.
+	Gateway bool `json:"gateway"`
 	// Shared is false for a static overlay of this node.
 	Shared  bool      `json:"shared"`
 	Created time.Time `json:"created,omitzero"`
@@ -318,6 +329,7 @@ type OverlayRequest struct {
 	MTU        int            `json:"mtu,omitempty"`
 	Flood      string         `json:"flood,omitempty"` // unicast (default) or gossip
 	ClampMSS   bool           `json:"mss_clamp,omitempty"`
+	Gateway    bool           `json:"gateway,omitempty"`
 }
 
 // OverlayChange changes a shared overlay; what is absent stays.
@@ -326,6 +338,7 @@ type OverlayChange struct {
 	MTU      *int            `json:"mtu,omitempty"`
 	Flood    *string         `json:"flood,omitempty"`
 	ClampMSS *bool           `json:"mss_clamp,omitempty"`
+	Gateway  *bool           `json:"gateway,omitempty"`
 	Reserved *[]netip.Prefix `json:"reserved,omitempty"`
 }
 
@@ -352,9 +365,14 @@ type AttachRequest struct {
 	// Name of the endpoint; default: that of the namespace's file, or pid-N.
 	Name string `json:"name,omitempty"`
 	// DefaultRoute: the namespace gets a default route through the overlay's gateway.
-	DefaultRoute bool `json:"default_route,omitempty"`
+	// In an overlay with a gateway that is so unless the namespace has one, or
+	// NoDefaultRoute.
+	DefaultRoute   bool `json:"default_route,omitempty"`
+	NoDefaultRoute bool `json:"no_default_route,omitempty"`
 	// Driver of the device, as an overlay's in the settings; default auto.
 	Driver tap.Driver `json:"driver,omitempty"`
+	// Publish are ports of the host that lead to the endpoint, at most 64.
+	Publish []Publish `json:"publish,omitempty"`
 }
 
 // DetachRequest says which device to remove, by the parameters of the request.
@@ -388,6 +406,9 @@ type Endpoint struct {
 	// up, which other station has its address.
 	Up    bool   `json:"up"`
 	Error string `json:"error,omitempty"`
+	// Publish are ports of the host that lead to it; PublishError says why they do not.
+	Publish      []Publish `json:"publish,omitempty"`
+	PublishError string    `json:"publish_error,omitempty"`
 }
 
 // IPAM answers `tulle ipam`.

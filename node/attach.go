@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -46,6 +47,17 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 		return nil, err
 	}
 	if _, err := h.n.settingsOf(def, e); err != nil {
+		return nil, err
+	}
+	e.Publish = slices.Clone(r.Publish)
+	if def.Gateway && !r.NoDefaultRoute {
+		e.mayYield = !e.DefaultRoute && len(e.Publish) == 0
+		e.DefaultRoute = true
+		if err := h.n.roomForExit(def); err != nil {
+			return nil, err
+		}
+	}
+	if err := mayPublish(def, e); err != nil {
 		return nil, err
 	}
 	defer h.claim(e.place())()

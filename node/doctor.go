@@ -98,6 +98,8 @@ func (p patient) Endpoints() []string {
 	for _, e := range p.n.listEndpoints().Endpoints {
 		if !e.Up {
 			out = append(out, e.Overlay+": "+cmp.Or(e.Error, "its device is not there"))
+		} else if e.PublishError != "" {
+			out = append(out, e.Overlay+": the ports of "+e.Name+" are not published: "+e.PublishError)
 		}
 	}
 	return out

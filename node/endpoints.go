@@ -101,9 +101,15 @@ type endpoint struct {
 	Netns        string        `json:"netns,omitempty"`
 	Namespace    tap.Namespace `json:"namespace,omitzero"`
 	DefaultRoute bool          `json:"default_route,omitempty"`
+	Publish      []Publish     `json:"publish,omitempty"`
 
-	fault     string // why its device is not there
-	duplicate string // who else has its address
+	// mayYield: nobody has asked for the default route, which is left out where the
+	// namespace has one.
+	mayYield     bool
+	reserved     bool   // its ports of the host are; New's and Run's goroutine's
+	fault        string // why its device is not there
+	duplicate    string // who else has its address
+	publishFault string // why ports of the host do not lead to it
 }
 
 // place is where at most one endpoint can be: the host in an overlay, or a
@@ -450,7 +456,7 @@ func (h *endpoints) lost(owner string) {
 func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
-		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver,
+		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Publish: e.Publish,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
 		d := ov.deviceOf(e)
@@ -460,6 +466,10 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	defer h.mu.Unlock()
 	if s.Error = e.duplicate; !s.Up {
 		s.Error = e.fault
+	}
+	s.PublishError = e.publishFault
+	if err := h.n.exitFault(e.Overlay); err != nil && len(e.Publish) > 0 && s.PublishError == "" {
+		s.PublishError = err.Error()
 	}
 	return s
 }

@@ -146,7 +146,8 @@ func (n *Node) fit(to netip.Addr, dev string) bool {
 		return false
 	}
 	for _, o := range n.list() {
-		if slices.ContainsFunc(o.list(), func(d *device) bool { return d.here(dev) }) {
+		x := o.exit.Load()
+		if slices.ContainsFunc(o.list(), func(d *device) bool { return d.here(dev) }) || x != nil && x.device == dev {
 			return false
 		}
 	}

@@ -50,7 +50,7 @@ func (n *Node) mayJoin(ctx context.Context, name string) (*store.Overlay, error)
 // already: one of the two would be out of reach.
 func (n *Node) roomFor(def *store.Overlay) error {
 	for _, s := range def.Subnets {
-		to, dev, err := underlay.Overlap(s)
+		to, dev, err := underlay.Overlap(s, n.exitOf(def.Name)...)
 		if err != nil {
 			return err
 		}
@@ -107,6 +107,9 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	if err := n.clash(ov, def, d); err != nil {
 		return err
 	}
+	if err := n.publish(e); err != nil {
+		return err
+	}
 	made := ov == nil
 	if made {
 		ov = &overlay{cfg: o, shared: def}
@@ -116,17 +119,19 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	}
 	was := ov.live() != nil
 	if err := n.attachDevice(ov, d); err != nil {
+		n.unpublish(e)
 		if made {
 			err = errors.Join(err, n.removeOverlay(ov))
 		}
 		return err
 	}
-	if !was {
+	n.followGateways()
+	if was {
+		n.followMTU()
+	} else {
 		n.carriedChanged()
-		return nil
 	}
-	n.followMTU()
-	return nil
+	return n.published(e)
 }
 
 // clash says what is in the way of a device, before anything is made.
@@ -160,6 +165,10 @@ func (d *device) name() string {
 func (n *Node) attachDevice(ov *overlay, d *device) error {
 	e := d.of
 	err := n.addDevice(ov, d)
+	if errors.Is(err, tap.ErrRouteTaken) && e.mayYield {
+		e.DefaultRoute, d.cfg.Gateways = false, nil
+		err = n.addDevice(ov, d)
+	}
 	if err == nil && !e.host() {
 		if ns, at := tap.NamespaceAt(d.cfg.Netns); at != nil || ns != e.Namespace {
 			err = errors.Join(tellf(errAbsent, "the network namespace at %s has ended meanwhile", d.cfg.Netns), n.removeDevice(ov, d))
@@ -168,6 +177,8 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(err, tap.ErrRouteTaken) && len(e.Publish) > 0:
+		return tellf(errExists, "publish %s: the namespace has a default route already, and would answer through that: remove it there (ip route del default)", e.Publish[0])
 	case errors.Is(err, tap.ErrRouteTaken):
 		return tellf(errExists, "the namespace has a default route already: remove it there (ip route del default), or leave --default-route out")
 	case errors.Is(err, fs.ErrExist) && e.host():
@@ -181,6 +192,7 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 // leaveShared ends an endpoint's device, and with the last one that the overlay is
 // carried. Called by Run's goroutine.
 func (n *Node) leaveShared(e *endpoint) error {
+	defer n.unreserve(e)
 	ov := n.sharedHere(e.Overlay)
 	if ov == nil {
 		return nil
@@ -190,6 +202,7 @@ func (n *Node) leaveShared(e *endpoint) error {
 	if d := ov.deviceOf(e); d != nil {
 		err = n.removeDevice(ov, d)
 	}
+	n.followGateways()
 	switch {
 	case len(ov.list()) == 0:
 		err = errors.Join(err, n.removeOverlay(ov))
@@ -259,7 +272,7 @@ func (h *endpoints) remake(e *endpoint) error {
 		if !e.host() {
 			break // its routes are elsewhere
 		}
-		if to, dev, err := underlay.Overlap(s, e.Tap); err == nil && to.IsValid() {
+		if to, dev, err := underlay.Overlap(s, append(h.n.exitOf(e.Overlay), e.Tap)...); err == nil && to.IsValid() {
 			return fmt.Errorf("this host reaches %s by %s, which overlaps %s of overlay %s", to, dev, s, e.Overlay)
 		}
 	}
@@ -295,6 +308,7 @@ func (h *endpoints) follow() {
 			h.n.carriedChanged()
 		}
 	}
+	defer h.n.followGateways()
 	for _, e := range h.all() {
 		def := place.SharedOverlay(e.Overlay)
 		_, asked := place.Shared()
@@ -304,6 +318,7 @@ func (h *endpoints) follow() {
 			continue
 		}
 		if ov := h.n.sharedHere(e.Overlay); ov != nil && ov.deviceOf(e) != nil {
+			_ = h.n.publish(e) // of a known endpoint it notes the error
 			continue
 		}
 		err := h.remake(e)

@@ -112,6 +112,9 @@ func (n *Node) followMTU() {
 				n.setMTU(o, a.dev, mtu)
 			}
 		}
+		if x := o.exit.Load(); x != nil && x.live != nil {
+			n.setMTU(o, x.live.dev, mtu)
+		}
 	}
 	// What still does not fit is answered by the bridge.
 	for _, vteps := range n.flood {

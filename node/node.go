@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/gateway"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
 )
@@ -50,6 +52,9 @@ type Node struct {
 	todo      chan func()   // what Run's goroutine does for others
 	stopped   chan struct{} // closed when it does nothing any more
 	endpoints *endpoints    // in shared overlays; nil in an open cluster
+	gateways  *gateway.Gateway
+	restoring bool                     // endpoints: gateways follow when all are there
+	ports     map[*endpoint][]*os.File // of the host, that lead to endpoints; New's and Run's goroutine's
 
 	// at is where this node is: the address that it advertises.
 	at atomic.Pointer[netip.Addr]
@@ -118,9 +123,15 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 			return nil, err
 		}
 	}
-	if n.endpoints != nil {
-		n.endpoints.restore()
+	if err := n.openGateways(); err != nil {
+		return nil, err
 	}
+	if n.endpoints != nil {
+		n.restoring = true
+		n.endpoints.restore()
+		n.restoring = false
+	}
+	n.followGateways() // also without any: an earlier run may have been killed
 	return n, n.disc.Load().SetOverlays(n.carried())
 }
 
@@ -279,6 +290,7 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.sync()
 		case <-resync.C:
 			n.mendPorts()
+			n.gateways.Check()
 			n.endpoints.follow()
 			n.reverify()
 			n.sync()
@@ -303,6 +315,12 @@ func (n *Node) close() error {
 	var errs []error
 	if n.api != nil {
 		errs = append(errs, n.api.close())
+	}
+	if n.gateways != nil {
+		errs = append(errs, n.gateways.Close())
+	}
+	for e := range n.ports {
+		n.unreserve(e)
 	}
 	for _, o := range n.list() {
 		errs = append(errs, o.br.Close())

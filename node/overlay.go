@@ -26,6 +26,7 @@ type overlay struct {
 	shared  *store.Overlay
 	br      *bridge.Bridge
 	devices atomic.Pointer[[]*device] // nil: none yet
+	exit    atomic.Pointer[exit]      // of overlays with a gateway
 }
 
 // device is a TAP that an overlay has, or should have.
@@ -129,7 +130,7 @@ type labelled struct {
 	*attachment
 }
 
-// labelled returns the devices that are there: the host's own by their names, the
+// labelled returns the devices that are there: the host's own and gateways' by their names, the
 // others by those of their endpoints, with the overlay's and a number where more
 // than one has it.
 func (n *Node) labelled() []labelled {
@@ -155,6 +156,12 @@ func (n *Node) labelled() []labelled {
 		}
 	}
 	add(true)
+	for _, o := range n.list() {
+		if x := o.exit.Load(); x != nil && x.live != nil {
+			taken[x.device] = true
+			out = append(out, labelled{x.device, x.live})
+		}
+	}
 	add(false)
 	return out
 }
@@ -224,6 +231,7 @@ func (n *Node) removeOverlay(ov *overlay) error {
 	for _, d := range ov.list() {
 		d.live.Store(nil)
 	}
+	ov.exit.Store(nil)
 	return ov.br.Close()
 }
 
@@ -231,6 +239,7 @@ func (n *Node) removeOverlay(ov *overlay) error {
 func (n *Node) replace(ov *overlay, change func(next *overlay)) *overlay {
 	next := &overlay{cfg: ov.cfg, ciphers: ov.ciphers, shared: ov.shared, br: ov.br}
 	next.devices.Store(ov.devices.Load())
+	next.exit.Store(ov.exit.Load())
 	change(next)
 	list := slices.Clone(n.list())
 	list[slices.Index(list, ov)] = next
@@ -296,6 +305,7 @@ func (n *Node) mendPorts() {
 		n.tellCarried()
 		n.sync()
 	}
+	n.followGateways()
 }
 
 // mend brings one device back, if it can be.

@@ -62,7 +62,7 @@ func (n *Node) sharedOf(d *store.Overlay) SharedOverlay {
 	s := SharedOverlay{
 		Name: d.Name, VNI: vxlan.VNI(d.VNI), Subnets: d.Subnets, Gateways: append([]netip.Addr{}, d.Gateways...),
 		Reserved: append([]netip.Prefix{}, d.Reserved...), Encryption: d.Encryption, Cipher: d.Cipher, MTU: d.MTU, Flood: d.Flood,
-		ClampMSS: d.ClampMSS, Shared: true, Created: d.Created, By: d.By,
+		ClampMSS: d.ClampMSS, Gateway: d.Gateway, Shared: true, Created: d.Created, By: d.By,
 	}
 	for _, o := range n.list() {
 		s.Joined = s.Joined || o.cfg.Name == d.Name && o.shared != nil
@@ -73,7 +73,7 @@ func (n *Node) sharedOf(d *store.Overlay) SharedOverlay {
 func staticOf(o *overlay) SharedOverlay {
 	s := SharedOverlay{
 		Name: o.cfg.Name, VNI: o.cfg.VNI, Subnets: o.subnets(), Gateways: []netip.Addr{}, Reserved: []netip.Prefix{},
-		Encryption: o.cfg.Encryption, Cipher: o.cfg.Cipher, MTU: o.cfg.MTU, Flood: o.cfg.Flood, ClampMSS: o.cfg.ClampMSS, Joined: true,
+		Encryption: o.cfg.Encryption, Cipher: o.cfg.Cipher, MTU: o.cfg.MTU, Flood: o.cfg.Flood, ClampMSS: o.cfg.ClampMSS, Gateway: o.cfg.Gateway, Joined: true,
 	}
 	return s
 }
@@ -99,6 +99,7 @@ func (n *Node) createShared(w http.ResponseWriter, r *http.Request) {
 		o, unreached, err := c.CreateOverlay(ctx, store.Overlay{
 			Name: want.Name, VNI: uint32(want.VNI), Subnets: want.Subnets, Gateways: want.Gateways, Reserved: want.Reserved,
 			Encryption: want.Encryption, Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood, ClampMSS: want.ClampMSS,
+			Gateway: want.Gateway,
 		})
 		if err != nil {
 			return nil, err
@@ -191,6 +192,7 @@ func (n *Node) unused(want *OverlayRequest) error {
 		if d := o.own(); d != nil {
 			own = append(own, d.cfg.Name)
 		}
+		own = append(own, n.exitOf(o.cfg.Name)...)
 	}
 	for _, s := range want.Subnets {
 		if !s.IsValid() {
@@ -241,7 +243,7 @@ func (n *Node) setShared(w http.ResponseWriter, r *http.Request) {
 			return nil, err
 		}
 		o, unreached, err := c.SetOverlay(ctx, r.PathValue("name"), keeper.OverlayChange{
-			Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood, ClampMSS: want.ClampMSS, Reserved: want.Reserved,
+			Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood, ClampMSS: want.ClampMSS, Gateway: want.Gateway, Reserved: want.Reserved,
 		})
 		if err != nil {
 			return nil, err

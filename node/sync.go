@@ -38,6 +38,7 @@ func (n *Node) sync() {
 	}
 	n.flood = v.flood
 	n.followMTU()
+	n.followGateways() // a new member may have another port
 }
 
 // tell logs conflicts that are new.

@@ -24,6 +24,8 @@ type Overlay struct {
 	// Gateways are addresses within Subnets that no endpoint gets, at most one a
 	// subnet; the first host address if none is said.
 	Gateways []netip.Addr `json:"gateways,omitempty"`
+	// Gateway: each node is the gateway of its own endpoints, at Gateways.
+	Gateway bool `json:"gateway,omitempty"`
 	// Reserved are ranges within Subnets that are never given out by themselves;
 	// an address of them can be asked for.
 	Reserved []netip.Prefix `json:"reserved,omitempty"`
@@ -122,6 +124,9 @@ func (o *Overlay) Check() error {
 		default:
 			gateways[s] = true
 		}
+	}
+	if o.Gateway && len(o.Gateways) == 0 {
+		fault("gateway: true, and no address is reserved for it: make the overlay with --gateway ADDRESS")
 	}
 	for _, r := range o.Reserved {
 		if r != r.Masked() || o.Within(r.Addr()) == (netip.Prefix{}) || r.Bits() < o.Within(r.Addr()).Bits() {

@@ -73,6 +73,8 @@ func TestOverlayCheck(t *testing.T) {
 		"gateway, none":    {func(o *store.Overlay) { o.Gateways = []netip.Addr{{}} }, "lies in none"},
 		"gateway, subnet":  {func(o *store.Overlay) { o.Gateways = addrs("10.32.0.0") }, "want a host's, such as 10.32.0.1"},
 		"gateways of one":  {func(o *store.Overlay) { o.Gateways = addrs("10.32.0.1", "10.32.0.2") }, "one a subnet at most"},
+		"gateway, nowhere": {func(o *store.Overlay) { o.Gateway, o.Gateways = true, nil }, "no address is reserved for it"},
+		"gateway":          {func(o *store.Overlay) { o.Gateway, o.Gateways = true, addrs("10.32.0.1") }, ""},
 		"reserved outside": {func(o *store.Overlay) { o.Reserved = prefixes("10.33.0.0/24") }, "reserved range 10.33.0.0/24"},
 		"reserved wider":   {func(o *store.Overlay) { o.Reserved = prefixes("10.32.0.0/15") }, "reserved range 10.32.0.0/15"},
 		"reserved, bits":   {func(o *store.Overlay) { o.Reserved = prefixes("10.32.0.1/24") }, "reserved range 10.32.0.1/24"},

@@ -64,9 +64,13 @@ Prints the address with its prefix length, and nothing else, on standard output;
 overlay has IPv4 and IPv6, one a line, IPv4 first.
 
 It lasts as long as the namespace, also when the node starts again in between, or until
-` + "`tulle detach`" + `.`,
+` + "`tulle detach`" + `.
+
+--publish has a port of this host lead to the endpoint, which sees who calls. The overlay
+must have a gateway (` + "`tulle overlay set OVERLAY --gateway true`" + `).`,
 		Example: `  tulle attach blue --netns /run/netns/web
   tulle attach blue --pid 4711 --ip 10.40.0.7 --name web --default-route
+  tulle attach blue --pid 4711 --publish 8080:80 --publish 192.0.2.1:53:53/udp
   tulle attach red --pid 4711 --ifname eth1`,
 		Args: overlayArg("want the name of one overlay, as in `tulle attach blue --pid 4711`; `tulle overlay ls` lists them"),
 
@@ -113,6 +117,8 @@ type endpointFlags struct {
 	ips          []string
 	name         string
 	defaultRoute bool
+	noRoute      func() bool // it was said that there is to be none
+	publish      []string
 }
 
 func addEndpointFlags(cmd *cobra.Command, called string) *endpointFlags {
@@ -120,14 +126,24 @@ func addEndpointFlags(cmd *cobra.Command, called string) *endpointFlags {
 	f := cmd.Flags()
 	f.StringSliceVar(&e.ips, "ip", []string{ipAuto}, "address to have, or auto; at most one of IPv4 and one of IPv6")
 	f.StringVar(&e.name, "name", "", "name of the endpoint (default: after "+called+")")
-	f.BoolVar(&e.defaultRoute, "default-route", false, "send what is not on the overlay to its gateway")
+	f.BoolVar(&e.defaultRoute, "default-route", false, "send what is not on the overlay to its gateway (default: where the overlay has --gateway true, if there is no such route)")
+	e.noRoute = func() bool { return f.Changed("default-route") && !e.defaultRoute }
+	f.StringSliceVarP(&e.publish, "publish", "p", nil, "port of this host that leads to the endpoint, [HOSTIP:]HOSTPORT:PORT[/tcp|udp]; again for more")
+	completeFlag(cmd, "publish", noFiles)
 	completeFlag(cmd, "ip", func(*cobra.Command) []string { return []string{ipAuto} })
 	completeFlag(cmd, "name", noFiles)
 	return e
 }
 
 func (e *endpointFlags) check(overlay string) (want node.AttachRequest, err error) {
-	want = node.AttachRequest{Overlay: overlay, Name: e.name, DefaultRoute: e.defaultRoute}
+	want = node.AttachRequest{Overlay: overlay, Name: e.name, DefaultRoute: e.defaultRoute, NoDefaultRoute: e.noRoute()}
+	for _, s := range e.publish {
+		p, err := parsePublish(s)
+		if err != nil {
+			return want, fmt.Errorf("--publish %q: %w", s, err)
+		}
+		want.Publish = append(want.Publish, p)
+	}
 	if err := setWantedIPs(&want.IPs, e.ips); err != nil {
 		return want, err
 	}

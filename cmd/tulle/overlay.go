@@ -59,9 +59,12 @@ func overlayCreateCommand() *cobra.Command {
 		Long: `Makes a shared overlay and prints its VNI and subnets. Nothing has to be given but its name:
 a keeper finds a free VNI from 65536 up, and a free /16 of 10.32.0.0/11.
 
-A subnet's gateway is an address that no endpoint gets; if none is given, the first one.`,
+A subnet's gateway is an address that no endpoint gets; if none is given, the first one.
+With --gateway true, every node is there for its own endpoints: they reach what the node's
+host reaches, as the host.`,
 		Example: `  tulle overlay create blue
   tulle overlay create blue --subnet 10.40.0.0/16 --subnet fd00:40::/64
+  tulle overlay create blue --gateway true
   tulle overlay create blue --subnet 10.40.0.0/16 --gateway 10.40.255.254 --reserve 10.40.0.0/24
   tulle overlay create lab --encryption none --vni 100000 -o json`,
 		Args: overlayArg("want the name of the overlay to make, as in `tulle overlay create blue`"),
@@ -72,7 +75,7 @@ A subnet's gateway is an address that no endpoint gets; if none is given, the fi
 	flags := addOverlayFlags(cmd)
 	f := cmd.Flags()
 	subnets := f.StringSlice("subnet", nil, "addresses of the overlay, a prefix; at most one of IPv4 and one of IPv6")
-	gateways := f.StringSlice("gateway", nil, "address of a gateway, which no endpoint gets; one a subnet")
+	gateways := f.StringSlice("gateway", nil, "address of a gateway, which no endpoint gets, one a subnet; true: each node is one, for its own endpoints")
 	f.Uint32Var((*uint32)(&want.VNI), "vni", 0, "1 to 16777215 (default: the first free one from 65536 up)")
 	encryption := addChoice(cmd, "encryption", "", "whether frames are sealed between nodes", "required", "none")
 	for _, flag := range []string{"subnet", "gateway", "vni"} {
@@ -81,8 +84,10 @@ A subnet's gateway is an address that no endpoint gets; if none is given, the fi
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		want.Name, want.MTU, want.ClampMSS = args[0], *flags.mtu, *flags.clamp
 		want.Encryption, want.Cipher, want.Flood = given(cmd, "encryption", encryption), given(cmd, "cipher", flags.cipher), given(cmd, "flood", flags.flood)
+		var addrs []string
+		want.Gateway, addrs = gatewaySwitch(*gateways)
 		if err := errors.Join(
-			setPrefixes(&want.Subnets, "subnet", *subnets), setAddrs(&want.Gateways, "gateway", *gateways), setPrefixes(&want.Reserved, "reserve", *flags.reserve),
+			setPrefixes(&want.Subnets, "subnet", *subnets), setAddrs(&want.Gateways, "gateway", addrs), setPrefixes(&want.Reserved, "reserve", *flags.reserve),
 		); err != nil {
 			return usageError{err}
 		}
@@ -101,6 +106,19 @@ A subnet's gateway is an address that no endpoint gets; if none is given, the fi
 	return cmd
 }
 
+// gatewaySwitch takes true and false out of the values of --gateway; the last one counts.
+func gatewaySwitch(values []string) (on bool, addrs []string) {
+	for _, s := range values {
+		switch s {
+		case "true", "false":
+			on = s == "true"
+		default:
+			addrs = append(addrs, s)
+		}
+	}
+	return on, addrs
+}
+
 // given is the value of a choice that was made; "" leaves it to the node.
 func given(cmd *cobra.Command, flag string, c *choice) string {
 	if !cmd.Flags().Changed(flag) {
@@ -116,7 +134,7 @@ func checkRequest(want *node.OverlayRequest) error {
 		return err
 	}
 	if len(want.Subnets) == 0 && len(want.Gateways)+len(want.Reserved) > 0 {
-		return errors.New("--gateway and --reserve are about a subnet: give it as well, as in --subnet 10.40.0.0/16")
+		return errors.New("--gateway with an address and --reserve are about a subnet: give it as well, as in --subnet 10.40.0.0/16")
 	}
 	if a, b := twice(want.Subnets, func(p, q netip.Prefix) bool { return p.Addr().Is4() == q.Addr().Is4() }); a.IsValid() {
 		return fmt.Errorf("--subnet: %s and %s are of one family: an overlay has at most one subnet of IPv4 and one of IPv6", a, b)
@@ -169,13 +187,15 @@ changed: make another overlay.
 --reserve takes the place of all that was reserved; --reserve= reserves nothing.`,
 		Example: `  tulle overlay set blue --mtu 1400 --mss-clamp
   tulle overlay set blue --mss-clamp=false
+  tulle overlay set blue --gateway true
   tulle overlay set blue --reserve 10.40.0.0/24,10.40.9.0/24`,
 		Args: overlaySetArgs,
 
 		ValidArgsFunction: completeArg(sharedOverlayNames),
 	}
 	flags := addOverlayFlags(cmd)
-	for _, flag := range []string{"cipher", "flood"} {
+	gate := addChoice(cmd, "gateway", "", "whether each node is the gateway of its own endpoints", "true", "false")
+	for _, flag := range []string{"cipher", "flood", "gateway"} {
 		cmd.Flags().Lookup(flag).DefValue = "" // in the help: what is not given stays
 	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -183,8 +203,12 @@ changed: make another overlay.
 		if err != nil {
 			return usageError{err}
 		}
+		if cmd.Flags().Changed("gateway") {
+			on := gate.value == "true"
+			change.Gateway = &on
+		}
 		if change == (node.OverlayChange{}) {
-			return usageError{errors.New("nothing to change: give --cipher, --mtu, --flood, --mss-clamp or --reserve")}
+			return usageError{errors.New("nothing to change: give --cipher, --mtu, --flood, --mss-clamp, --gateway or --reserve")}
 		}
 		if err := checkOverlay(config.Overlay{Name: args[0], MTU: *flags.mtu}); err != nil {
 			return usageError{err}

@@ -109,6 +109,11 @@ func TestOverlayDefinitions(t *testing.T) {
 		{"create blue --subnet 10.40.0.0/16 --subnet fd00::/64 --gateway 10.40.0.9,fd00::9 --reserve 10.40.1.0/24 --reserve fd00::/96 --encryption none",
 			`POST /v1/shared {"name":"blue","subnets":["10.40.0.0/16","fd00::/64"],"gateways":["10.40.0.9","fd00::9"],"reserved":["10.40.1.0/24","fd00::/96"],"encryption":"none"}`,
 			"overlay blue is there: VNI 65536, 10.32.0.0/16\n"},
+		{"create blue --gateway true", `POST /v1/shared {"name":"blue","gateway":true}`, "overlay blue is there: VNI 65536, 10.32.0.0/16\n"},
+		{"create blue --subnet 10.40.0.0/16 --gateway 10.40.0.9,true", `POST /v1/shared {"name":"blue","subnets":["10.40.0.0/16"],"gateways":["10.40.0.9"],"gateway":true}`, "overlay blue is there: VNI 65536, 10.32.0.0/16\n"},
+		{"create blue --gateway false", `POST /v1/shared {"name":"blue"}`, "overlay blue is there: VNI 65536, 10.32.0.0/16\n"},
+		{"set blue --gateway true", `PATCH /v1/shared/blue {"gateway":true}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
+		{"set blue --gateway=false", `PATCH /v1/shared/blue {"gateway":false}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
 		{"set blue --mtu 0", `PATCH /v1/shared/blue {"mtu":0}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
 		{"set blue --cipher auto --flood unicast --mtu 1400", `PATCH /v1/shared/blue {"cipher":"auto","mtu":1400,"flood":"unicast"}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
 		{"set blue --mss-clamp", `PATCH /v1/shared/blue {"mss_clamp":true}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
@@ -151,6 +156,9 @@ func TestOverlayDefinitions(t *testing.T) {
 func TestAttach(t *testing.T) {
 	web := node.Endpoint{Name: "web", Overlay: "blue", IPs: prefixes("fd00:32::2/64", "10.32.0.2/16"), Up: true}
 	for _, tt := range []struct{ args, asked, out string }{
+		{"attach blue --pid 7 --publish 8080:80 -p 192.0.2.1:53:5353/udp,[2001:db8::1]:8080:80/tcp",
+			`POST /v1/endpoints {"overlay":"blue","pid":7,"publish":[{"host_port":8080,"port":80,"protocol":"tcp"},{"host_ip":"192.0.2.1","host_port":53,"port":5353,"protocol":"udp"},{"host_ip":"2001:db8::1","host_port":8080,"port":80,"protocol":"tcp"}]}`, "10.32.0.2/16\nfd00:32::2/64\n"},
+		{"attach blue --pid 7 --default-route=false", `POST /v1/endpoints {"overlay":"blue","pid":7,"no_default_route":true}`, "10.32.0.2/16\nfd00:32::2/64\n"},
 		{"attach blue --pid 7", `POST /v1/endpoints {"overlay":"blue","pid":7}`, "10.32.0.2/16\nfd00:32::2/64\n"},
 		{"attach blue --netns /nowhere/web --ifname eth1 --ip 10.32.0.2 --mac 02:00:00:00:00:01 --name web --default-route",
 			`POST /v1/endpoints {"overlay":"blue","netns":"/nowhere/web","ifname":"eth1","ips":["10.32.0.2"],"mac":"02:00:00:00:00:01","name":"web","default_route":true}`, "10.32.0.2/16\nfd00:32::2/64\n"},

@@ -59,6 +59,7 @@ Ctrl-C and Ctrl-\ reach the command from the terminal itself. The namespace and 
 address go with the last process in it.`,
 		Example: `  tulle run blue -- ping -c 3 10.40.0.7
   tulle run blue --name web --ip 10.40.0.9 -- python3 -m http.server
+  tulle run blue --publish 8080:8000 -- python3 -m http.server
   tulle run blue -- bash`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if cmd.ArgsLenAtDash() != 1 || len(args) < 2 || args[1] == "" {

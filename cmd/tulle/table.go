@@ -187,14 +187,29 @@ func doctorTable(w io.Writer, d *node.Doctor) {
 
 func overlaysTable(w io.Writer, o *node.Overlays) {
 	t := newTable(w)
-	t.row("OVERLAY", "VNI", "ADDRESS", "TAP", "MTU", "ENCRYPTION", "FLOOD", "MACS", "TX-FRAMES", "TX-BYTES", "RX-FRAMES", "RX-BYTES")
+	t.row("OVERLAY", "VNI", "ADDRESS", "TAP", "GATEWAY", "MTU", "ENCRYPTION", "FLOOD", "MACS", "TX-FRAMES", "TX-BYTES", "RX-FRAMES", "RX-BYTES")
 	for i := range o.Overlays {
 		s := &o.Overlays[i]
-		t.row(s.Name, s.VNI.String(), s.Address, s.Tap, strconv.Itoa(s.MTU), s.Encryption,
+		t.row(s.Name, s.VNI.String(), s.Address, s.Tap, gatewayOf(s.Gateway), strconv.Itoa(s.MTU), s.Encryption,
 			fmt.Sprintf("%s(%d)", s.Flood, len(s.FloodList)), strconv.Itoa(s.MACs),
 			count(s.TxFrames), bytesOf(s.TxBytes), count(s.RxFrames), bytesOf(s.RxBytes))
 	}
 	t.flush()
+	for i := range o.Overlays {
+		if s := &o.Overlays[i]; s.Gateway != nil && !s.Gateway.Up {
+			fmt.Fprintf(w, "overlay %s has no gateway here: %s\n", clean(s.Name), clean(s.Gateway.Error))
+		}
+	}
+}
+
+func gatewayOf(g *node.GatewayStatus) string {
+	switch {
+	case g == nil:
+		return ""
+	case !g.Up:
+		return "down"
+	}
+	return g.Device
 }
 
 func sharedTable(w io.Writer, all *node.SharedOverlays) {
@@ -220,7 +235,11 @@ func sharedDetail(w io.Writer, o *node.SharedOverlay) {
 	t.row("overlay", o.Name+", "+kindOf(o))
 	t.row("vni", o.VNI.String())
 	t.row("subnets", joined(o.Subnets, ", "))
-	t.row("gateways", joined(o.Gateways, ", "))
+	gateways := joined(o.Gateways, ", ")
+	if o.Gateway {
+		gateways += " on each node, for its own endpoints"
+	}
+	t.row("gateways", strings.TrimSpace(gateways))
 	t.row("reserved", joined(o.Reserved, ", "))
 	t.row("encryption", o.Encryption)
 	t.row("cipher", o.Cipher)
@@ -262,14 +281,16 @@ func endpointsTable(w io.Writer, all *node.Endpoints) {
 		return
 	}
 	t := newTable(w)
-	t.row("NAME", "OVERLAY", "IPS", "MAC", "NODE", "TAP", "STATE")
+	t.row("NAME", "OVERLAY", "IPS", "MAC", "NODE", "TAP", "PUBLISH", "STATE")
 	for i := range all.Endpoints {
 		e := &all.Endpoints[i]
 		state := "up"
 		if !e.Up {
 			state = "down: " + cmp.Or(e.Error, "no reason is known")
+		} else if e.PublishError != "" {
+			state = "up, not published: " + e.PublishError
 		}
-		t.row(e.Name, e.Overlay, joined(e.IPs, ","), e.MAC.String(), e.Node, e.Tap, state)
+		t.row(e.Name, e.Overlay, joined(e.IPs, ","), e.MAC.String(), e.Node, e.Tap, joined(e.Publish, ","), state)
 	}
 	t.flush()
 }

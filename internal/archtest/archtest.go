@@ -9,10 +9,11 @@ const module = "github.com/tulle-net/tulle/"
 var imports = map[string][]string{
 	"cmd/tulle": {"config", "node", "doctor", "internal/demo", "internal/version"},
 
-	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
+	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
 	"cluster": {"keeper", "store", "peer", "crypto"},
 	"config":  {"tap", "vxlan", "ether"},
 	"doctor":  {"crypto", "tap", "underlay"},
+	"gateway": {},
 
 	"keeper":            {"ipam", "store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
@@ -54,7 +55,7 @@ var imports = map[string][]string{
 var thirdParty = map[string][]string{
 	"github.com/quic-go/quic-go":    {"peer"},
 	"github.com/hashicorp/":         {"discovery"},
-	"github.com/vishvananda/":       {"tap", "internal/lab"},
+	"github.com/vishvananda/":       {"tap", "gateway", "internal/lab"},
 	"github.com/songgao/water":      {"tap"},
 	"golang.zx2c4.com/wireguard":    {"tap"},
 	"github.com/spf13/cobra":        {"cmd/tulle"},
@@ -65,7 +66,9 @@ var thirdParty = map[string][]string{
 	"go.uber.org/zap":               {"store"},
 	"google.golang.org/grpc":        {"store"},
 	"golang.org/x/crypto":           {"crypto"},
+	"github.com/google/nftables":    {"gateway"},
+	"github.com/mdlayher/netlink":   {"gateway"},
 	"golang.org/x/sys/cpu":          {"ether", "crypto"},
-	"golang.org/x/sys/unix":         {"ipam", "tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
+	"golang.org/x/sys/unix":         {"ipam", "tap", "underlay", "gateway", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
 	"golang.org/x/net":              {"internal/lab"},
 }

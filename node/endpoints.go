@@ -456,7 +456,7 @@ func (h *endpoints) lost(owner string) {
 func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
-		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Publish: e.Publish,
+		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver, Publish: e.Publish,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
 		d := ov.deviceOf(e)

@@ -141,7 +141,7 @@ func TestAttach(t *testing.T) {
 	var at1, at2, atP, atB netip.Prefix
 
 	part(t, "attach", nodes, func(t *testing.T) {
-		at1 = a.attaches("blue", "--netns", a1.Path(), "--name", "one")
+		at1 = a.attaches("blue", "--netns", a1.Path(), "--name", "one", "--no-dns")
 		at2 = a.attaches("blue", "--netns", a2.Path(), "--ip", "10.32.0.99", "--mac", "02:00:00:00:00:99")
 		atP = a.attaches("blue", "--pid", pid, "--ifname", "net0")
 		atB = b.attaches("blue", "--netns", b1.Path())
@@ -149,12 +149,12 @@ func TestAttach(t *testing.T) {
 			t.Errorf("a2 has %s, want 10.32.0.99", at2)
 		}
 		for name, want := range map[string]node.Endpoint{
-			"one":                    {Overlay: "blue", IPs: []netip.Prefix{at1}, Netns: a1.Path(), Tap: "eth0"},
+			"one":                    {Overlay: "blue", IPs: []netip.Prefix{at1}, Netns: a1.Path(), Tap: "eth0", NoDNS: true},
 			filepath.Base(a2.Path()): {Overlay: "blue", IPs: []netip.Prefix{at2}, Netns: a2.Path(), Tap: "eth0", MAC: 0x020000000099},
 			"pid-" + pid:             {Overlay: "blue", IPs: []netip.Prefix{atP}, Netns: "/proc/" + pid + "/ns/net", Tap: "net0"},
 		} {
 			list := a.attached(isNamed(name))
-			if len(list) != 1 || list[0].Overlay != want.Overlay || !slices.Equal(list[0].IPs, want.IPs) || list[0].Netns != want.Netns || list[0].Tap != want.Tap ||
+			if len(list) != 1 || list[0].Overlay != want.Overlay || !slices.Equal(list[0].IPs, want.IPs) || list[0].Netns != want.Netns || list[0].Tap != want.Tap || list[0].NoDNS != want.NoDNS ||
 				want.MAC != 0 && list[0].MAC != want.MAC || !list[0].Up || list[0].Node != "a" {
 				t.Errorf("endpoint %s: %+v, want %+v", name, list, want)
 			}

@@ -373,6 +373,9 @@ type AttachRequest struct {
 	Driver tap.Driver `json:"driver,omitempty"`
 	// Publish are ports of the host that lead to the endpoint, at most 64.
 	Publish []Publish `json:"publish,omitempty"`
+	// NoDNS: whoever resolves names for the namespace is not to be this node. It is
+	// remembered; the node does not resolve names yet.
+	NoDNS bool `json:"no_dns,omitempty"`
 }
 
 // DetachRequest says which device to remove, by the parameters of the request.
@@ -406,6 +409,7 @@ type Endpoint struct {
 	// up, which other station has its address.
 	Up    bool   `json:"up"`
 	Error string `json:"error,omitempty"`
+	NoDNS bool   `json:"no_dns,omitempty"` // as it was asked for
 	// Publish are ports of the host that lead to it; PublishError says why they do not.
 	Publish      []Publish `json:"publish,omitempty"`
 	PublishError string    `json:"publish_error,omitempty"`

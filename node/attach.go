@@ -21,7 +21,7 @@ import (
 
 // attach makes a device in a network namespace, on a shared overlay.
 func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, error) {
-	e := &endpoint{Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: newKey(), DefaultRoute: r.DefaultRoute, Driver: r.Driver}
+	e := &endpoint{Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: newKey(), DefaultRoute: r.DefaultRoute, Driver: r.Driver, NoDNS: r.NoDNS}
 	var err error
 	if e.Netns, err = netnsPath(r.Netns, r.PID); err != nil {
 		return nil, err

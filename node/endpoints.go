@@ -102,6 +102,7 @@ type endpoint struct {
 	Namespace    tap.Namespace `json:"namespace,omitzero"`
 	DefaultRoute bool          `json:"default_route,omitempty"`
 	Publish      []Publish     `json:"publish,omitempty"`
+	NoDNS        bool          `json:"no_dns,omitempty"`
 
 	// mayYield: nobody has asked for the default route, which is left out where the
 	// namespace has one.
@@ -456,7 +457,7 @@ func (h *endpoints) lost(owner string) {
 func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
-		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver, Publish: e.Publish,
+		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
 		d := ov.deviceOf(e)

@@ -119,6 +119,7 @@ type endpointFlags struct {
 	defaultRoute bool
 	noRoute      func() bool // it was said that there is to be none
 	publish      []string
+	noDNS        bool
 }
 
 func addEndpointFlags(cmd *cobra.Command, called string) *endpointFlags {
@@ -129,6 +130,7 @@ func addEndpointFlags(cmd *cobra.Command, called string) *endpointFlags {
 	f.BoolVar(&e.defaultRoute, "default-route", false, "send what is not on the overlay to its gateway (default: where the overlay has --gateway true, if there is no such route)")
 	e.noRoute = func() bool { return f.Changed("default-route") && !e.defaultRoute }
 	f.StringSliceVarP(&e.publish, "publish", "p", nil, "port of this host that leads to the endpoint, [HOSTIP:]HOSTPORT:PORT[/tcp|udp]; again for more")
+	f.BoolVar(&e.noDNS, "no-dns", false, "leave the namespace's resolver settings alone (remembered: so far the node does that anyway)")
 	completeFlag(cmd, "publish", noFiles)
 	completeFlag(cmd, "ip", func(*cobra.Command) []string { return []string{ipAuto} })
 	completeFlag(cmd, "name", noFiles)
@@ -136,7 +138,7 @@ func addEndpointFlags(cmd *cobra.Command, called string) *endpointFlags {
 }
 
 func (e *endpointFlags) check(overlay string) (want node.AttachRequest, err error) {
-	want = node.AttachRequest{Overlay: overlay, Name: e.name, DefaultRoute: e.defaultRoute, NoDefaultRoute: e.noRoute()}
+	want = node.AttachRequest{Overlay: overlay, Name: e.name, DefaultRoute: e.defaultRoute, NoDefaultRoute: e.noRoute(), NoDNS: e.noDNS}
 	for _, s := range e.publish {
 		p, err := parsePublish(s)
 		if err != nil {

@@ -188,17 +188,21 @@ type Port struct {
 	at     *place
 	done   sync.WaitGroup
 	lost   atomic.Bool
+	limits *portLimits // nil: none
 }
 
 // AddPort attaches a device and starts a worker per queue. The bridge closes
 // the device with RemovePort or Close.
-func (b *Bridge) AddPort(dev tap.Device) (*Port, error) {
+func (b *Bridge) AddPort(dev tap.Device) (*Port, error) { return b.AddLimitedPort(dev, Limits{}) }
+
+// AddLimitedPort is AddPort with a bound on what the port carries.
+func (b *Bridge) AddLimitedPort(dev tap.Device, l Limits) (*Port, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
 		return nil, ErrClosed
 	}
-	p := &Port{bridge: b, dev: dev, queues: dev.Queues()}
+	p := &Port{bridge: b, dev: dev, queues: dev.Queues(), limits: newPortLimits(l)}
 	p.at = &place{port: p}
 	if mac := dev.MAC(); mac.IsValid() {
 		if e, ok := b.fdb.entries.Load(mac); ok && e.static {
@@ -220,7 +224,9 @@ func (b *Bridge) RemovePort(p *Port) error {
 	b.mu.Lock()
 	ports := slices.DeleteFunc(slices.Clone(*b.ports.Load()), func(q *Port) bool { return q == p })
 	b.ports.Store(&ports)
-	p.at.gone.Store(true)
+	if !p.at.gone.Swap(true) && p.limits != nil {
+		close(p.limits.gone)
+	}
 	b.fdb.forget(p.at)
 	b.mu.Unlock()
 	err := p.dev.Close()

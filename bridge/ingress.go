@@ -282,7 +282,9 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 	in.frames++
 	in.bytes += len(frame)
 	if in.to != nil {
-		in.merge.Add(in.to, frame, m)
+		if in.to.admits(frame, m) {
+			in.merge.Add(in.to, frame, m)
+		}
 		return
 	}
 	ports := *in.b.ports.Load()
@@ -290,7 +292,9 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		in.t.drops.add(DropNoPort)
 	}
 	for _, p := range ports {
-		in.merge.Add(p, frame, m)
+		if p.admits(frame, m) {
+			in.merge.Add(p, frame, m)
+		}
 	}
 }
 

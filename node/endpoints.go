@@ -97,6 +97,9 @@ type endpoint struct {
 	Netns        string        `json:"netns,omitempty"`
 	Namespace    tap.Namespace `json:"namespace,omitzero"`
 	DefaultRoute bool          `json:"default_route,omitempty"`
+	Routes       []Route       `json:"routes,omitempty"`
+	Container    string        `json:"container,omitempty"`
+	Limits       *Limits       `json:"limits,omitempty"`
 
 	fault string // why its device is not there
 }
@@ -423,11 +426,15 @@ func (h *endpoints) lost(owner string) {
 func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
-		Netns: e.Netns, DefaultRoute: e.DefaultRoute,
+		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Routes: e.Routes, Container: e.Container, Limits: e.Limits,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
-		d := ov.deviceOf(e)
-		s.Up = d != nil && d.live.Load() != nil
+		if d := ov.deviceOf(e); d != nil {
+			s.Gateways = d.cfg.Gateways
+			if a := d.live.Load(); a != nil {
+				s.Up, s.MTU = true, a.dev.MTU()
+			}
+		}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()

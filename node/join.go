@@ -99,7 +99,7 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	}
 	d := &device{cfg: n.tapConfig(o), of: e}
 	d.cfg.Netns, d.cfg.Addresses = netns, e.IPs
-	if d.cfg.Gateways, err = gatewaysOf(def, e); err != nil {
+	if d.cfg.Gateways, d.cfg.Routes, err = routesOf(def, e); err != nil {
 		return err
 	}
 	ov := n.sharedHere(def.Name)
@@ -167,6 +167,8 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(err, tap.ErrRouteTaken) && len(d.cfg.Routes) > 0:
+		return tellf(errExists, "the namespace has one of the routes already: %v", err)
 	case errors.Is(err, tap.ErrRouteTaken):
 		return tellf(errExists, "the namespace has a default route already: remove it there (ip route del default), or leave --default-route out")
 	case errors.Is(err, fs.ErrExist) && e.host():

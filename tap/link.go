@@ -32,6 +32,7 @@ type link struct {
 	file       *ready.File
 	addresses  []netip.Prefix // as configured
 	gateways   []netip.Addr   // as configured
+	routes     []Route        // as configured
 	mu         sync.Mutex     // held for a change
 	noIPv6     bool           // the MTU was too small for IPv6; guarded by mu
 }
@@ -240,7 +241,7 @@ func (l *link) setUp(cfg Config) error {
 		}
 	}
 	l.name, l.gsoMaxSize, l.addresses = cfg.Name, cfg.GSOMaxSize, slices.Clone(cfg.Addresses)
-	l.gateways = slices.Clone(cfg.Gateways)
+	l.gateways, l.routes = slices.Clone(cfg.Gateways), slices.Clone(cfg.Routes)
 	l.mac = ether.MACFrom(dev.Attrs().HardwareAddr)
 	if cfg.MAC != 0 {
 		mac := make(net.HardwareAddr, 6)
@@ -271,6 +272,32 @@ func (l *link) setUp(cfg Config) error {
 		if err := addDefault(h, dev, g); err != nil {
 			return err
 		}
+	}
+	for _, r := range cfg.Routes {
+		if err := addRoute(h, dev, r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addRoute adds a route through the device, which is up.
+func addRoute(h *netlink.Handle, dev netlink.Link, r Route) error {
+	add := &netlink.Route{
+		LinkIndex: dev.Attrs().Index,
+		Dst:       &net.IPNet{IP: r.Dst.Addr().AsSlice(), Mask: net.CIDRMask(r.Dst.Bits(), r.Dst.Addr().BitLen())},
+	}
+	if r.Via.IsValid() {
+		add.Gw = r.Via.AsSlice()
+	} else {
+		add.Scope = netlink.SCOPE_LINK
+	}
+	err := h.RouteAdd(add)
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		return fmt.Errorf("route to %v: %w", r.Dst, ErrRouteTaken)
+	case err != nil:
+		return fmt.Errorf("route to %v: %w", r.Dst, err)
 	}
 	return nil
 }
@@ -372,6 +399,14 @@ func (l *link) restoreIPv6(h *netlink.Handle, dev netlink.Link, mtu int) error {
 			continue
 		}
 		if err := addDefault(h, dev, g); err != nil && !errors.Is(err, ErrRouteTaken) {
+			return err
+		}
+	}
+	for _, r := range l.routes {
+		if !r.Dst.Addr().Is6() {
+			continue
+		}
+		if err := addRoute(h, dev, r); err != nil && !errors.Is(err, ErrRouteTaken) {
 			return err
 		}
 	}

@@ -50,6 +50,8 @@ type Config struct {
 	// Gateways get the default routes of the device's namespace, one a family, each
 	// inside one of Addresses.
 	Gateways []netip.Addr
+	// Routes are further ones of that namespace, through the device.
+	Routes []Route
 	// GSOMaxSize bounds the super-frames that the kernel hands out, in bytes;
 	// 0: such that the train fits one UDP send (see DefaultGSOMaxSize). The
 	// kernel's own bound is 65,536.
@@ -59,6 +61,13 @@ type Config struct {
 	NoTSO, NoUSO, NoGRO bool
 	// Log takes warnings about offloads that failed their self-test.
 	Log *slog.Logger
+}
+
+// Route is a route through a device. A Via is inside one of the device's addresses;
+// without one, Dst is on the device's segment.
+type Route struct {
+	Dst netip.Prefix
+	Via netip.Addr
 }
 
 // Offloads is the state of a device's offloads, for `tulle status`.

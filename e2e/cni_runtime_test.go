@@ -223,3 +223,70 @@ func TestCNIContainerd(t *testing.T) {
 		a.eventually(2*time.Second, "its endpoint is gone", alone)
 	})
 }
+
+// TestCNIPodman: Podman as root, with its CNI backend.
+func TestCNIPodman(t *testing.T) {
+	t.Parallel()
+	l, a := cniHost(t, "blue")
+	h, dir := a.host, l.Dir()
+	peer := space(t, "podman")
+	at := a.attaches("blue", "--netns", peer)
+	confs, bins := cniFolders(t, a, dir, "--name", "blue-net")
+	image := filepath.Join(dir, "bb.tar")
+	writeImage(t, image, "lab.test/bb:1")
+	config := filepath.Join(dir, "containers.conf")
+	// What root may not raise here, or there is none of: limits, systemd.
+	text := fmt.Sprintf(`[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+[network]
+cni_plugin_dirs = [%q]
+`, bins)
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	try := func(args ...string) (string, error) {
+		ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
+		defer cancel()
+		return h.Run(ctx, "env", append([]string{"CONTAINERS_CONF=" + config, "podman", "--network-backend", "cni", "--network-config-dir", confs,
+			"--root", dir + "/storage", "--runroot", dir + "/run", "--tmpdir", dir + "/tmp", "--storage-driver", "vfs", "--log-level", "error"}, args...)...)
+	}
+	podman := func(args ...string) string {
+		t.Helper()
+		out, err := try(args...)
+		if err != nil {
+			t.Fatalf("podman %s: %v", strings.Join(args, " "), err)
+		}
+		return out
+	}
+	t.Cleanup(func() {
+		if out, err := try("rm", "--all", "--force", "--time", "0"); err != nil {
+			t.Errorf("podman rm: %v: %s", err, out)
+		}
+	})
+	podman("load", "--quiet", "--input", image)
+	if out := podman("network", "ls"); !strings.Contains(out, "blue-net") {
+		t.Errorf("podman does not know the network: %s", out)
+	}
+	podman("run", "--detach", "--name", "aa", "--network", "blue-net", "--ip", "10.32.5.5", "--mac-address", "02:00:00:00:05:05", "lab.test/bb:1", "sleep", "60")
+	if out := podman("inspect", "--format", `{{(index .NetworkSettings.Networks "blue-net").IPAddress}} {{(index .NetworkSettings.Networks "blue-net").MacAddress}}`, "aa"); out != "10.32.5.5 02:00:00:00:05:05\n" {
+		t.Errorf("podman says of its container: %s", out)
+	}
+	inNetns(t, peer, "ping", "-c", "1", "-W", "5", "10.32.5.5")
+	out := podman("run", "--rm", "--network", "blue-net", "lab.test/bb:1", "sh", "-c", "ping -c 1 -W 5 10.32.5.5 && ping -c 1 -W 5 "+at.Addr().String())
+	if strings.Count(out, "1 packets received") != 2 {
+		t.Errorf("the container says %s", out)
+	}
+	podman("network", "disconnect", "blue-net", "aa")
+	if len(a.attached(isNamed("aa"))) != 0 {
+		t.Error("the node has an endpoint of a container that was disconnected")
+	}
+	podman("rm", "--force", "--time", "0", "aa")
+	a.eventually(2*time.Second, "no endpoint is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints").Endpoints) == 1 })
+	if out, err := try("run", "--rm", "--network", "blue-net", "--publish", "8080:80", "lab.test/bb:1", "true"); err == nil || !strings.Contains(out, "publish") {
+		t.Errorf("a port that cannot be published: %v: %s", err, out)
+	}
+}

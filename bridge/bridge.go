@@ -216,6 +216,10 @@ func (b *Bridge) AddLimitedPort(dev tap.Device, l Limits) (*Port, error) {
 		p.done.Add(1)
 		go p.run(q)
 	}
+	if p.limits != nil && p.limits.to != nil {
+		p.done.Add(1)
+		go p.limits.to.run(p)
+	}
 	return p, nil
 }
 
@@ -261,6 +265,14 @@ func (p *Port) Device() tap.Device { return p.dev }
 
 // WriteFrame hands a frame to the port's device: the Port is an ether.Sink.
 func (p *Port) WriteFrame(m ether.Meta, parts [][]byte) {
+	if p.limits != nil && p.limits.to != nil {
+		p.limits.to.pass(p, m, parts)
+		return
+	}
+	p.write(m, parts)
+}
+
+func (p *Port) write(m ether.Meta, parts [][]byte) {
 	q := p.queues[0]
 	if len(p.queues) > 1 {
 		// One flow, one queue: what is written by one keeps its order.

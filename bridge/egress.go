@@ -97,9 +97,6 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 	case to == p.at:
 		b.tunnel.drops.add(DropSamePort)
 	case to.port != nil:
-		if !to.port.admits(f.B, f.Meta) {
-			return
-		}
 		// Local: the super-frame passes whole.
 		l.parts[0] = f.B
 		to.port.WriteFrame(f.Meta, l.parts[:])
@@ -113,7 +110,7 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 	b := p.bridge
 	l.parts[0] = f.B
 	for _, other := range *b.ports.Load() {
-		if other != p && other.admits(f.B, f.Meta) {
+		if other != p {
 			other.WriteFrame(f.Meta, l.parts[:])
 		}
 	}

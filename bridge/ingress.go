@@ -282,9 +282,7 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 	in.frames++
 	in.bytes += len(frame)
 	if in.to != nil {
-		if in.to.admits(frame, m) {
-			in.merge.Add(in.to, frame, m)
-		}
+		in.merge.Add(in.to, frame, m)
 		return
 	}
 	ports := *in.b.ports.Load()
@@ -292,9 +290,7 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		in.t.drops.add(DropNoPort)
 	}
 	for _, p := range ports {
-		if p.admits(frame, m) {
-			in.merge.Add(p, frame, m)
-		}
+		in.merge.Add(p, frame, m)
 	}
 }
 

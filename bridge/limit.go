@@ -1,6 +1,7 @@
 package bridge
 
 import (
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -16,16 +17,22 @@ type Rate struct {
 	BurstBits uint64
 }
 
-// Limits bound what a port carries. Frames from the device wait in its queue, where
-// they are in nobody's way; those to it are dropped (DropPortLimit), for what the
-// tunnel brings cannot wait without keeping others waiting.
+// Limits bound what a port carries. Frames from the device wait in its own queue, of
+// which its worker reads no more than may pass. Those to it are copied and wait here,
+// for their worker has others' frames to attend to; what finds no room is dropped
+// (DropPortLimit).
 type Limits struct{ ToDevice, FromDevice Rate }
 
 const (
 	// minBurst holds one super-frame, in bytes.
 	minBurst = 64 << 10
-	// maxRate in bits a second keeps the arithmetic of a bucket within 64 bits.
-	maxRate = 1 << 42
+	// maxRate in bits a second: more is no limit to any device, and less than what a
+	// clock of nanoseconds can tell of small frames.
+	maxRate = 100e9
+	// minRoom and maxRoom bound what may wait for a device, in bytes; in between it is
+	// a tenth of a second's.
+	minRoom = 4 * minBurst
+	maxRoom = 64 * minBurst
 	// maxPause bounds one sleep: a worker has to notice that its device is gone.
 	maxPause = 100 * time.Millisecond
 )
@@ -41,10 +48,10 @@ type bucket struct {
 
 // newBucket returns nil for no limit.
 func newBucket(r Rate, start time.Time) *bucket {
-	if r.BitsPerSecond == 0 {
+	rate := r.BitsPerSecond
+	if rate == 0 || rate > maxRate {
 		return nil
 	}
-	rate := min(r.BitsPerSecond, maxRate)
 	burst := r.BurstBits
 	if burst == 0 {
 		burst = rate / 10
@@ -92,8 +99,9 @@ func (b *bucket) wait() time.Duration {
 
 // portLimits are what a limited port has.
 type portLimits struct {
-	to, from *bucket
-	gone     chan struct{} // closed when the port is removed
+	to   *shaper
+	from *bucket
+	gone chan struct{} // closed when the port is removed
 }
 
 func newPortLimits(l Limits) *portLimits {
@@ -101,26 +109,108 @@ func newPortLimits(l Limits) *portLimits {
 		return nil
 	}
 	now := time.Now()
-	return &portLimits{to: newBucket(l.ToDevice, now), from: newBucket(l.FromDevice, now), gone: make(chan struct{})}
+	out := &portLimits{from: newBucket(l.FromDevice, now), gone: make(chan struct{})}
+	if b := newBucket(l.ToDevice, now); b != nil {
+		room := int(min(max(b.rate/8/10, minRoom), maxRoom))
+		out.to = &shaper{bucket: b, room: room, kick: make(chan struct{}, 1)}
+	}
+	return out
 }
 
-// wireLen is what a frame is on the wire: a super-frame stands for frames that have
-// its headers each.
-func wireLen(frame []byte, m ether.Meta) int {
-	if m.GSO == ether.GSONone || m.SegmentLen == 0 || int(m.HeaderLen) >= len(frame) {
-		return len(frame)
+// wireLen is what a frame of n bytes is on the wire: a super-frame stands for frames
+// that have its headers each.
+func wireLen(n int, m ether.Meta) int {
+	if m.GSO == ether.GSONone || m.SegmentLen == 0 || int(m.HeaderLen) >= n {
+		return n
 	}
-	more := (len(frame) - int(m.HeaderLen) - 1) / int(m.SegmentLen)
-	return len(frame) + more*int(m.HeaderLen)
+	return n + (n-int(m.HeaderLen)-1)/int(m.SegmentLen)*int(m.HeaderLen)
 }
 
-// admits reports whether a frame may go to the port's device; one that may not is counted.
-func (p *Port) admits(frame []byte, m ether.Meta) bool {
-	if p.limits == nil || p.limits.to == nil || p.limits.to.take(wireLen(frame, m)) {
-		return true
+// shaper holds frames to a device until its bucket lets them pass. Dropping them at
+// once would be simpler, but leaves TCP a quarter of the rate.
+type shaper struct {
+	bucket *bucket
+	room   int           // bytes that may wait
+	kick   chan struct{} // something waits
+
+	mu    sync.Mutex
+	queue []shapedFrame
+	bytes int // in queue
+}
+
+// shapedFrame is a copy of a frame that waits.
+type shapedFrame struct {
+	meta ether.Meta
+	b    []byte
+}
+
+// pass writes a frame, or has it wait; one that finds no room is dropped. The parts
+// are borrowed. Writing under the lock keeps the order.
+func (s *shaper) pass(p *Port, m ether.Meta, parts [][]byte) {
+	n := 0
+	for _, part := range parts {
+		n += len(part)
 	}
-	p.bridge.tunnel.drops.add(DropPortLimit)
-	return false
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.queue) == 0 && s.bucket.take(wireLen(n, m)) {
+		p.write(m, parts)
+		return
+	}
+	if s.bytes+n > s.room {
+		p.bridge.tunnel.drops.add(DropPortLimit)
+		return
+	}
+	f := shapedFrame{m, make([]byte, 0, n)}
+	for _, part := range parts {
+		f.b = append(f.b, part...)
+	}
+	s.queue = append(s.queue, f)
+	s.bytes += n
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
+
+// run writes what waits, until the port is removed.
+func (s *shaper) run(p *Port) {
+	defer p.done.Done()
+	t := time.NewTimer(0)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.kick:
+		case <-t.C:
+		case <-p.limits.gone:
+			return
+		}
+		if wait := s.drain(p); wait > 0 {
+			t.Reset(wait)
+		}
+	}
+}
+
+// drain writes as much as may pass, and returns how long to wait for the rest; 0:
+// there is none.
+func (s *shaper) drain(p *Port) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var parts [1][]byte
+	done := 0
+	for done < len(s.queue) && s.bucket.take(wireLen(len(s.queue[done].b), s.queue[done].meta)) {
+		f := &s.queue[done]
+		parts[0] = f.b
+		p.write(f.meta, parts[:])
+		s.bytes -= len(f.b)
+		f.b = nil
+		done++
+	}
+	if s.queue = s.queue[done:]; len(s.queue) == 0 {
+		s.queue = nil
+		return 0
+	}
+	return max(s.bucket.wait(), time.Microsecond)
 }
 
 // owes notes frames that the port's worker has read; true: it has to pause after them.
@@ -131,7 +221,7 @@ func (p *Port) owes(frames []tap.Frame) bool {
 	}
 	bytes := 0
 	for i := range frames {
-		bytes += wireLen(frames[i].B, frames[i].Meta)
+		bytes += wireLen(len(frames[i].B), frames[i].Meta)
 	}
 	from.owe(bytes)
 	return from.wait() > 0

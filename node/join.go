@@ -99,6 +99,7 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	}
 	d := &device{cfg: n.tapConfig(o), of: e}
 	d.cfg.Netns, d.cfg.Addresses = netns, e.IPs
+	d.cfg.GSOMaxSize, d.cfg.QueueLen = e.queue()
 	if d.cfg.Gateways, d.cfg.Routes, err = routesOf(def, e); err != nil {
 		return err
 	}

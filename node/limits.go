@@ -76,6 +76,26 @@ func routesOf(def *store.Overlay, e *endpoint) (gateways []netip.Addr, routes []
 	return gateways, routes, nil
 }
 
+const (
+	// minSuperFrame and maxSuperFrame bound a limited device's super-frames, in bytes.
+	minSuperFrame = 4096
+	maxSuperFrame = 65535
+	minQueue      = 32 // frames
+)
+
+// queue is how long a super-frame of an endpoint's device may be in bytes, and how many
+// frames may wait in it, where it is read no faster than a limit: a millisecond's, and
+// together a tenth of a second's, or TCP would fill a queue that takes seconds. 0: as
+// for any device.
+func (e *endpoint) queue() (superFrame, frames int) {
+	if e.Limits == nil || e.Limits.EgressRate == 0 {
+		return 0, 0
+	}
+	rate := e.Limits.EgressRate / 8
+	size := min(max(rate/1000, minSuperFrame), maxSuperFrame)
+	return int(size), int(min(max(rate/10/size, minQueue), 1000))
+}
+
 // limits are those of the bridge's port for a device.
 func (d *device) limits() bridge.Limits {
 	if d.of == nil || d.of.Limits == nil {

@@ -1,6 +1,7 @@
 package tap
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -56,7 +57,7 @@ const (
 	// maxTCPHeaders is the most that TCP without SACK blocks takes of an MTU:
 	// IPv6, TCP, timestamps.
 	maxTCPHeaders = 40 + 20 + 12
-	// txQueueLen is the length in frames of the queue to each reader.
+	// txQueueLen is the default length in frames of the queue to each reader.
 	txQueueLen = 1000
 
 	// IN6_ADDR_GEN_MODE_EUI64 and _NONE of linux/if_link.h.
@@ -254,7 +255,7 @@ func (l *link) setUp(cfg Config) error {
 	if err := l.applyMTU(h, dev, cfg.MTU); err != nil {
 		return err
 	}
-	if err := h.LinkSetTxQLen(dev, txQueueLen); err != nil {
+	if err := h.LinkSetTxQLen(dev, cmp.Or(cfg.QueueLen, txQueueLen)); err != nil {
 		return fmt.Errorf("set the queue's length: %w", err)
 	}
 	// A link-local address of the MAC: it moves with an endpoint as the MAC

@@ -20,8 +20,10 @@ const (
 	maxName = unix.IFNAMSIZ - 1
 	// maxQueues is MAX_TAP_QUEUES of the kernel.
 	maxQueues = 256
-	minMTU    = 68
-	maxMTU    = 65535
+	// maxQueueLen bounds the memory that a queue's frames can take.
+	maxQueueLen = 10000
+	minMTU      = 68
+	maxMTU      = 65535
 	// minMTU6 is IPv6's least link MTU (RFC 8200, section 5). Linux switches
 	// IPv6 off on a device with less.
 	minMTU6 = 1280
@@ -96,6 +98,9 @@ func validate(cfg Config) error {
 	}
 	if cfg.Queues < 1 || cfg.Queues > maxQueues {
 		fault("%d queues: choose 1 to %d", cfg.Queues, maxQueues)
+	}
+	if cfg.QueueLen < 0 || cfg.QueueLen > maxQueueLen {
+		fault("queue of %d frames: choose 0 to %d", cfg.QueueLen, maxQueueLen)
 	}
 	if cfg.GSOMaxSize < 0 || cfg.GSOMaxSize > gsoLegacyMax {
 		fault("GSO maximum size %d: choose 0 to %d bytes", cfg.GSOMaxSize, gsoLegacyMax)

@@ -52,6 +52,8 @@ type Config struct {
 	Gateways []netip.Addr
 	// Routes are further ones of that namespace, through the device.
 	Routes []Route
+	// QueueLen is how many frames may wait for a reader, a queue; default 1,000.
+	QueueLen int
 	// GSOMaxSize bounds the super-frames that the kernel hands out, in bytes;
 	// 0: such that the train fits one UDP send (see DefaultGSOMaxSize). The
 	// kernel's own bound is 65,536.

@@ -90,7 +90,8 @@ func (c *call) sameDevice(dev tap.State, e Endpoint, before *current.Result) err
 		return errors.New("it is down")
 	case said.Mac != "" && !strings.EqualFold(said.Mac, dev.MAC.String()):
 		return fmt.Errorf("its MAC is %s, and was %s", dev.MAC, said.Mac)
-	case dev.MTU != e.MTU && dev.MTU != said.Mtu: // the node follows the underlay
+	case dev.MTU > e.MTU || said.Mtu != 0 && dev.MTU != said.Mtu && dev.MTU != e.MTU:
+		// The node follows the underlay. Before 1.1 nobody says that he made it smaller.
 		return fmt.Errorf("its MTU is %d, want %d", dev.MTU, e.MTU)
 	}
 	ours := 0

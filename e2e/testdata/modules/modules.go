@@ -6,6 +6,4 @@ package modules
 import (
 	_ "github.com/containernetworking/cni/cnitool"
 	_ "github.com/containernetworking/plugins/plugins/ipam/host-local"
-	_ "github.com/containernetworking/plugins/plugins/meta/portmap"
-	_ "github.com/containernetworking/plugins/plugins/meta/tuning"
 )

@@ -16,7 +16,7 @@ import (
 func TestBucket(t *testing.T) {
 	for _, tt := range []struct {
 		rate, burst uint64
-		wantBurst   int // bytes
+		wantBurst   int64 // bytes
 	}{
 		{80e6, 8e6, 1e6},
 		{80e6, 0, 1e6},        // a tenth of a second's
@@ -29,8 +29,8 @@ func TestBucket(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			b := newBucket(Rate{tt.rate, tt.burst}, time.Now())
 			frame := max(tt.wantBurst/1000, 1)
-			pass := func() (bytes int) {
-				for b.take(frame) {
+			pass := func() (bytes int64) {
+				for b.take(int(frame)) {
 					bytes += frame
 				}
 				return bytes

@@ -22,6 +22,8 @@ type memory struct {
 	fault    error
 	// late: Attach attaches, and fails all the same, as one whose answer is lost.
 	late bool
+	// stuck is what Detach fails with.
+	stuck error
 }
 
 func (m *memory) Attach(_ context.Context, a Attachment) (Endpoint, error) {
@@ -36,6 +38,9 @@ func (m *memory) Attach(_ context.Context, a Attachment) (Endpoint, error) {
 
 func (m *memory) Detach(_ context.Context, container, ifname string) error {
 	m.detached = append(m.detached, container+" "+ifname)
+	if m.stuck != nil {
+		return m.stuck
+	}
 	is := func(e Endpoint) bool { return e.Container == container && e.Ifname == ifname }
 	if !slices.ContainsFunc(m.list, is) {
 		return ErrAbsent
@@ -108,7 +113,7 @@ func TestFaults(t *testing.T) {
 		fault error
 		code  int
 	}{
-		{ErrDown, 11}, {ErrLater, 11}, {ErrInvalid, 7}, {ErrTaken, codeTaken}, {ErrAbsent, 3}, {errors.New("x"), 999},
+		{ErrDown, 11}, {ErrLater, 11}, {ErrInvalid, 7}, {ErrTaken, codeTaken}, {ErrAbsent, 3}, {ErrRefused, 5}, {errors.New("x"), 999},
 	} {
 		m := &memory{fault: fmt.Errorf("of the node: %w", tt.fault)}
 		status, out := m.call(t, "ADD", fmt.Sprintf(testConf, ""), testEnv...)
@@ -139,6 +144,24 @@ func TestLostAnswer(t *testing.T) {
 	m = &memory{fault: ErrTaken}
 	if m.call(t, "ADD", fmt.Sprintf(testConf, ""), testEnv...); len(m.detached) != 0 {
 		t.Errorf("%v is detached", m.detached)
+	}
+}
+
+// TestDel: what of a node's errors DEL may pass over.
+func TestDel(t *testing.T) {
+	there := []Endpoint{{Container: "net/abc", Ifname: "eth0"}}
+	for _, tt := range []struct {
+		stuck error
+		list  []Endpoint
+		code  int
+	}{
+		{nil, there, -1}, {ErrAbsent, nil, -1}, {ErrDown, nil, -1}, {ErrTaken, nil, -1}, {ErrTaken, there, codeTaken}, {ErrLater, there, 11}, {ErrRefused, nil, 5},
+	} {
+		m := &memory{list: tt.list, stuck: tt.stuck}
+		status, out := m.call(t, "DEL", fmt.Sprintf(testConf, ""), testEnv[0], testEnv[2])
+		if codeOf(out) != tt.code || (status == 0) != (tt.code < 0) {
+			t.Errorf("DEL, %v, with %d endpoints: status %d, %q; want code %d", tt.stuck, len(tt.list), status, out, tt.code)
+		}
 	}
 }
 

@@ -28,6 +28,7 @@ var (
 	ErrInvalid = errors.New("it cannot be asked for")
 	ErrTaken   = errors.New("something is in the way")
 	ErrLater   = errors.New("it may do later")
+	ErrRefused = errors.New("it is not answered")
 )
 
 // Attachment is what a node is asked for.
@@ -108,7 +109,7 @@ func faultOf(err error) *types.Error {
 		code uint
 	}{
 		{ErrDown, types.ErrTryAgainLater}, {ErrLater, types.ErrTryAgainLater}, {ErrInvalid, types.ErrInvalidNetworkConfig},
-		{ErrTaken, codeTaken}, {ErrAbsent, types.ErrUnknownContainer},
+		{ErrTaken, codeTaken}, {ErrAbsent, types.ErrUnknownContainer}, {ErrRefused, types.ErrIOFailure},
 	} {
 		if errors.Is(err, k.is) {
 			code = k.code

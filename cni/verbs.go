@@ -101,6 +101,11 @@ func (p *Plugin) del(ctx context.Context, c *call) (*result, error) {
 	switch {
 	case errors.Is(err, ErrAbsent):
 		err = nil
+	case errors.Is(err, ErrTaken):
+		// Of a node in an open cluster, which attaches nothing.
+		if list, e := c.node.Endpoints(ctx); e == nil && len(list) == 0 {
+			err = nil
+		}
 	case errors.Is(err, ErrDown):
 		// Its devices went with it; it forgets what no namespace holds when it is back.
 		fmt.Fprintf(p.Stderr, "tulle: cni: DEL: %v: it forgets this container when it is back and the network namespace is gone\n", err)

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"net"
 	"net/netip"
@@ -40,11 +41,17 @@ func (c *libcni) write(name, version string, plugins ...object) {
 }
 
 func (c *libcni) try(command, network, netns string, env ...string) (string, error) {
-	return c.h.Run(c.t.Context(), "env", append(append([]string{"CNI_PATH=" + c.bin, "NETCONFPATH=" + c.confs}, env...), c.tool, command, network, netns)...)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	return c.h.Run(ctx, "env", append(append([]string{"CNI_PATH=" + c.bin, "NETCONFPATH=" + c.confs}, env...), c.tool, command, network, netns)...)
 }
 
 func (c *libcni) run(command, network, netns string, env ...string) string {
 	c.t.Helper()
+	if command == "add" {
+		// libcni keeps results outside our folders, until DEL.
+		c.t.Cleanup(func() { _, _ = c.try("del", network, netns, env...) })
+	}
 	out, err := c.try(command, network, netns, env...)
 	if err != nil {
 		c.t.Fatalf("cnitool %s %s: %v", command, network, err)

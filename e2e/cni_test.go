@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -546,26 +545,11 @@ func TestCNINodeDown(t *testing.T) {
 func TestCNITool(t *testing.T) {
 	t.Parallel()
 	l, a := cniHost(t, "blue")
-	tool := module(t, l.Dir(), "github.com/containernetworking/cni/cnitool")
-	dir := filepath.Join(l.Dir(), "cni")
-	for _, d := range []string{"net.d", "bin"} {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	a.do("cni", "install", "--overlay", "blue", "--conf-dir", dir+"/net.d", "--bin-dir", dir+"/bin")
+	confs, bins := cniFolders(t, a, l.Dir())
+	c := &libcni{t: t, h: a.host, tool: module(t, l.Dir(), "github.com/containernetworking/cni/cnitool"), confs: confs, bin: bins}
 	path := space(t, "tool")
-	run := func(args ...string) (string, error) {
-		cmd := exec.Command(tool, args...)
-		cmd.Env = append(os.Environ(), "CNI_PATH="+dir+"/bin", "NETCONFPATH="+dir+"/net.d", "CNI_IFNAME=eth0")
-		out, err := cmd.CombinedOutput()
-		return string(out), err
-	}
 	for _, command := range []string{"status", "add", "check", "gc", "del", "del"} {
-		out, err := run(command, "tulle", path)
-		if err != nil {
-			t.Fatalf("cnitool %s: %v: %s", command, err, out)
-		}
+		out := c.run(command, "tulle", path)
 		want := command == "add" || command == "check"
 		if got := hasDevice(t, path, "eth0"); got != want && command != "gc" {
 			t.Errorf("after cnitool %s eth0 is there: %v, want %v: %s", command, got, want, out)

@@ -49,7 +49,7 @@ func cniError(err error) error {
 	} else if errors.Is(err, errNoNode) {
 		kind = cni.ErrDown
 	} else if errors.Is(err, errNoPermission) {
-		kind = cni.ErrInvalid
+		kind = cni.ErrRefused
 	}
 	return cniFault{err, kind}
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -193,6 +194,51 @@ var cniSentences = []struct {
 		w.fails(w.call("ADD", c), 100, b.ifname, b.netns)
 		w.done("DEL", b)
 	}},
+	{"5", `ADD Success: "sandbox: For interfaces created inside the container, this should be the value passed via CNI_NETNS."`, func(w cniWorld) {
+		a := w.box("sandbox")
+		dir := w.t.TempDir()
+		if err := os.Symlink(filepath.Dir(a.netns), dir+"/netns"); err != nil {
+			w.t.Fatal(err)
+		}
+		a.netns = dir + "/netns/" + filepath.Base(a.netns) // the node may know the folder by another path
+		r := w.add(a)
+		if r.Interfaces[0].Sandbox != a.netns {
+			w.t.Errorf("the sandbox is %s, want %s", r.Interfaces[0].Sandbox, a.netns)
+		}
+		w.done("CHECK", a, object{"prevResult": r.raw})
+		w.done("DEL", a)
+	}},
+	{"3", `"Plugins must handle being executed concurrently across different containers."`, func(w cniWorld) {
+		var boxes []attachment
+		for i := range 8 {
+			boxes = append(boxes, w.box(fmt.Sprint("many", i)))
+		}
+		each := func(do func(a attachment)) {
+			var wg sync.WaitGroup
+			for _, a := range boxes {
+				wg.Go(func() { do(a) })
+			}
+			wg.Wait()
+		}
+		var mu sync.Mutex
+		given := map[netip.Addr]string{}
+		each(func(a attachment) {
+			got := w.call("ADD", a)
+			var r cniResult
+			if err := json.Unmarshal([]byte(got.out), &r); err != nil || got.status != 0 || len(r.IPs) != 1 {
+				w.t.Errorf("ADD of %s: %+v", a.id, got)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			ip := r.IPs[0].Address.Addr()
+			if other, is := given[ip]; is {
+				w.t.Errorf("%s and %s have %s", a.id, other, ip)
+			}
+			given[ip] = a.id
+		})
+		each(func(a attachment) { w.done("DEL", a) })
+	}},
 	{"2", `DEL: "delete the interface defined by CNI_IFNAME inside the container at CNI_NETNS"`, func(w cniWorld) {
 		a := w.box("delete")
 		r := w.add(a)
@@ -285,6 +331,20 @@ var cniSentences = []struct {
 		w.done("CHECK", a, object{"prevResult": json.RawMessage(text)})
 		w.done("DEL", a)
 	}},
+	{"2", `CHECK: "The plugin should return an error if it is aware of a condition where the container is generally unreachable": "External dependencies such as a daemon required for connectivity"`, func(w cniWorld) {
+		a := w.box("daemon")
+		r := w.add(a)
+		w.fails(w.call("CHECK", a, object{"prevResult": r.raw, "socket": w.n.sock + "-none"}), 11, "no node is running here")
+		w.done("DEL", a)
+	}},
+	{"2", `CHECK: "The plugin should call CHECK on any delegated (e.g. IPAM) plugins and pass any errors on to its caller."`, func(w cniWorld) {
+		a := w.box("checks")
+		r := w.add(a)
+		c := w.with(object{"ipam": object{"type": "static-test"}})
+		c.path = scripted(w.t, "static-test", `cat >/dev/null; echo '{"cniVersion":"1.1.0","code":143,"msg":"not leased"}'; exit 1`)
+		c.fails(c.call("CHECK", a, object{"prevResult": r.raw}), 143, "static-test", "not leased")
+		w.done("DEL", a)
+	}},
 	{"2", `STATUS: "A plugin must exit with a zero (success) return code if the plugin is ready to service ADD requests."`, func(w cniWorld) {
 		w.done("STATUS", attachment{})
 	}},
@@ -293,6 +353,13 @@ var cniSentences = []struct {
 	}},
 	{"2", `STATUS: "51: The plugin is not available, and existing containers in the network may have limited connectivity."`, func(w cniWorld) {
 		w.fails(w.with(object{"socket": w.n.sock + "-none"}).call("STATUS", attachment{}), 51, "no node is running here")
+	}},
+	{"2", `STATUS: "Plugins should always expect other CNI operations (like ADD, DEL, etc) even if STATUS returns an error."`, func(w cniWorld) {
+		a, c := w.box("expects"), w.with(object{"ipam": object{"type": "static-test"}})
+		c.path = scripted(w.t, "static-test", `cat >/dev/null; case $CNI_COMMAND in STATUS) echo '{"code":50,"msg":"no"}'; exit 1;; ADD) echo '{"cniVersion":"1.1.0","ips":[{"address":"10.32.9.8/16"}]}';; esac`)
+		c.fails(c.call("STATUS", attachment{}), 50, "static-test")
+		c.add(a)
+		c.done("DEL", a)
 	}},
 	{"2", `STATUS: "it must also execute a STATUS request to that plugin"`, func(w cniWorld) {
 		c := w.with(object{"ipam": object{"type": "static-test"}})
@@ -391,6 +458,29 @@ var cniSentences = []struct {
 		}
 		if r.IPs[0].Address.String() != "10.32.9.9/16" || r.Interfaces[0].Mac != "02:54:0a:20:09:09" {
 			w.t.Errorf("the result is %s", r.raw)
+		}
+	}},
+	{"4", `"Look up the plugin binary by searching the directories provided in CNI_PATH environment variable."`, func(w cniWorld) {
+		c := w.with(object{"ipam": object{"type": "static-test"}})
+		c.path = w.t.TempDir() + ":" + w.t.TempDir()
+		c.fails(c.call("ADD", w.box("lookup")), 999, "static-test", c.path[:strings.Index(c.path, ":")])
+		w.fails(w.with(object{"ipam": object{"type": "../static-test"}}).call("ADD", w.box("lookup")), 7, "../static-test")
+	}},
+	{"4", `"Ensure that the delegated plugin's stderr is output to the calling plugin's stderr."`, func(w cniWorld) {
+		c := w.with(object{"ipam": object{"type": "static-test"}})
+		c.path = scripted(w.t, "static-test", `cat >/dev/null; echo a word on $CNI_COMMAND >&2`)
+		if got := c.call("DEL", w.box("stderr")); got.status != 0 || got.out != "" || got.errs != "a word on DEL\n" {
+			w.t.Errorf("DEL: %+v", got)
+		}
+	}},
+	{"4", `"If any of the delegated plugins return error, error should be returned by the upper plugin."`, func(w cniWorld) {
+		a := w.box("delfails")
+		w.add(a)
+		c := w.with(object{"ipam": object{"type": "static-test"}})
+		c.path = scripted(w.t, "static-test", `cat >/dev/null; echo '{"cniVersion":"1.1.0","code":144,"msg":"busy"}'; exit 1`)
+		c.fails(c.call("DEL", a), 144, "static-test", "busy")
+		if hasDevice(w.t, a.netns, "eth0") {
+			w.t.Error("the device is there still")
 		}
 	}},
 	{"4", `"If, on ADD, a delegated plugin fails, the upper plugin should execute again with DEL before returning failure."`, func(w cniWorld) {

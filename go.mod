@@ -3,6 +3,7 @@ module github.com/tulle-net/tulle
 go 1.26.0
 
 require (
+	github.com/containernetworking/cni v1.3.1
 	github.com/goccy/go-yaml v1.19.2
 	github.com/google/nftables v0.3.0
 	github.com/gopacket/gopacket v1.7.7

@@ -191,25 +191,32 @@ type Port struct {
 	watch  atomic.Pointer[watch] // nil: nobody looks at what is written
 	gone   chan struct{}         // closed by RemovePort
 	// local: nothing passes between this port and the tunnel, either way.
-	local bool
+	local  bool
+	limits *portLimits // nil: none
 }
 
 // AddPort attaches a device and starts a worker per queue. The bridge closes
 // the device with RemovePort or Close.
-func (b *Bridge) AddPort(dev tap.Device) (*Port, error) { return b.addPort(dev, false) }
+func (b *Bridge) AddPort(dev tap.Device) (*Port, error) { return b.addPort(dev, false, Limits{}) }
 
 // AddLocalPort is AddPort for a device that has to do with this node's ports alone:
 // its frames never go into the tunnel, and none from there reach it. So each node
 // may have a device with the same MAC (the anycast gateway of RFC 9135, section 4.1).
-func (b *Bridge) AddLocalPort(dev tap.Device) (*Port, error) { return b.addPort(dev, true) }
+func (b *Bridge) AddLocalPort(dev tap.Device) (*Port, error) { return b.addPort(dev, true, Limits{}) }
 
-func (b *Bridge) addPort(dev tap.Device, local bool) (*Port, error) {
+// AddLimitedPort is AddPort with a bound on what the port carries.
+func (b *Bridge) AddLimitedPort(dev tap.Device, l Limits) (*Port, error) {
+	return b.addPort(dev, false, l)
+}
+
+func (b *Bridge) addPort(dev tap.Device, local bool, l Limits) (*Port, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
 		return nil, ErrClosed
 	}
 	p := &Port{bridge: b, dev: dev, queues: dev.Queues(), local: local, gone: make(chan struct{})}
+	p.limits = newPortLimits(l, p.gone)
 	p.at = &place{port: p}
 	if mac := dev.MAC(); mac.IsValid() {
 		if e, ok := b.fdb.entries.Load(mac); ok && e.static {
@@ -222,6 +229,10 @@ func (b *Bridge) addPort(dev tap.Device, local bool) (*Port, error) {
 	for _, q := range p.queues {
 		p.done.Add(1)
 		go p.run(q)
+	}
+	if p.limits != nil && p.limits.to != nil {
+		p.done.Add(1)
+		go p.limits.to.run(p)
 	}
 	return p, nil
 }
@@ -271,6 +282,14 @@ func (p *Port) WriteFrame(m ether.Meta, parts [][]byte) {
 	if w := p.watch.Load(); w != nil {
 		w.see(parts[0])
 	}
+	if p.limits != nil && p.limits.to != nil {
+		p.limits.to.pass(p, m, parts)
+		return
+	}
+	p.write(m, parts)
+}
+
+func (p *Port) write(m ether.Meta, parts [][]byte) {
 	q := p.queues[0]
 	if len(p.queues) > 1 {
 		// One flow, one queue: what is written by one keeps its order.

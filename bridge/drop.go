@@ -70,6 +70,8 @@ const (
 	// DropMACLimit: not a lost frame but a MAC not learnt: the FDB or the
 	// port's share of it is full.
 	DropMACLimit
+	// DropPortLimit: a frame to a port beyond what its Limits let through.
+	DropPortLimit
 	// DropVTEPLimit: a datagram of a learnt VTEP beyond MaxVTEPs.
 	DropVTEPLimit
 
@@ -105,6 +107,7 @@ var dropNames = [numDrops]string{
 	DropTapWrite:         "tap_write",
 	DropTapRead:          "tap_read",
 	DropMACLimit:         "mac_limit",
+	DropPortLimit:        "port_limit",
 	DropVTEPLimit:        "vtep_limit",
 }
 

@@ -30,6 +30,9 @@ func (p *Port) run(q tap.Queue) {
 	defer p.ended()
 	t := p.bridge.tunnel
 	for q.Wait() == nil {
+		if p.limits != nil && p.pause() {
+			continue // the device may be gone meanwhile
+		}
 		l := t.lanes.Get().(*lane)
 		if !p.drain(q, l) {
 			return
@@ -38,7 +41,8 @@ func (p *Port) run(q tap.Queue) {
 	}
 }
 
-// drain forwards what waits in q; it reports whether the device is still there.
+// drain forwards what waits in q, or as much of it as the port's limit lets through;
+// it reports whether the device is still there.
 func (p *Port) drain(q tap.Queue, l *lane) bool {
 	for {
 		if err := q.Read(l.batch); err != nil {
@@ -50,6 +54,7 @@ func (p *Port) drain(q tap.Queue, l *lane) bool {
 		if len(l.batch.Frames) == 0 {
 			return true
 		}
+		enough := p.limits != nil && p.owes(l.batch.Frames) // first: forwarding changes them
 		l.now, l.from = p.bridge.tunnel.now(), p
 		for i := range l.batch.Frames {
 			p.forward(l, &l.batch.Frames[i])
@@ -57,6 +62,9 @@ func (p *Port) drain(q tap.Queue, l *lane) bool {
 		// Now, not with the next frames: a super-frame fills a train, and the
 		// receiver should work on it while we read on.
 		l.tx.Flush()
+		if enough {
+			return true
+		}
 	}
 }
 

@@ -40,6 +40,7 @@ import (
 //	GET    /v1/endpoints                   Endpoints
 //	POST   /v1/endpoints                   AttachRequest; answers Endpoint
 //	DELETE /v1/endpoints?overlay=O&netns=P Endpoint, which is no more; pid=N in place of netns, and &ifname=I
+//	DELETE /v1/endpoints?container=C&ifname=I Endpoint, which is no more
 //	POST   /v1/exposed                     ExposeRequest; answers Endpoint
 //	DELETE /v1/exposed/OVERLAY             Endpoint, which is no more
 //	GET    /v1/ipam                        IPAM
@@ -376,14 +377,22 @@ type AttachRequest struct {
 	// NoDNS: whoever resolves names for the namespace is not to be this node. It is
 	// remembered; the node does not resolve names yet.
 	NoDNS bool `json:"no_dns,omitempty"`
+	// Routes are further ones of the namespace.
+	Routes []Route `json:"routes,omitempty"`
+	// Container is who asks: of the CNI plugin NETWORK/CONTAINERID. With Ifname it
+	// is of one endpoint of the node.
+	Container string  `json:"container,omitempty"`
+	Limits    *Limits `json:"limits,omitempty"`
 }
 
-// DetachRequest says which device to remove, by the parameters of the request.
+// DetachRequest says which device to remove, by the parameters of the request:
+// Container and Ifname, or the others.
 type DetachRequest struct {
-	Overlay string
-	Netns   string
-	PID     int
-	Ifname  string // empty: the only one of the namespace on the overlay
+	Container string
+	Overlay   string
+	Netns     string
+	PID       int
+	Ifname    string // empty: the only one of the namespace on the overlay
 }
 
 // Endpoints answers `tulle endpoints`: those of this node.
@@ -403,6 +412,12 @@ type Endpoint struct {
 	// the host's own.
 	Netns        string `json:"netns,omitempty"`
 	DefaultRoute bool   `json:"default_route,omitempty"`
+	// Gateways are where its default routes lead.
+	Gateways  []netip.Addr `json:"gateways,omitempty"`
+	Routes    []Route      `json:"routes,omitempty"`
+	Container string       `json:"container,omitempty"` // who asked for it
+	Limits    *Limits      `json:"limits,omitempty"`
+	MTU       int          `json:"mtu,omitempty"` // absent unless Up
 	// Driver is what was asked for; absent: nothing.
 	Driver tap.Driver `json:"driver,omitempty"`
 	// Up is false while its device cannot be made; Error says why, or, while it is

@@ -21,8 +21,14 @@ import (
 
 // attach makes a device in a network namespace, on a shared overlay.
 func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, error) {
-	e := &endpoint{Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: newKey(), DefaultRoute: r.DefaultRoute, Driver: r.Driver, NoDNS: r.NoDNS}
-	var err error
+	e := &endpoint{
+		Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: newKey(), DefaultRoute: r.DefaultRoute,
+		Driver: r.Driver, NoDNS: r.NoDNS, Routes: r.Routes, Container: r.Container, Limits: r.Limits,
+	}
+	err := checkExtras(r)
+	if err != nil {
+		return nil, err
+	}
 	if e.Netns, err = netnsPath(r.Netns, r.PID); err != nil {
 		return nil, err
 	}
@@ -64,6 +70,9 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 	if other := h.at(e.place()); other != nil {
 		return nil, tellf(errExists, "%s of that namespace is attached to overlay %s already, as %s: `tulle detach %s` it first, or give another --ifname",
 			e.Tap, other.Overlay, joinPrefixes(other.IPs), other.Overlay)
+	}
+	if other := h.asked(r.Container, e.Tap); other != nil {
+		return nil, tellf(errExists, "%s of container %s is attached already, in %s: detach it first", e.Tap, r.Container, other.Netns)
 	}
 	return e, h.make(ctx, e, def, r.IPs)
 }
@@ -124,6 +133,25 @@ func nameOf(path string) string {
 	}, name)
 	name = strings.TrimLeft(name, "-")
 	return cmp.Or(name[:min(len(name), maxEndpointName)], "endpoint")
+}
+
+// asked returns the endpoint that a container asked for, or nil.
+func (h *endpoints) asked(container, device string) *endpoint {
+	return h.first(func(e *endpoint) bool { return container != "" && e.Container == container && e.Tap == device })
+}
+
+// detachAsked takes off what a container asked for, whatever has become of its namespace.
+func (h *endpoints) detachAsked(ctx context.Context, r DetachRequest) (*endpoint, error) {
+	absent := tellf(errAbsent, "nothing is attached for container %.100q as %.20q: `tulle endpoints` lists what is", r.Container, r.Ifname)
+	e := h.asked(r.Container, r.Ifname)
+	if e == nil {
+		return nil, absent
+	}
+	defer h.claim(e.place())()
+	if h.at(e.place()) != e {
+		return nil, absent
+	}
+	return e, h.drop(ctx, e)
 }
 
 // detach takes a namespace's device off a shared overlay. The device's name may be

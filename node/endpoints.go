@@ -103,6 +103,9 @@ type endpoint struct {
 	DefaultRoute bool          `json:"default_route,omitempty"`
 	Publish      []Publish     `json:"publish,omitempty"`
 	NoDNS        bool          `json:"no_dns,omitempty"`
+	Routes       []Route       `json:"routes,omitempty"`
+	Container    string        `json:"container,omitempty"`
+	Limits       *Limits       `json:"limits,omitempty"`
 
 	// mayYield: nobody has asked for the default route, which is left out where the
 	// namespace has one.
@@ -458,10 +461,15 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
 		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
+		Routes: e.Routes, Container: e.Container, Limits: e.Limits,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
-		d := ov.deviceOf(e)
-		s.Up = d != nil && d.live.Load() != nil
+		if d := ov.deviceOf(e); d != nil {
+			s.Gateways = d.cfg.Gateways
+			if a := d.live.Load(); a != nil {
+				s.Up, s.MTU = true, a.dev.MTU()
+			}
+		}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()

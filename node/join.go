@@ -100,7 +100,8 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	d := &device{cfg: n.tapConfig(o), of: e}
 	d.cfg.Netns, d.cfg.Addresses = netns, e.IPs
 	d.cfg.NoSolicit = !e.host() // hundreds would ask all the others, again and again
-	if d.cfg.Gateways, err = gatewaysOf(def, e); err != nil {
+	d.cfg.GSOMaxSize, d.cfg.QueueLen = e.queue()
+	if d.cfg.Gateways, d.cfg.Routes, err = routesOf(def, e); err != nil {
 		return err
 	}
 	ov := n.sharedHere(def.Name)
@@ -179,6 +180,8 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 		return nil
 	case errors.Is(err, tap.ErrRouteTaken) && len(e.Publish) > 0:
 		return tellf(errExists, "publish %s: the namespace has a default route already, and would answer through that: remove it there (ip route del default)", e.Publish[0])
+	case errors.Is(err, tap.ErrRouteTaken) && len(d.cfg.Routes) > 0:
+		return tellf(errExists, "the namespace has one of the routes already: %v", err)
 	case errors.Is(err, tap.ErrRouteTaken):
 		return tellf(errExists, "the namespace has a default route already: remove it there (ip route del default), or leave --default-route out")
 	case errors.Is(err, fs.ErrExist) && e.host():

@@ -281,7 +281,7 @@ func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 	if !d.own() {
 		dev = named{dev, d.of.Name}
 	}
-	port, err := ov.br.AddPort(dev)
+	port, err := ov.br.AddLimitedPort(dev, d.limits())
 	if err != nil {
 		return errors.Join(err, dev.Close())
 	}

@@ -304,14 +304,18 @@ func (n *Node) attach(w http.ResponseWriter, r *http.Request) {
 
 func (n *Node) detach(w http.ResponseWriter, r *http.Request) {
 	n.admin(w, r, func(ctx context.Context, _ keeper.Client) (any, error) {
-		want := DetachRequest{Overlay: r.FormValue("overlay"), Netns: r.FormValue("netns"), Ifname: r.FormValue("ifname")}
+		want := DetachRequest{Container: r.FormValue("container"), Overlay: r.FormValue("overlay"), Netns: r.FormValue("netns"), Ifname: r.FormValue("ifname")}
 		if pid := r.FormValue("pid"); pid != "" {
 			var err error
 			if want.PID, err = strconv.Atoi(pid); err != nil {
 				return nil, bad{fmt.Errorf("pid %.20q: want the number of a process", pid)}
 			}
 		}
-		e, err := n.endpoints.detach(ctx, want)
+		take := n.endpoints.detach
+		if want.Container != "" {
+			take = n.endpoints.detachAsked
+		}
+		e, err := take(ctx, want)
 		if err != nil {
 			return nil, err
 		}

@@ -1,6 +1,7 @@
 package tap
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -33,6 +34,7 @@ type link struct {
 	file       *ready.File
 	addresses  []netip.Prefix // as configured
 	gateways   []netip.Addr   // as configured
+	routes     []Route        // as configured
 	mu         sync.Mutex     // held for a change
 	noIPv6     bool           // the MTU was too small for IPv6; guarded by mu
 	layer3     bool           // a TUN: it has no MAC but mac, which the kernel does not know
@@ -57,7 +59,7 @@ const (
 	// maxTCPHeaders is the most that TCP without SACK blocks takes of an MTU:
 	// IPv6, TCP, timestamps.
 	maxTCPHeaders = 40 + 20 + 12
-	// txQueueLen is the length in frames of the queue to each reader.
+	// txQueueLen is the default length in frames of the queue to each reader.
 	txQueueLen = 1000
 
 	// IN6_ADDR_GEN_MODE_EUI64 and _NONE of linux/if_link.h.
@@ -242,14 +244,14 @@ func (l *link) setUp(cfg Config) error {
 		}
 	}
 	l.name, l.gsoMaxSize, l.addresses = cfg.Name, cfg.GSOMaxSize, slices.Clone(cfg.Addresses)
-	l.gateways = slices.Clone(cfg.Gateways)
+	l.gateways, l.routes = slices.Clone(cfg.Gateways), slices.Clone(cfg.Routes)
 	if err := l.setMAC(h, dev, cfg.MAC); err != nil {
 		return err
 	}
 	if err := l.applyMTU(h, dev, cfg.MTU); err != nil {
 		return err
 	}
-	if err := h.LinkSetTxQLen(dev, txQueueLen); err != nil {
+	if err := h.LinkSetTxQLen(dev, cmp.Or(cfg.QueueLen, txQueueLen)); err != nil {
 		return fmt.Errorf("set the queue's length: %w", err)
 	}
 	// A link-local address of the MAC: it moves with an endpoint as the MAC
@@ -275,6 +277,32 @@ func (l *link) setUp(cfg Config) error {
 		if err := addDefault(h, dev, g); err != nil {
 			return err
 		}
+	}
+	for _, r := range cfg.Routes {
+		if err := addRoute(h, dev, r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addRoute adds a route through the device, which is up.
+func addRoute(h *netlink.Handle, dev netlink.Link, r Route) error {
+	add := &netlink.Route{
+		LinkIndex: dev.Attrs().Index,
+		Dst:       &net.IPNet{IP: r.Dst.Addr().AsSlice(), Mask: net.CIDRMask(r.Dst.Bits(), r.Dst.Addr().BitLen())},
+	}
+	if r.Via.IsValid() {
+		add.Gw = r.Via.AsSlice()
+	} else {
+		add.Scope = netlink.SCOPE_LINK
+	}
+	err := h.RouteAdd(add)
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		return fmt.Errorf("route to %v: %w", r.Dst, ErrRouteTaken)
+	case err != nil:
+		return fmt.Errorf("route to %v: %w", r.Dst, err)
 	}
 	return nil
 }
@@ -427,6 +455,14 @@ func (l *link) restoreIPv6(h *netlink.Handle, dev netlink.Link, mtu int) error {
 			continue
 		}
 		if err := addDefault(h, dev, g); err != nil && !errors.Is(err, ErrRouteTaken) {
+			return err
+		}
+	}
+	for _, r := range l.routes {
+		if !r.Dst.Addr().Is6() {
+			continue
+		}
+		if err := addRoute(h, dev, r); err != nil && !errors.Is(err, ErrRouteTaken) {
 			return err
 		}
 	}

@@ -20,8 +20,10 @@ const (
 	maxName = unix.IFNAMSIZ - 1
 	// maxQueues is MAX_TAP_QUEUES of the kernel.
 	maxQueues = 256
-	minMTU    = 68
-	maxMTU    = 65535
+	// maxQueueLen bounds the memory that a queue's frames can take.
+	maxQueueLen = 10000
+	minMTU      = 68
+	maxMTU      = 65535
 	// minMTU6 is IPv6's least link MTU (RFC 8200, section 5). Linux switches
 	// IPv6 off on a device with less.
 	minMTU6 = 1280
@@ -31,7 +33,7 @@ const (
 // Close, or with the process. After an error nothing is left behind. The error
 // is fs.ErrExist if the name is taken, fs.ErrPermission without CAP_NET_ADMIN,
 // fs.ErrNotExist where there is no /dev/net/tun or no such namespace,
-// ErrRouteTaken if the namespace has a default route that Gateways asks for.
+// ErrRouteTaken if the namespace has a route that Gateways or Routes asks for.
 func Open(cfg Config) (Device, error) {
 	if cfg.Queues == 0 {
 		cfg.Queues = 1
@@ -99,6 +101,9 @@ func validate(cfg Config) error {
 	if cfg.Queues < 1 || cfg.Queues > maxQueues {
 		fault("%d queues: choose 1 to %d", cfg.Queues, maxQueues)
 	}
+	if cfg.QueueLen < 0 || cfg.QueueLen > maxQueueLen {
+		fault("queue of %d frames: choose 0 to %d", cfg.QueueLen, maxQueueLen)
+	}
 	if cfg.GSOMaxSize < 0 || cfg.GSOMaxSize > gsoLegacyMax {
 		fault("GSO maximum size %d: choose 0 to %d bytes", cfg.GSOMaxSize, gsoLegacyMax)
 	}
@@ -113,6 +118,11 @@ func validate(cfg Config) error {
 	for _, g := range cfg.Gateways {
 		if !slices.ContainsFunc(cfg.Addresses, func(a netip.Prefix) bool { return a.Contains(g) && a.Addr() != g }) {
 			fault("gateway %v: want one that the device's addresses reach", g)
+		}
+	}
+	for _, r := range cfg.Routes {
+		if r.Via.IsValid() && !slices.ContainsFunc(cfg.Addresses, func(a netip.Prefix) bool { return a.Contains(r.Via) && a.Addr() != r.Via }) {
+			fault("route to %v through %v: want an address that the device's addresses reach", r.Dst, r.Via)
 		}
 	}
 	switch cfg.Driver {
@@ -183,8 +193,8 @@ func explainCreate(err error) error {
 // errTaken: the device exists. It may be somebody else's, so it is not taken over.
 var errTaken = fmt.Errorf("a device of this name is there already: choose another name, or remove it (ip link delete NAME) if it is not in use: %w", fs.ErrExist)
 
-// ErrRouteTaken: the namespace has the route that Config.Gateways asks for.
-var ErrRouteTaken = errors.New("there is a default route already")
+// ErrRouteTaken: the namespace has the route that Config.Gateways or Routes asks for.
+var ErrRouteTaken = errors.New("there is such a route already")
 
 // refusedError is what DriverAuto falls back on: the kernel has no such offload.
 type refusedError struct {

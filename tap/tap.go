@@ -59,6 +59,10 @@ type Config struct {
 	// does for hours after it came up, of everybody; what they announce by
 	// themselves is heard. Without effect where /proc/sys cannot be written.
 	NoSolicit bool
+	// Routes are further ones of that namespace, through the device.
+	Routes []Route
+	// QueueLen is how many frames may wait for a reader, a queue; default 1,000.
+	QueueLen int
 	// GSOMaxSize bounds the super-frames that the kernel hands out, in bytes;
 	// 0: such that the train fits one UDP send (see DefaultGSOMaxSize). The
 	// kernel's own bound is 65,536.
@@ -68,6 +72,13 @@ type Config struct {
 	NoTSO, NoUSO, NoGRO bool
 	// Log takes warnings about offloads that failed their self-test.
 	Log *slog.Logger
+}
+
+// Route is a route through a device. A Via is inside one of the device's addresses;
+// without one, Dst is on the device's segment.
+type Route struct {
+	Dst netip.Prefix
+	Via netip.Addr
 }
 
 // Offloads is the state of a device's offloads, for `tulle status`.

@@ -118,7 +118,7 @@ func (c *client) do(ctx context.Context, method, path string, send io.Reader) ([
 		return nil, c.explain(err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return nil, c.refusal(resp.Status, body)
+		return nil, c.refusal(resp.StatusCode, resp.Status, body)
 	}
 	if len(body) > maxBody || !json.Valid(body) {
 		return nil, fmt.Errorf("what answers at %s is no Tulle: give the node's --socket PATH", c.socket)
@@ -126,11 +126,19 @@ func (c *client) do(ctx context.Context, method, path string, send io.Reader) ([
 	return body, nil
 }
 
+// refused is what the node answers with another status than 200.
+type refused struct {
+	code int
+	text string
+}
+
+func (r refused) Error() string { return r.text }
+
 // refusal is the error of an answer that is not 200.
-func (c *client) refusal(status string, body []byte) error {
+func (c *client) refusal(code int, status string, body []byte) error {
 	var e node.Error
 	if json.Unmarshal(body, &e) == nil && e.Error != "" {
-		return errors.New(e.Error)
+		return refused{code, e.Error}
 	}
 	return fmt.Errorf("the node at %s answers %s: is it a Tulle of this version?", c.socket, status)
 }
@@ -159,7 +167,7 @@ func (c *client) stream(ctx context.Context, path string, w io.Writer) (int64, e
 		if err != nil {
 			return 0, c.explain(cmp.Or(context.Cause(ctx), err))
 		}
-		return 0, c.refusal(resp.Status, body)
+		return 0, c.refusal(resp.StatusCode, resp.Status, body)
 	}
 	// Without a length or chunks the end of the connection would look like that of the answer.
 	whole := resp.ContentLength >= 0 || len(resp.TransferEncoding) > 0

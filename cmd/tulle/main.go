@@ -7,5 +7,8 @@ import (
 )
 
 func main() {
+	if os.Getenv("CNI_COMMAND") != "" {
+		os.Exit(cniPlugin(context.Background()))
+	}
 	os.Exit(execute(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
 }

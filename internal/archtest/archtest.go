@@ -7,11 +7,12 @@ const module = "github.com/tulle-net/tulle/"
 // imports says, for each package, which of our packages it may import.
 // Tests may import more (a package's tests run it against fakes and the lab).
 var imports = map[string][]string{
-	"cmd/tulle": {"config", "node", "doctor", "internal/demo", "internal/version"},
+	"cmd/tulle": {"config", "node", "cni", "doctor", "internal/demo", "internal/version"},
 
 	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
 	"cluster": {"keeper", "store", "peer", "crypto"},
 	"config":  {"tap", "vxlan", "ether"},
+	"cni":     {"tap", "ether"},
 	"doctor":  {"crypto", "tap", "underlay"},
 	"gateway": {},
 
@@ -53,22 +54,23 @@ var imports = map[string][]string{
 // thirdParty says which packages may import a module of somebody else: its
 // types stop there.
 var thirdParty = map[string][]string{
-	"github.com/quic-go/quic-go":    {"peer"},
-	"github.com/hashicorp/":         {"discovery"},
-	"github.com/vishvananda/":       {"tap", "gateway", "internal/lab"},
-	"github.com/songgao/water":      {"tap"},
-	"golang.zx2c4.com/wireguard":    {"tap"},
-	"github.com/spf13/cobra":        {"cmd/tulle"},
-	"github.com/goccy/go-yaml":      {"config", "cmd/tulle"},
-	"github.com/puzpuzpuz/xsync/v4": {"bridge"},
-	"golang.org/x/time/rate":        {"discovery"},
-	"go.etcd.io/":                   {"store"},
-	"go.uber.org/zap":               {"store"},
-	"google.golang.org/grpc":        {"store"},
-	"golang.org/x/crypto":           {"crypto"},
-	"github.com/google/nftables":    {"gateway"},
-	"github.com/mdlayher/netlink":   {"gateway"},
-	"golang.org/x/sys/cpu":          {"ether", "crypto"},
-	"golang.org/x/sys/unix":         {"ipam", "tap", "underlay", "gateway", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
-	"golang.org/x/net":              {"internal/lab"},
+	"github.com/quic-go/quic-go":      {"peer"},
+	"github.com/hashicorp/":           {"discovery"},
+	"github.com/vishvananda/":         {"tap", "gateway", "internal/lab"},
+	"github.com/songgao/water":        {"tap"},
+	"golang.zx2c4.com/wireguard":      {"tap"},
+	"github.com/spf13/cobra":          {"cmd/tulle"},
+	"github.com/containernetworking/": {"cni"},
+	"github.com/goccy/go-yaml":        {"config", "cmd/tulle"},
+	"github.com/puzpuzpuz/xsync/v4":   {"bridge"},
+	"golang.org/x/time/rate":          {"discovery"},
+	"go.etcd.io/":                     {"store"},
+	"go.uber.org/zap":                 {"store"},
+	"google.golang.org/grpc":          {"store"},
+	"golang.org/x/crypto":             {"crypto"},
+	"github.com/google/nftables":      {"gateway"},
+	"github.com/mdlayher/netlink":     {"gateway"},
+	"golang.org/x/sys/cpu":            {"ether", "crypto"},
+	"golang.org/x/sys/unix":           {"ipam", "tap", "underlay", "gateway", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
+	"golang.org/x/net":                {"internal/lab"},
 }

@@ -18,11 +18,13 @@ const (
 	askEvery = time.Second
 	askFor   = 2500 * time.Millisecond
 	// answerHere and answerAway are how long an attach waits for an answer of this
-	// node's other endpoints, and of others. Addresses are given out once, so the check
-	// is for stations that have one by other means. Who answers later is told of by
-	// the log and `tulle endpoints`.
-	answerHere = 2 * time.Millisecond
-	answerAway = 10 * time.Millisecond
+	// node's other endpoints, and of others; answerAsked if somebody chose the address,
+	// who may have chosen wrongly. Else they are given out once, so the check is for
+	// stations that have one by other means. Who answers later is told of by the log
+	// and `tulle endpoints`.
+	answerHere  = 2 * time.Millisecond
+	answerAway  = 10 * time.Millisecond
+	answerAsked = 150 * time.Millisecond
 	// maxDuplicates are so many addresses that are found to be somebody's before an
 	// attach gives up, and keepAway is how long this node gives out none of them.
 	maxDuplicates = 4
@@ -31,11 +33,11 @@ const (
 
 // settle makes an endpoint's device and checks that its addresses are nobody
 // else's. The error is told, with errExists, if they are.
-func (h *endpoints) settle(ctx context.Context, e *endpoint, def *store.Overlay) error {
+func (h *endpoints) settle(ctx context.Context, e *endpoint, def *store.Overlay, asked bool) error {
 	if err := h.n.do(ctx, func() error { return h.n.joinShared(e, def, e.Netns) }); err != nil {
 		return err
 	}
-	d, found := h.duplicate(e)
+	d, found := h.duplicate(e, asked)
 	if !found {
 		return nil
 	}
@@ -51,7 +53,7 @@ func duplicateOf(d bridge.Duplicate, overlay string) error {
 
 // duplicate asks the overlay for an endpoint's addresses. It returns what is answered
 // soon; what is answered later it notes.
-func (h *endpoints) duplicate(e *endpoint) (bridge.Duplicate, bool) {
+func (h *endpoints) duplicate(e *endpoint, asked bool) (bridge.Duplicate, bool) {
 	ov := h.n.sharedHere(e.Overlay)
 	if ov == nil {
 		return bridge.Duplicate{}, false
@@ -77,6 +79,8 @@ func (h *endpoints) duplicate(e *endpoint) (bridge.Duplicate, bool) {
 	// Who is alone now may have company in a moment, when sessions stand.
 	var wait time.Duration
 	switch here, away := a.port.Others(); {
+	case asked && (here || away):
+		wait = answerAsked
 	case away:
 		wait = answerAway
 	case here:

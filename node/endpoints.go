@@ -369,7 +369,7 @@ func (h *endpoints) give(ctx context.Context, e *endpoint, def *store.Overlay, w
 		if !ownMAC {
 			e.MAC = a.MAC
 		}
-		switch err = h.settle(ctx, e, def); {
+		switch err = h.settle(ctx, e, def, len(want) > 0); {
 		case err == nil:
 			return nil
 		case !errors.Is(err, errDuplicate) || len(want) > 0 || e.host() || tried == maxDuplicates:

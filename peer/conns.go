@@ -53,6 +53,7 @@ type conn struct {
 	retired atomic.Bool  // another won: no new requests from here
 	probing atomic.Bool
 	refused atomic.Bool // its peer is no longer believed
+	evicted bool        // it has to make room; guarded by Endpoint.mu
 }
 
 func (c *conn) begin() {
@@ -369,20 +370,21 @@ func (e *Endpoint) probe(c *conn) {
 	})
 }
 
-// victim is the connection that makes room for c, or nil. Called with mu held.
+// victim is the connection that makes room for c, or nil. One that makes room
+// already is in the table until it has ended, and makes none a second time. Called
+// with mu held.
 func (e *Endpoint) victim(c *conn) *conn {
-	if e.conns <= e.cfg.Conns {
+	stay := slices.DeleteFunc(e.open(), func(o *conn) bool { return o.evicted })
+	if len(stay) <= e.cfg.Conns {
 		return nil
 	}
-	var victim *conn
-	for _, o := range e.open() {
-		if o != c && o.active.Load() == 0 && (victim == nil || o.used.Load() < victim.used.Load()) {
+	victim := c // if all others are at work
+	for _, o := range stay {
+		if o != c && o.active.Load() == 0 && (victim == c || o.used.Load() < victim.used.Load()) {
 			victim = o
 		}
 	}
-	if victim == nil {
-		return c // all others are at work
-	}
+	victim.evicted = true
 	return victim
 }
 

@@ -80,7 +80,6 @@ func (p *Plugin) Run(ctx context.Context) int {
 		return 0
 	}
 	f := faultOf(err)
-	// Code 0 would be success to some.
 	if err := p.print(struct {
 		CNIVersion string `json:"cniVersion"`
 		*types.Error

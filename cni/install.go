@@ -51,7 +51,7 @@ type pluginConf struct {
 	Capabilities     map[string]bool `json:"capabilities"`
 }
 
-// Files returns where the configuration and the plugin are.
+// files returns where the configuration and the plugin are.
 func (in *Install) files() (conf, plugin string) {
 	return filepath.Join(in.ConfDir, "10-"+in.Name+".conflist"), filepath.Join(in.BinDir, pluginName)
 }

@@ -93,12 +93,12 @@ func TestCNIBandwidth(t *testing.T) {
 			t.Errorf("an endpoint without a limit gets %.1f Mbit/s beside one with 8", free/1e6)
 		}
 		// A queue of a thousand super-frames would be one of a minute.
-		out := runIn(t, box[0], "ping", "-c", "5", "-i", "0.2", "-W", "5", atB.Addr().String())
+		out := runIn(t, box[0], "ping", "-c", "8", "-i", "0.2", "-W", "5", atB.Addr().String())
 		_, rtt, _ := strings.Cut(out, "rtt ")
 		t.Logf("a ping beside TCP that fills the limit: %s", strings.TrimSpace(rtt))
 		var low, mean, most float64
-		if _, err := fmt.Sscanf(rtt, "min/avg/max/mdev = %f/%f/%f/", &low, &mean, &most); err != nil || low > 500 {
-			t.Errorf("a ping takes %v ms at least (%v): %s", low, err, out)
+		if _, err := fmt.Sscanf(rtt, "min/avg/max/mdev = %f/%f/%f/", &low, &mean, &most); err != nil || mean > 300 {
+			t.Errorf("a ping takes %v ms (%v): %s", mean, err, out)
 		}
 		// DEL does not wait for what waits.
 		start := time.Now()

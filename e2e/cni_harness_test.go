@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -236,4 +237,20 @@ func module(t *testing.T, dir, pkg string) string {
 		t.Fatalf("go build %s: %v: %s", pkg, err, out)
 	}
 	return to
+}
+
+// macPart is an IPv4 address as it stands in a MAC.
+func macPart(a netip.Addr) string {
+	b := a.As4()
+	return fmt.Sprintf("%02x:%02x:%02x:%02x", b[0], b[1], b[2], b[3])
+}
+
+// scripted makes a plugin that is a shell script, and returns its folder.
+func scripted(t *testing.T, name, script string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }

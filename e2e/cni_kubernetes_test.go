@@ -2,6 +2,9 @@ package e2e
 
 import (
 	"bytes"
+	"context"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,9 +16,13 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/node"
 )
 
-//	a ──[ul]── b        a: the keeper; b: a machine of the Kubernetes cluster, on which the manifest's commands run
+//	a ──[ul]── b        a: the keeper; b: a machine as of a Kubernetes cluster: containerd, without a kubelet
+//
+// containerd is asked for what the DaemonSet says, as a kubelet asks: the init container,
+// the node's, and a pod that the node attaches.
 
 // podSpec is what the test reads of the DaemonSet.
 type podSpec struct {
@@ -28,11 +35,12 @@ type podSpec struct {
 }
 
 type podContainer struct {
-	Name         string
+	Name, Image  string
 	Args         []string
 	VolumeMounts []struct {
-		Name      string
-		MountPath string `yaml:"mountPath"`
+		Name             string
+		MountPath        string `yaml:"mountPath"`
+		MountPropagation string `yaml:"mountPropagation"`
 	} `yaml:"volumeMounts"`
 	ReadinessProbe struct {
 		Exec struct{ Command []string }
@@ -120,51 +128,133 @@ func TestExampleKubernetes(t *testing.T) {
 		}
 	})
 
-	a := joined(t, l, h[:1], nil)[0]
+	machines := kubernetesMachines{t, l, h, pod}
+	machines.run()
+}
+
+// kubernetesMachines are a keeper and a machine whose container runtime is asked for
+// what the manifest says, as a kubelet asks.
+type kubernetesMachines struct {
+	t   *testing.T
+	l   *lab.Lab
+	h   []*lab.Host
+	pod podSpec
+}
+
+func (m kubernetesMachines) run() {
+	t, l := m.t, m.l
+	a := joined(t, l, m.h[:1], nil)[0]
 	a.do("overlay", "create", "pods", "--subnet", "10.64.0.0/16")
 	token := a.token("--overlays", "pods")
-	dirs := strings.NewReplacer("/host/", l.Dir()+"/host/")
-	for _, d := range []string{"/host/opt/cni/bin", "/host/etc/cni/net.d"} {
-		if err := os.MkdirAll(l.Dir()+d, 0o755); err != nil {
+	peer := space(t, "peer")
+	at := a.attaches("pods", "--netns", peer)
+
+	dir := l.Dir()
+	for _, d := range []string{"net.d", "plugins", "var", "run", "logs"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	var args []string
-	for _, arg := range pod.InitContainers[0].Args {
-		args = append(args, dirs.Replace(arg))
+	if err := os.Symlink(debianPlugins+"/loopback", dir+"/plugins/loopback"); err != nil {
+		t.Fatal(err)
 	}
-	if status, out, errs := runTulle(t, h[1], args...); status != 0 {
-		t.Fatalf("the init container: status %d: %s%s", status, out, errs)
+	tool, client := module(t, dir, "./crinode"), module(t, dir, "./cripod")
+	images := map[string]string{"tulle:latest": dir + "/tulle.tar", "lab.test/bb:1": dir + "/bb.tar"}
+	writeImageOf(t, images["tulle:latest"], "docker.io/library/tulle:latest", "tulle", binary, nil, object{"Entrypoint": []string{"/tulle"}})
+	writeImage(t, images["lab.test/bb:1"], "lab.test/bb:1")
+	c := startContainerd(t, m.h[1], dir)
+	for _, file := range images {
+		c.ctr("-n", "k8s.io", "images", "import", file)
 	}
-	got, err := os.ReadFile(l.Dir() + "/host/etc/cni/net.d/10-tulle.conflist")
-	want, err2 := os.ReadFile(folder + "10-tulle.conflist")
-	if err != nil || err2 != nil || !bytes.Equal(got, want) {
+	// Two machines of one cannot share default paths: what the manifest has at these is elsewhere.
+	elsewhere := map[string]string{"/var/lib/tulle": dir + "/var", "/run/tulle": dir + "/run"}
+	sock := dir + "/run/tulle.sock"
+	start := func(p podContainer, env ...string) *lab.Process {
+		t.Helper()
+		args := []string{"-name", p.Name, "-logs", dir + "/logs"}
+		for _, e := range env {
+			args = append(args, "-env", e)
+		}
+		for _, mount := range p.VolumeMounts {
+			for _, v := range m.pod.Volumes {
+				if v.Name != mount.Name {
+					continue
+				}
+				from, to := v.HostPath.Path, mount.MountPath
+				if other := elsewhere[from]; other != "" {
+					from = other
+				}
+				if to == "/run/tulle" {
+					to = dir + "/run"
+				}
+				arg := from + "=" + to
+				if mount.MountPropagation == "HostToContainer" {
+					arg += "=slave"
+				}
+				args = append(args, "-mount", arg)
+			}
+		}
+		args = append(args, c.socket, "docker.io/library/"+p.Image)
+		for _, arg := range p.Args {
+			args = append(args, strings.ReplaceAll(arg, "$(TULLE_TOKEN)", token))
+		}
+		process, err := m.h[1].Start(exec.Command(tool, args...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return process
+	}
+	logOf := func(p podContainer) string {
+		b, _ := os.ReadFile(dir + "/logs/" + p.Name + ".log")
+		return string(b)
+	}
+
+	install := m.pod.InitContainers[0]
+	if p := start(install, "TULLE_SOCKET="+sock); p.Wait() != nil {
+		t.Fatalf("the init container fails: %s%s", p.Log(), logOf(install))
+	}
+	got, err := os.ReadFile(dir + "/net.d/10-tulle.conflist")
+	want, err2 := os.ReadFile("../examples/kubernetes/10-tulle.conflist")
+	if err != nil || err2 != nil || strings.Replace(string(got), sock, "/run/tulle/tulle.sock", 1) != string(want) {
 		t.Errorf("%v, %v: the init container writes\n%s, and the example has\n%s", err, err2, got, want)
 	}
 
-	args = nil
-	for _, arg := range pod.Containers[0].Args {
-		args = append(args, strings.ReplaceAll(arg, "$(TULLE_TOKEN)", token))
-	}
-	if args[0] != "up" {
-		t.Fatalf("the container runs %v", args)
-	}
-	// Two machines in one cannot share default paths and a name: up has its own.
-	b := up(t, l, h[1], args[1:]...)
-	probe := pod.Containers[0].ReadinessProbe.Exec.Command
+	main := m.pod.Containers[0]
+	running := start(main, "TULLE_SOCKET="+sock, "TULLE_TOKEN="+token)
+	b := &tulle{t: t, host: m.h[1], name: "b", sock: sock, http: http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", sock)
+		},
+	}}}
+	probe := main.ReadinessProbe.Exec.Command
 	if probe[0] != "/tulle" {
 		t.Errorf("the probe is %v", probe)
 	}
-	b.do(probe[1:]...)
+	defer func() {
+		if err := running.Stop(15 * time.Second); err != nil {
+			t.Errorf("the node's pod: %v: %s", err, running.Log())
+		}
+		if t.Failed() {
+			t.Log(logOf(main))
+		}
+	}()
+	b.eventually(20*time.Second, "the readiness probe succeeds", func() bool {
+		select {
+		case <-running.Done():
+			t.Fatalf("the node's pod ended: %s%s", running.Log(), logOf(main))
+		default:
+		}
+		status, _, _ := b.command(probe[1:]...)
+		return status == 0
+	})
 	known(t, 10*time.Second, "pods", true, b)
-	b.exposed("pods")
-	// What the configuration that was written asks for.
-	netns := space(t, "pod")
-	c := cniNetwork(t, b, "tulle", "pods", "1.0.0").with(object{"isDefaultGateway": true})
-	r := c.add(attachment{"pod", netns, "eth0", "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0"})
-	ping(t, h[1], r.IPs[0].Address.Addr(), 5*time.Second)
-	if list := b.attached(isNamed("web-0")); len(list) != 1 || list[0].Gateways == nil {
-		t.Errorf("the pod's endpoint: %+v", list)
+	own := b.exposed("pods")
+
+	// A pod, through the plugin that was copied, whose namespace the node finds in its own container.
+	out, err := c.inside(client, c.socket, "lab.test/bb:1", "sh", "-c", "ip route && ping -c 1 -W 5 "+own.Addr().String()+" && ping -c 1 -W 10 "+at.Addr().String())
+	if err != nil || strings.Count(out, "1 packets received") != 2 || !strings.Contains(out, "default via 10.64.0.1 dev eth0") {
+		t.Errorf("a pod: %v: %s", err, out)
 	}
-	c.done("DEL", attachment{"pod", netns, "eth0", ""})
+	b.eventually(5*time.Second, "its endpoint is gone", func() bool { return len(get[node.Endpoints](b, "/v1/endpoints").Endpoints) == 1 })
 }

@@ -34,6 +34,16 @@ const busybox = "/bin/busybox"
 // writeImage writes an image that is busybox, as `docker save` would.
 func writeImage(t *testing.T, to, name string) {
 	t.Helper()
+	links := map[string]string{}
+	for _, applet := range []string{"sh", "ip", "ping", "sleep", "cat"} {
+		links["bin/"+applet] = "busybox"
+	}
+	writeImageOf(t, to, name, "bin/busybox", busybox, links, object{"Cmd": []string{"/bin/sleep", "60"}, "Env": []string{"PATH=/bin"}})
+}
+
+// writeImageOf writes an image of one program, with links beside it.
+func writeImageOf(t *testing.T, to, name, at, program string, links map[string]string, config object) {
+	t.Helper()
 	pack := func(files map[string][]byte, links map[string]string) []byte {
 		var b bytes.Buffer
 		w := tar.NewWriter(&b)
@@ -56,17 +66,13 @@ func writeImage(t *testing.T, to, name string) {
 		}
 		return b.Bytes()
 	}
-	program, err := os.ReadFile(busybox)
+	data, err := os.ReadFile(program)
 	if err != nil {
 		t.Fatal(err)
 	}
-	links := map[string]string{}
-	for _, applet := range []string{"sh", "ip", "ping", "sleep", "cat"} {
-		links["bin/"+applet] = "busybox"
-	}
-	layer := pack(map[string][]byte{"bin/busybox": program}, links)
-	config, err := json.Marshal(object{
-		"architecture": runtime.GOARCH, "os": "linux", "config": object{"Cmd": []string{"/bin/sleep", "60"}, "Env": []string{"PATH=/bin"}},
+	layer := pack(map[string][]byte{at: data}, links)
+	whole, err := json.Marshal(object{
+		"architecture": runtime.GOARCH, "os": "linux", "config": config,
 		"rootfs": object{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer))}}, "history": []object{{}},
 	})
 	if err != nil {
@@ -76,7 +82,7 @@ func writeImage(t *testing.T, to, name string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(to, pack(map[string][]byte{"manifest.json": manifest, "config.json": config, "layer.tar": layer}, nil), 0o644); err != nil {
+	if err := os.WriteFile(to, pack(map[string][]byte{"manifest.json": manifest, "config.json": whole, "layer.tar": layer}, nil), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -181,16 +181,23 @@ func families(w Want) (v4, v6 bool) {
 	return v4, v6
 }
 
+// tableOf is a family's table, and whether there is to be one.
+type tableOf struct {
+	family nftables.TableFamily
+	used   bool
+}
+
+func tablesOf(v4, v6 bool) [2]tableOf {
+	return [2]tableOf{{nftables.TableFamilyIPv4, v4}, {nftables.TableFamilyIPv6, v6}}
+}
+
 // replace makes the tables anew, in one transaction.
 func (g *Gateway) replace(w Want, v4, v6 bool) error {
 	c, err := conn()
 	if err != nil {
 		return explain(err)
 	}
-	for _, f := range []struct {
-		family nftables.TableFamily
-		used   bool
-	}{{nftables.TableFamilyIPv4, v4}, {nftables.TableFamilyIPv6, v6}} {
+	for _, f := range tablesOf(v4, v6) {
 		t := &nftables.Table{Family: f.family, Name: g.cfg.Table}
 		c.AddTable(t) // so that there is one to delete
 		c.DelTable(t)
@@ -219,11 +226,7 @@ func (g *Gateway) repoint(w Want) error {
 	if err != nil {
 		return explain(err)
 	}
-	v4, v6 := families(w)
-	for _, f := range []struct {
-		family nftables.TableFamily
-		used   bool
-	}{{nftables.TableFamilyIPv4, v4}, {nftables.TableFamilyIPv6, v6}} {
+	for _, f := range tablesOf(families(w)) {
 		if f.used {
 			b := &table{c: c, t: &nftables.Table{Family: f.family, Name: g.cfg.Table}, v6: f.family == nftables.TableFamilyIPv6}
 			c.FlushChain(&nftables.Chain{Name: chainPorts, Table: b.t})
@@ -248,8 +251,8 @@ func (g *Gateway) remove() error {
 	err := g.unforward()
 	c, e := conn()
 	if e == nil {
-		for _, f := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6} {
-			t := &nftables.Table{Family: f, Name: g.cfg.Table}
+		for _, f := range tablesOf(false, false) {
+			t := &nftables.Table{Family: f.family, Name: g.cfg.Table}
 			c.AddTable(t)
 			c.DelTable(t)
 		}
@@ -285,10 +288,7 @@ func (g *Gateway) Check() {
 		return
 	}
 	v4, v6 := families(*g.done)
-	for _, f := range []struct {
-		family nftables.TableFamily
-		used   bool
-	}{{nftables.TableFamilyIPv4, v4}, {nftables.TableFamilyIPv6, v6}} {
+	for _, f := range tablesOf(v4, v6) {
 		there := slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Family == f.family && t.Name == g.cfg.Table })
 		if f.used && !there {
 			g.cfg.Log.Warn("somebody has removed this node's nftables rules: making them again")

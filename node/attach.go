@@ -57,7 +57,7 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 	}
 	e.Publish = slices.Clone(r.Publish)
 	if def.Gateway && !r.NoDefaultRoute {
-		e.mayYield = !e.DefaultRoute && len(e.Publish) == 0
+		e.MayYield = !e.DefaultRoute && len(e.Publish) == 0
 		e.DefaultRoute = true
 		if err := h.n.roomForExit(def); err != nil {
 			return nil, err

@@ -101,15 +101,15 @@ type endpoint struct {
 	Netns        string        `json:"netns,omitempty"`
 	Namespace    tap.Namespace `json:"namespace,omitzero"`
 	DefaultRoute bool          `json:"default_route,omitempty"`
-	Publish      []Publish     `json:"publish,omitempty"`
-	NoDNS        bool          `json:"no_dns,omitempty"`
-	Routes       []Route       `json:"routes,omitempty"`
-	Container    string        `json:"container,omitempty"`
-	Limits       *Limits       `json:"limits,omitempty"`
-
-	// mayYield: nobody has asked for the default route, which is left out where the
+	// MayYield: nobody has asked for the default route, which is left out where the
 	// namespace has one.
-	mayYield     bool
+	MayYield  bool      `json:"may_yield,omitempty"`
+	Publish   []Publish `json:"publish,omitempty"`
+	NoDNS     bool      `json:"no_dns,omitempty"`
+	Routes    []Route   `json:"routes,omitempty"`
+	Container string    `json:"container,omitempty"`
+	Limits    *Limits   `json:"limits,omitempty"`
+
 	reserved     bool   // its ports of the host are; New's and Run's goroutine's
 	fault        string // why its device is not there
 	duplicate    string // who else has its address

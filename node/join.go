@@ -166,7 +166,7 @@ func (d *device) name() string {
 func (n *Node) attachDevice(ov *overlay, d *device) error {
 	e := d.of
 	err := n.addDevice(ov, d)
-	if errors.Is(err, tap.ErrRouteTaken) && e.mayYield {
+	if errors.Is(err, tap.ErrRouteTaken) && e.MayYield {
 		e.DefaultRoute, d.cfg.Gateways = false, nil
 		err = n.addDevice(ov, d)
 	}

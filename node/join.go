@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/crypto"
@@ -99,6 +100,9 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	}
 	d := &device{cfg: n.tapConfig(o), of: e}
 	d.cfg.Netns, d.cfg.Addresses = netns, e.IPs
+	if !e.host() {
+		d.cfg.Alias = n.aliasOf(def.Name)
+	}
 	if d.cfg.Gateways, err = gatewaysOf(def, e); err != nil {
 		return err
 	}
@@ -159,6 +163,9 @@ func (d *device) name() string {
 func (n *Node) attachDevice(ov *overlay, d *device) error {
 	e := d.of
 	err := n.addDevice(ov, d)
+	if errors.Is(err, fs.ErrExist) && !e.host() && tap.RemoveLeft(d.cfg.Netns, e.Tap, n.aliasPrefix()) == nil {
+		err = n.addDevice(ov, d) // an earlier run left it, of which nothing is remembered
+	}
 	if err == nil && !e.host() {
 		if ns, at := tap.NamespaceAt(d.cfg.Netns); at != nil || ns != e.Namespace {
 			err = errors.Join(tellf(errAbsent, "the network namespace at %s has ended meanwhile", d.cfg.Netns), n.removeDevice(ov, d))
@@ -210,8 +217,9 @@ func (n *Node) carriedChanged() {
 // has ended are forgotten. Whatever cannot be made now is tried again by follow.
 func (h *endpoints) restore() {
 	var ended []*endpoint
+	holders := sync.OnceValue(tap.FindHolders)
 	for _, e := range h.all() {
-		err := h.remake(e)
+		err := h.remake(e, holders)
 		if errors.Is(err, errEnded) {
 			h.forget(e)
 			ended = append(ended, e)
@@ -236,11 +244,11 @@ func (h *endpoints) restore() {
 var errEnded = errors.New("its network namespace has ended")
 
 // remake makes an endpoint's device, if there is none and there may be one.
-func (h *endpoints) remake(e *endpoint) error {
+func (h *endpoints) remake(e *endpoint, holders func() tap.Holders) error {
 	netns := ""
 	if !e.host() {
 		var there bool
-		if netns, there = e.find(); !there {
+		if netns, there = e.find(holders); !there {
 			return errEnded
 		}
 	}
@@ -262,7 +270,11 @@ func (h *endpoints) remake(e *endpoint) error {
 			return fmt.Errorf("this host reaches %s by %s, which overlaps %s of overlay %s", to, dev, s, e.Overlay)
 		}
 	}
-	return h.n.joinShared(e, def, netns)
+	if err := h.n.joinShared(e, def, netns); err != nil {
+		return err
+	}
+	h.persist(e, true)
+	return nil
 }
 
 // follow brings the endpoints in step with the definitions of now. Called by
@@ -294,20 +306,21 @@ func (h *endpoints) follow() {
 			h.n.carriedChanged()
 		}
 	}
+	holders := sync.OnceValue(tap.FindHolders)
 	for _, e := range h.all() {
 		def := place.SharedOverlay(e.Overlay)
 		_, asked := place.Shared()
 		if def == nil && !asked.IsZero() || def != nil && def.ID != e.ID {
 			h.n.log.Warn("the overlay was removed: "+e.String()+" is in it no more", "overlay", e.Overlay)
-			go h.dropLater(e)
+			go h.dropLater(e, false)
 			continue
 		}
 		if ov := h.n.sharedHere(e.Overlay); ov != nil && ov.deviceOf(e) != nil {
 			continue
 		}
-		err := h.remake(e)
+		err := h.remake(e, holders)
 		if errors.Is(err, errEnded) {
-			go h.dropLater(e)
+			go h.dropLater(e, true)
 			continue
 		}
 		h.setFault(e, err)

@@ -243,6 +243,7 @@ func (n *Node) Run(ctx context.Context) error {
 		lower.Go(func() { n.secure.run(lowerCtx) })
 		lower.Go(func() { n.spread(lowerCtx) })
 		lower.Go(func() { _ = n.endpoints.pool.Run(lowerCtx) }) // returns nil
+		lower.Go(func() { n.watch(lowerCtx) })
 	}
 	gossip := make(chan error, 1)
 	go func() { gossip <- n.runGossip(ctx) }()
@@ -304,6 +305,7 @@ func (n *Node) close() error {
 	if n.api != nil {
 		errs = append(errs, n.api.close())
 	}
+	n.spare()
 	for _, o := range n.list() {
 		errs = append(errs, o.br.Close())
 	}

@@ -254,6 +254,8 @@ func (n *Node) removeDevice(ov *overlay, d *device) error {
 func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 	c := d.cfg
 	c.Netns = netns
+	// One that is not remembered yet is new: what an earlier run left is another one's.
+	c.Reattach = d.of != nil && !d.of.host() && n.endpoints.at(d.of.place()) == d.of
 	if c.MTU, err = n.fitMTU(ov.cfg); err != nil {
 		return err
 	}
@@ -302,11 +304,11 @@ func (n *Node) mend(ov *overlay, d *device) {
 		lost = true
 	}
 	if d.of != nil && !d.of.host() {
-		path, ok := d.of.find()
+		path, ok := d.of.find(tap.FindHolders)
 		if !ok {
 			n.log.Info("the endpoint's network namespace has ended", "overlay", ov.cfg.Name, "port", d.of.Name)
 			_ = n.removeDevice(ov, d) // it has no port
-			go n.endpoints.dropLater(d.of)
+			go n.endpoints.dropLater(d.of, true)
 			return
 		}
 		netns = path
@@ -318,6 +320,7 @@ func (n *Node) mend(ov *overlay, d *device) {
 	err := n.openDevice(ov, d, netns)
 	if d.of != nil {
 		n.endpoints.setFault(d.of, err)
+		n.endpoints.persist(d.of, true)
 	}
 	if err != nil {
 		n.log.Debug("the overlay's device cannot be made yet", "overlay", ov.cfg.Name, "port", d.cfg.Name, "err", err)

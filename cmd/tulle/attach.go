@@ -63,8 +63,8 @@ func attachCommand() *cobra.Command {
 Prints the address with its prefix length, and nothing else, on standard output; where the
 overlay has IPv4 and IPv6, one a line, IPv4 first.
 
-It lasts as long as the namespace, also when the node starts again in between, or until
-` + "`tulle detach`" + `.`,
+It lasts as long as the namespace, or until ` + "`tulle detach`" + `. While the node is away the
+container keeps the device, with its addresses and routes, and nothing passes.`,
 		Example: `  tulle attach blue --netns /run/netns/web
   tulle attach blue --pid 4711 --ip 10.40.0.7 --name web --default-route
   tulle attach red --pid 4711 --ifname eth1`,

@@ -19,6 +19,7 @@ import (
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/handover"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
 )
@@ -51,6 +52,11 @@ type Node struct {
 	stopped   chan struct{} // closed when it does nothing any more
 	endpoints *endpoints    // in shared overlays; nil in an open cluster
 
+	host    Host
+	run     discovery.Run // that of the process before; zero: a new one
+	handing atomic.Bool   // it stops because of ErrHandOver
+	handed  *handover.Set // what Run kept
+
 	// at is where this node is: the address that it advertises.
 	at atomic.Pointer[netip.Addr]
 
@@ -73,9 +79,16 @@ type Node struct {
 // New opens sockets and devices; nothing is left behind when it fails but, in a
 // secure cluster, the state of a node that has one. cfg must be valid
 // (config.Config.Validate). ctx bounds New alone: it ends the resolving of names.
-func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err error) {
+func New(ctx context.Context, cfg config.Config, log *slog.Logger) (*Node, error) {
+	return NewIn(ctx, cfg, log, Host{})
+}
+
+// NewIn is New in a process that can hand the node over, or that it was handed to. Of
+// what was handed over nothing is open afterwards that the node does not use.
+func NewIn(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_ *Node, err error) {
+	defer host.Handed.Close()
 	n := &Node{
-		cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
+		host: host, cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
 		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), moved: make(chan struct{}, 1),
 		news: make(chan struct{}, 1), redefined: make(chan struct{}, 1), todo: make(chan func()), stopped: make(chan struct{}),
 	}
@@ -85,7 +98,8 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 			_ = n.close() // the first error is the one to tell
 		}
 	}()
-	if n.state, err = openStateDir(cfg.StateDir); err != nil {
+	n.known(first(host.Handed.Take(handedMembers)))
+	if n.state, err = openStateDir(cfg.StateDir, first(host.Handed.Take(handedLock))); err != nil {
 		return nil, err
 	}
 	if n.secure, err = n.openPlace(ctx); err != nil {
@@ -104,7 +118,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 	if n.dev, err = underlay.DeviceOf(at); err != nil {
 		return nil, fmt.Errorf("node: %w", err)
 	}
-	if n.api, err = claimSocket(cfg.Socket); err != nil {
+	if n.api, err = claimSocket(cfg.Socket, first(host.Handed.Take(handedAPI))); err != nil {
 		return nil, err
 	}
 	if err = n.openUnderlay(ctx); err != nil {
@@ -134,6 +148,7 @@ func (n *Node) openUnderlay(ctx context.Context) (err error) {
 		TooBig:      n.tooBig,
 		NoGSO:       n.cfg.NoGSO,
 		NoGRO:       n.cfg.NoGRO,
+		Handed:      n.handedUnderlay(),
 		Log:         n.log,
 	})
 	if err != nil {
@@ -215,7 +230,8 @@ func ring(bell chan struct{}) {
 	}
 }
 
-// Run works until ctx ends, then leaves the cluster and stops everything.
+// Run works until ctx ends, then leaves the cluster and stops everything; with
+// ErrHandOver as the cause it does not leave.
 func (n *Node) Run(ctx context.Context) error {
 	defer n.close()
 	ctx, cancel := context.WithCancel(ctx)
@@ -257,6 +273,11 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	close(n.ready)
 	err = n.follow(ctx, changes, gossip)
+	if errors.Is(context.Cause(ctx), ErrHandOver) {
+		n.handing.Store(true)
+		n.handed = n.keep()
+		return err
+	}
 	if err == nil {
 		n.log.Info("node has left", "name", n.cfg.Name)
 	}
@@ -303,7 +324,7 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 func (n *Node) close() error {
 	var errs []error
 	if n.api != nil {
-		errs = append(errs, n.api.close())
+		errs = append(errs, n.api.close(n.handing.Load()))
 	}
 	n.spare()
 	for _, o := range n.list() {

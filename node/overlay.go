@@ -259,6 +259,7 @@ func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 	if c.MTU, err = n.fitMTU(ov.cfg); err != nil {
 		return err
 	}
+	c.Handed = n.host.Handed.Take(ov.handedName(d))
 	dev, err := tap.Open(c)
 	if err != nil {
 		return fmt.Errorf("node: overlay %s: %w", ov.cfg.Name, err)

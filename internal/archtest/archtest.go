@@ -7,9 +7,9 @@ const module = "github.com/tulle-net/tulle/"
 // imports says, for each package, which of our packages it may import.
 // Tests may import more (a package's tests run it against fakes and the lab).
 var imports = map[string][]string{
-	"cmd/tulle": {"config", "node", "doctor", "internal/demo", "internal/version"},
+	"cmd/tulle": {"config", "node", "handover", "doctor", "internal/demo", "internal/version"},
 
-	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
+	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
 	"cluster": {"keeper", "store", "peer", "crypto"},
 	"config":  {"tap", "vxlan", "ether"},
 	"doctor":  {"crypto", "tap", "underlay"},
@@ -33,6 +33,7 @@ var imports = map[string][]string{
 	"underlay":              {"internal/ready"},
 	"underlay/underlaytest": {"underlay"},
 
+	"handover":        {},
 	"crypto":          {},
 	"vxlan":           {},
 	"ether":           {},
@@ -65,6 +66,6 @@ var thirdParty = map[string][]string{
 	"google.golang.org/grpc":        {"store"},
 	"golang.org/x/crypto":           {"crypto"},
 	"golang.org/x/sys/cpu":          {"ether", "crypto"},
-	"golang.org/x/sys/unix":         {"ipam", "tap", "underlay", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
+	"golang.org/x/sys/unix":         {"ipam", "tap", "underlay", "handover", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
 	"golang.org/x/net":              {"internal/lab"},
 }

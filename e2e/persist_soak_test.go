@@ -58,9 +58,9 @@ func TestSoakPersist(t *testing.T) {
 	}
 	idle := func(what string) {
 		time.Sleep(3 * time.Second) // what the start has left to do
-		before := spent(t, a.proc.Pid())
+		before := spent(t, a.process())
 		time.Sleep(10 * time.Second)
-		t.Logf("%s: %.2f %% of a core", what, 10*(spent(t, a.proc.Pid())-before).Seconds())
+		t.Logf("%s: %.2f %% of a core", what, 10*(spent(t, a.process())-before).Seconds())
 	}
 	idle(fmt.Sprintf("%d endpoints, made outside", endpoints))
 	a.proc.Kill()
@@ -69,6 +69,12 @@ func TestSoakPersist(t *testing.T) {
 	a.start()
 	t.Logf("the node is up %v after its start", time.Since(start).Round(time.Millisecond))
 	idle(fmt.Sprintf("%d endpoints, opened inside", endpoints))
+	status, out, errs := a.tries()
+	if status != 0 {
+		t.Fatalf("upgrade: status %d: %s%s", status, out, errs)
+	}
+	t.Logf("%d endpoints: %s", endpoints, strings.TrimSpace(out))
+	idle(fmt.Sprintf("%d endpoints, handed over", endpoints))
 	slices.Sort(took)
 	t.Logf("an attach takes %v (median)", took[endpoints/2])
 	start = time.Now()

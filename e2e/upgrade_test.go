@@ -269,8 +269,43 @@ func TestUpgrade(t *testing.T) {
 			t.Errorf("upgrade: status %d: %s%s", status, out, errs)
 		}
 		close(stop)
+		// Of two at once one is refused, or both are done, one after the other.
+		pause()
+		second := make(chan string, 1)
+		go func() {
+			_, _, errs := b.command("upgrade")
+			second <- errs
+		}()
+		_, _, errs := b.tries()
+		for _, errs := range []string{errs, <-second} {
+			if errs != "" && !strings.Contains(errs, "another upgrade is under way") {
+				t.Errorf("of two at once: %s", errs)
+			}
+		}
 		t.Logf("%d requests were answered meanwhile", <-asked)
 	})
+}
+
+// TestUpgradeFails: what goes wrong, or is stopped, half-way.
+func TestUpgradeFails(t *testing.T) {
+	t.Parallel()
+	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4})
+	nodes := joined(t, l, h, nil)
+	a, b := nodes[0], nodes[1]
+	untoken(b)
+	spaces := containers(t, l, "a1", "b1")
+	a1, b1 := spaces[0], spaces[1]
+	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16")
+	known(t, 5*time.Second, "blue", true, nodes...)
+	a.attaches("blue", "--netns", a1.Path())
+	atB := b.attaches("blue", "--netns", b1.Path())
+	ping(t, a1, atB.Addr(), 10*time.Second)
+	toB := streams(t, a1, b1, atB.Addr())
+	first := index(t, b1, "eth0")
+	next := versionNamed(t, "next")
+	if status, out, errs := b.tries("--binary", next); status != 0 {
+		t.Fatalf("upgrade: status %d: %s%s", status, out, errs)
+	}
 
 	part(t, "a binary that does not work", nodes, func(t *testing.T) {
 		dir := t.TempDir()
@@ -339,8 +374,6 @@ func TestUpgrade(t *testing.T) {
 			t.Errorf("a second one: %v: %s", err, out)
 		}
 		toB.end()
-		fromB.end()
-		host.end()
 		if err := b.proc.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
@@ -360,7 +393,7 @@ func TestUpgrade(t *testing.T) {
 		b.start()
 		ping(t, a1, atB.Addr(), 10*time.Second)
 		// Stopped while it is handed over: it ends, and starts again.
-		for _, after := range []time.Duration{0, 50 * time.Millisecond, 150 * time.Millisecond} {
+		for _, after := range []time.Duration{0, 50 * time.Millisecond, 150 * time.Millisecond, 200 * time.Millisecond, 250 * time.Millisecond} {
 			done := make(chan struct{})
 			go func() {
 				defer close(done)

@@ -19,6 +19,9 @@ import (
 // envRole says what this binary is when a test starts it as another process.
 const envRole = "HANDOVER_TEST_ROLE"
 
+// envNoExec has the first process wait as it is.
+const envNoExec = "HANDOVER_TEST_NO_EXEC"
+
 const waitCommand = "wait-for-test"
 
 func TestMain(m *testing.M) {
@@ -64,7 +67,14 @@ func play(role string) error {
 		if err := c.Go(context.Background(), &Set{}); err != nil {
 			return err
 		}
-		return Become(c, waitCommand)
+		if os.Getenv(envNoExec) == "" {
+			return Become(c, waitCommand, nil)
+		}
+		status, err := c.Wait()
+		if err == nil {
+			os.Exit(status.ExitStatus())
+		}
+		return err
 	}
 	p, err := FromParent()
 	if err != nil || p == nil {
@@ -303,6 +313,16 @@ func TestWait(t *testing.T) {
 				t.Errorf("status %d (%v), want %d: %s", got, err, want, out)
 			}
 		})
+	}
+}
+
+// TestWaitInPlace is TestWait where the first process cannot become another program.
+func TestWaitInPlace(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), envRole+"=first,status,7", envNoExec+"=1")
+	out, err := cmd.CombinedOutput()
+	if got := cmd.ProcessState.ExitCode(); got != 7 {
+		t.Errorf("status %d (%v), want 7: %s", got, err, out)
 	}
 }
 

@@ -4,8 +4,10 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"strconv"
 	"sync/atomic"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,25 +22,68 @@ import (
 var waitSignals = []os.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2}
 
 // Become turns this process into one that waits for the child: it executes itself
-// as `command PID LINE`, which calls Wait. It returns only with an error. A signal in
-// between ends this process, and the child with it (Parent.Gone).
-func Become(c *Child, command string) error {
+// as `command PID LINE`, which calls Wait. It returns only with an error. late has a
+// signal that nobody has taken: it is the child's. Those that come from here on wait for
+// Wait: over an exec they stay blocked, and pending.
+func Become(c *Child, command string, late <-chan os.Signal) error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("handover: %w", os.NewSyscallError("PR_SET_CHILD_SUBREAPER", err))
 	}
-	f, err := c.line.conn.File() // a duplicate
+	fd, err := c.duplicateLine()
 	if err != nil {
-		return fmt.Errorf("handover: %w", err)
+		return err
 	}
-	defer f.Close()
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD, 3) // stays open over the exec
-	if err != nil {
-		return fmt.Errorf("handover: %w", err)
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var before unix.Sigset_t
+	blocked := sigset(waitSignals)
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &blocked, &before); err != nil {
+		return fmt.Errorf("handover: %w", os.NewSyscallError("sigmask", err))
 	}
-	signal.Reset(waitSignals...)
+	select {
+	case <-late:
+		c.Signal(unix.SIGTERM)
+	default:
+	}
 	err = unix.Exec("/proc/self/exe", []string{os.Args[0], command, strconv.Itoa(c.PID()), strconv.Itoa(fd)}, os.Environ())
+	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil)
 	_ = unix.Close(fd)
 	return fmt.Errorf("handover: %w", os.NewSyscallError("exec", err))
+}
+
+// duplicateLine returns a descriptor of the line that stays open over an exec.
+func (c *Child) duplicateLine() (fd int, err error) {
+	raw, err := c.line.conn.SyscallConn()
+	if err != nil {
+		return -1, fmt.Errorf("handover: %w", err)
+	}
+	var errno error
+	if err := raw.Control(func(f uintptr) { fd, errno = unix.FcntlInt(f, unix.F_DUPFD, 3) }); err != nil {
+		return -1, fmt.Errorf("handover: %w", err)
+	}
+	if errno != nil {
+		return -1, fmt.Errorf("handover: %w", os.NewSyscallError("dup", errno))
+	}
+	return fd, nil
+}
+
+// Wait is the function Wait for the child, in a process that could not Become.
+func (c *Child) Wait() (unix.WaitStatus, error) {
+	fd, err := c.duplicateLine()
+	if err != nil {
+		return 0, err
+	}
+	return Wait(c.PID(), fd)
+}
+
+// sigset has these signals.
+func sigset(list []os.Signal) (set unix.Sigset_t) {
+	const word = 8 * unsafe.Sizeof(set.Val[0])
+	for _, s := range list {
+		n := uintptr(s.(unix.Signal)) - 1
+		set.Val[n/word] |= 1 << (n % word)
+	}
+	return set
 }
 
 // end is the end of a process.

@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -49,6 +50,8 @@ const answerTime = 5 * time.Second
 type Host struct {
 	// Handed is what another process handed over; may be nil.
 	Handed *handover.Set
+	// Service stores descriptors over a restart; may be nil.
+	Service *handover.Service
 	// Upgrade is told that another binary is to go on; it must not block. nil: this
 	// process cannot do that.
 	Upgrade func(Upgrade)
@@ -97,6 +100,9 @@ func (n *Node) upgrade(w http.ResponseWriter, r *http.Request) {
 	n.host.Upgrade(Upgrade{want.Binary, conn})
 }
 
+// Alive returns nil while the node does what it is asked.
+func (n *Node) Alive(ctx context.Context) error { return n.do(ctx, func() error { return nil }) }
+
 // Handed returns what Run kept, once it has returned because of ErrHandOver.
 func (n *Node) Handed() *handover.Set { return n.handed }
 
@@ -131,6 +137,79 @@ func (n *Node) keep() *handover.Set {
 		}
 	}
 	return s
+}
+
+// store has the service manager keep a device, so that the next process has it whatever
+// ends this one. unstore undoes that.
+func (n *Node) store(ov *overlay, d *device) {
+	dev := d.live.Load().lasting()
+	if dev == nil || !n.host.Service.Stores() {
+		return
+	}
+	files, err := dev.Descriptors()
+	n.put(ov.handedName(d), files, err)
+}
+
+func (n *Node) unstore(ov *overlay, d *device, a *attachment) {
+	if !n.host.Service.Stores() {
+		return
+	}
+	err := n.host.Service.Remove(ov.handedName(d))
+	if dev := a.lasting(); dev != nil {
+		err = errors.Join(err, dev.Delete()) // what is stored lasts a moment longer
+	}
+	if err != nil {
+		n.log.Warn("the service manager keeps a device that there is no more", "port", d.cfg.Name, "err", err)
+	}
+}
+
+// put has the service manager store files, and closes them.
+func (n *Node) put(name string, files []*os.File, err error) {
+	if err == nil {
+		err = n.host.Service.Put(name, files)
+	}
+	for _, f := range files {
+		_ = f.Close()
+	}
+	if err != nil {
+		n.log.Warn("the service manager does not keep this over a restart", "what", name, "err", err)
+	}
+}
+
+// storeUnderlay has the service manager keep the listening sockets.
+func (n *Node) storeUnderlay() {
+	c, is := n.conn.(underlay.Lasting)
+	if !is || !n.host.Service.Stores() {
+		return
+	}
+	h, err := c.Descriptors()
+	n.put(handedListen, h.Listening, err)
+	for _, f := range append(h.Pools[0], h.Pools[1]...) { // they are stored as the node stops
+		_ = f.Close()
+	}
+}
+
+// StoreHanded has the service manager keep what Run kept, and closes it: but for what
+// says that the node runs.
+func (n *Node) StoreHanded() {
+	for _, name := range n.handed.Names() {
+		files := n.handed.Take(name)
+		if name == handedLock || name == handedAPI {
+			for _, f := range files {
+				_ = f.Close()
+			}
+			continue
+		}
+		n.put(name, files, nil)
+	}
+}
+
+// dropUnclaimed has the service manager forget what nobody wanted of it.
+func (n *Node) dropUnclaimed() {
+	for _, name := range n.host.Handed.Names() {
+		n.log.Info("not needed any more of what was handed over", "what", name)
+		_ = n.host.Service.Remove(name) // it is said again at the next start
+	}
 }
 
 // membersFile is what this node knows of the others, and they of it. With it the next

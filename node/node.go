@@ -135,6 +135,8 @@ func NewIn(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) 
 	if n.endpoints != nil {
 		n.endpoints.restore()
 	}
+	n.storeUnderlay()
+	n.dropUnclaimed()
 	return n, n.disc.Load().SetOverlays(n.carried())
 }
 

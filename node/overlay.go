@@ -214,7 +214,9 @@ func (n *Node) removeOverlay(ov *overlay) error {
 	next := slices.DeleteFunc(slices.Clone(n.list()), func(o *overlay) bool { return o == ov })
 	n.overlays.Store(&next)
 	for _, d := range ov.list() {
-		d.live.Store(nil)
+		if a := d.live.Swap(nil); a != nil {
+			n.unstore(ov, d, a)
+		}
 	}
 	return ov.br.Close()
 }
@@ -245,6 +247,7 @@ func (n *Node) removeDevice(ov *overlay, d *device) error {
 	next := slices.DeleteFunc(slices.Clone(ov.list()), func(o *device) bool { return o == d })
 	ov.devices.Store(&next)
 	if a := d.live.Swap(nil); a != nil {
+		n.unstore(ov, d, a)
 		return ov.br.RemovePort(a.port)
 	}
 	return nil
@@ -272,6 +275,7 @@ func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 		return errors.Join(err, dev.Close())
 	}
 	d.live.Store(&attachment{dev, port})
+	n.store(ov, d)
 	n.log.Info("device is up", "overlay", ov.cfg.Name, "vni", ov.cfg.VNI, "port", dev.Name(), "mac", dev.MAC(), "mtu", c.MTU)
 	return nil
 }
@@ -301,6 +305,7 @@ func (n *Node) mend(ov *overlay, d *device) {
 			return
 		}
 		d.live.Store(nil)
+		n.unstore(ov, d, a)
 		_ = ov.br.RemovePort(a.port) // its device is gone: nothing to close
 		lost = true
 	}

@@ -63,6 +63,21 @@ func (d *offloadDevice) SetPersistent(on bool) error {
 func (d *offloadDevice) Pinned() bool { return d.kept.pinned }
 func (d *offloadDevice) Spare()       { d.kept.spared.Store(true) }
 
+func (d *offloadDevice) Delete() error {
+	h, dev, err := d.find()
+	switch {
+	case errors.Is(err, ErrClosed):
+		return nil
+	case err != nil:
+		return d.wrap(err)
+	}
+	defer h.Close()
+	if err := h.LinkDel(dev); err != nil && !errors.Is(err, unix.ENODEV) {
+		return d.wrap(fmt.Errorf("remove the device: %w", err))
+	}
+	return nil
+}
+
 // endPersistence has the device go with its last descriptor. One that is gone
 // already is no error.
 func (d *offloadDevice) endPersistence() error {

@@ -124,6 +124,9 @@ type Lasting interface {
 	Pinned() bool
 	// Spare has Close leave a device that is persistent.
 	Spare()
+	// Delete removes the device, whoever holds it; Close is still due. One that is gone
+	// already is no error.
+	Delete() error
 }
 
 // Queue is one queue of a device. Wait and Read belong to one worker;

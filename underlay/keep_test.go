@@ -146,3 +146,33 @@ func TestHandedUseless(t *testing.T) {
 		t.Error("a Config without Listen is taken")
 	}
 }
+
+// TestHandedGroups: the groups of a socket that was handed over are joined, left and
+// joined again as those of a new one.
+func TestHandedGroups(t *testing.T) {
+	cfg := Config{Listen: netip.MustParseAddrPort("0.0.0.0:0"), Source: loopback4}
+	group := netip.MustParseAddr("239.255.47.90")
+	first := open(t, cfg)
+	if err := first.JoinGroup(group); err != nil {
+		skipEmulated(t) // qemu-user garbles the interface index on 64 bits
+		t.Fatal(err)
+	}
+	h, err := first.Descriptors()
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Close()
+	cfg.Handed = h
+	next := open(t, cfg)
+	for range 2 {
+		if err := next.JoinGroup(group); err != nil {
+			t.Fatal(err)
+		}
+		if err := next.Rebind(); err != nil {
+			t.Fatal(err)
+		}
+		if err := next.LeaveGroup(group); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

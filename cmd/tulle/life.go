@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"runtime"
 	"sync/atomic"
@@ -28,11 +27,15 @@ type life struct {
 	log    *slog.Logger
 	binary string           // that this process was started from
 	parent *handover.Parent // nil: nobody handed a node over to this process
-	child  *handover.Child  // that goes on with the node; nil: none
-	stop   context.CancelFunc
-	told   bool        // that the node is up
-	handed atomic.Bool // the child's parent is no business of this process any more
-	failed func(error) // answers who asked for an upgrade that failed; nil: nobody
+	// service runs this process, or nil; stored is what it kept over a restart.
+	service *handover.Service
+	stored  *handover.Set
+	child   *handover.Child // that goes on with the node; nil: none
+	stop    context.CancelFunc
+	told    bool        // that the node is up
+	busy    atomic.Bool // with an upgrade
+	handed  atomic.Bool // the child's parent is no business of this process any more
+	failed  func(error) // answers who asked for an upgrade that failed; nil: nobody
 }
 
 // childStop bounds how long a child that was to go on may take to stop instead.
@@ -59,12 +62,12 @@ func (l *life) run(ctx context.Context) error {
 		return err
 	}
 	upgrades := make(chan node.Upgrade, 1)
-	host := node.Host{Handed: handed, Upgrade: func(u node.Upgrade) {
-		select {
-		case upgrades <- u:
-		default:
+	host := node.Host{Handed: handed, Service: l.service, Upgrade: func(u node.Upgrade) {
+		if !l.busy.CompareAndSwap(false, true) {
 			u.Answer(node.Upgraded{}, errors.New("another upgrade is under way: wait for it"))
+			return
 		}
+		upgrades <- u
 	}}
 	for {
 		n, err := node.NewIn(ctx, l.cfg, l.log, host)
@@ -81,10 +84,10 @@ func (l *life) run(ctx context.Context) error {
 	}
 }
 
-// inherit returns what the process before hands over; nil if there is none.
+// inherit returns what the process before hands over, or the service manager.
 func (l *life) inherit(ctx context.Context) (*handover.Set, error) {
 	if l.parent == nil {
-		return nil, nil
+		return l.stored, nil
 	}
 	l.cfg.Token = "" // this node is a member: nobody needs to be asked
 	handed, err := l.parent.Hello(ctx, version.String())
@@ -97,7 +100,7 @@ func (l *life) inherit(ctx context.Context) (*handover.Set, error) {
 // serve runs the node until it stops. What it returns is to be made a node of again:
 // an upgrade has failed.
 func (l *life) serve(ctx context.Context, n *node.Node, upgrades <-chan node.Upgrade) (*handover.Set, error) {
-	running, end := context.WithCancelCause(ctx)
+	running, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	ended := make(chan error, 1)
 	go func() { ended <- n.Run(running) }()
@@ -106,18 +109,27 @@ func (l *life) serve(ctx context.Context, n *node.Node, upgrades <-chan node.Upg
 		select {
 		case err := <-ended:
 			l.tellFailed(errors.New("the node has stopped"))
+			n.StoreHanded()
 			return nil, err
 		case <-ready:
 			ready = nil
 			l.isUp()
+			go l.watchdog(running, n)
 			l.tellFailed(errors.New("the old version goes on"))
 		case <-stopping:
 			stopping = nil
-			notify(l.log, "STOPPING=1")
+			l.notify("STOPPING=1")
+			// A manager that stores what the node has may be about to start it again.
+			if s, is := errors.AsType[stopSignal](context.Cause(ctx)); is && s.Signal == unix.SIGTERM && l.service.Stores() {
+				end(node.ErrHandOver)
+			} else {
+				end(nil)
+			}
 		case u := <-upgrades:
 			child, to, err := handover.Start(ctx, cmp.Or(u.Binary, l.binary))
 			if err != nil {
 				u.Answer(node.Upgraded{}, fmt.Errorf("%w; the old version goes on", err))
+				l.busy.Store(false)
 				continue
 			}
 			start := time.Now()
@@ -133,7 +145,9 @@ func (l *life) serve(ctx context.Context, n *node.Node, upgrades <-chan node.Upg
 				return handed, nil
 			}
 			handed.Close()
-			u.Answer(node.Upgraded{From: version.String(), To: to, TookMS: time.Since(start).Milliseconds()}, nil)
+			if l.child != nil {
+				u.Answer(node.Upgraded{From: version.String(), To: to, TookMS: time.Since(start).Milliseconds()}, nil)
+			}
 			return nil, nil
 		}
 	}
@@ -164,6 +178,7 @@ func (l *life) tellFailed(how error) {
 	if l.failed != nil {
 		l.failed(how)
 		l.failed = nil
+		l.busy.Store(false)
 	}
 }
 
@@ -173,7 +188,7 @@ func (l *life) isUp() {
 		return
 	}
 	l.told = true
-	notify(l.log, "READY=1")
+	l.notify("READY=1")
 	if l.parent == nil {
 		return
 	}
@@ -195,31 +210,46 @@ func (l *life) isUp() {
 // follow ends this process, or what it was, now that the node is the child's. late has
 // a signal that came too late for the node of before.
 func (l *life) follow(late <-chan os.Signal) error {
-	select {
-	case <-late:
-		l.child.Signal(unix.SIGTERM)
-	default:
-	}
 	if l.parent != nil {
+		select {
+		case <-late:
+			l.child.Signal(unix.SIGTERM)
+		default:
+		}
 		l.handed.Store(true)
 		return l.parent.Succeed(l.child)
 	}
-	return handover.Become(l.child, waitCommandName)
+	err := handover.Become(l.child, waitCommandName, late)
+	l.log.Warn("the memory of the version before is not freed", "err", err)
+	return endAs(l.child.Wait())
 }
 
-// notify tells systemd of a change, if it waits for one (sd_notify(3)).
-func notify(log *slog.Logger, state string) {
-	path := os.Getenv("NOTIFY_SOCKET")
-	if path == "" {
+// watchdog tells the service manager that the node is alive, for as long as it is.
+func (l *life) watchdog(ctx context.Context, n *node.Node) {
+	every := l.service.Watchdog(l.parent != nil)
+	if every == 0 {
 		return
 	}
-	// net takes the leading @ of an abstract socket as systemd means it.
-	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err == nil {
-		_, err = c.Write([]byte(state))
-		err = errors.Join(err, c.Close())
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		bounded, cancel := context.WithTimeout(ctx, every)
+		err := n.Alive(bounded)
+		cancel()
+		if err == nil {
+			l.notify("WATCHDOG=1")
+		}
 	}
-	if err != nil {
-		log.Warn("systemd was not told", "state", state, "err", err)
+}
+
+// notify tells the service manager of a change, if there is one that waits for it.
+func (l *life) notify(state string) {
+	if err := l.service.Notify(state); err != nil {
+		l.log.Warn("systemd was not told", "state", state, "err", err)
 	}
 }

@@ -22,7 +22,9 @@ func upCommand() *cobra.Command {
 		Use:   "up",
 		Short: "Run a node in the foreground",
 		Long: `Runs a node until SIGTERM or Ctrl-C; then it tells its peers that it leaves. A second
-signal ends it at once.
+signal ends it at once. Devices of ` + "`tulle attach`" + ` stay in their containers meanwhile.
+As a service whose manager stores descriptors (systemd: FileDescriptorStoreMax=) SIGTERM
+tells nobody, for the node may be back in a moment, with all that it had.
 
 The first node makes a secure cluster and is its keeper: it holds the cluster's keys and
 lets others join. Each other node is started with a token, which ` + "`tulle token create`" + `
@@ -70,6 +72,7 @@ learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues, tso, uso, 
 		signal.Notify(late, syscall.SIGINT, syscall.SIGTERM)
 		defer signal.Stop(late)
 		l := life{cfg: cfg, log: log, parent: parent, binary: ownBinary()}
+		l.service, l.stored = handover.FromService()
 		err = untilSignal(cmd.Context(), sigs, l.run)
 		if l.child == nil {
 			return err
@@ -138,19 +141,24 @@ func newLog(w io.Writer, level, format string) *slog.Logger {
 // the process and its group.
 const onePress = time.Second
 
+// stopSignal is why the context of a node has ended.
+type stopSignal struct{ os.Signal }
+
+func (s stopSignal) Error() string { return "stopped by " + s.String() }
+
 // untilSignal calls run with a context that the first signal ends. At another
 // one, more than onePress later, it returns without waiting for run: the process
 // must end then.
 func untilSignal(ctx context.Context, sigs <-chan os.Signal, run func(context.Context) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	done := make(chan error, 1)
 	go func() { done <- run(ctx) }()
 	select {
 	case err := <-done:
 		return err
-	case <-sigs:
-		cancel()
+	case s := <-sigs:
+		cancel(stopSignal{s})
 	}
 	for first := time.Now(); ; {
 		select {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/handover"
 	"github.com/tulle-net/tulle/node"
@@ -92,16 +93,20 @@ func waitCommand() *cobra.Command {
 			if err != nil || err2 != nil || pid < 2 || fd < 3 {
 				return none
 			}
-			status, err := handover.Wait(pid, fd)
-			switch {
-			case err != nil:
-				return err
-			case status.Signaled():
-				return exitStatus{code: exitSignal + int(status.Signal())}
-			case status.ExitStatus() != 0:
-				return exitStatus{code: status.ExitStatus()}
-			}
-			return nil
+			return endAs(handover.Wait(pid, fd))
 		},
 	}
+}
+
+// endAs has this process end as another one did.
+func endAs(status unix.WaitStatus, err error) error {
+	switch {
+	case err != nil:
+		return err
+	case status.Signaled():
+		return exitStatus{code: exitSignal + int(status.Signal())}
+	case status.ExitStatus() != 0:
+		return exitStatus{code: status.ExitStatus()}
+	}
+	return nil
 }

@@ -62,6 +62,7 @@ var thirdParty = map[string][]string{
 	"github.com/puzpuzpuz/xsync/v4": {"bridge"},
 	"golang.org/x/time/rate":        {"discovery"},
 	"go.etcd.io/":                   {"store"},
+	"github.com/coreos/go-systemd":  {"handover"},
 	"go.uber.org/zap":               {"store"},
 	"google.golang.org/grpc":        {"store"},
 	"golang.org/x/crypto":           {"crypto"},

@@ -550,7 +550,7 @@ func TestAttachChurn(t *testing.T) {
 	}
 	paths := make([]string, spaces)
 	for i := range paths {
-		paths[i], _ = netnsNamed(t, unusedName(fmt.Sprint(i)))
+		paths[i], _ = netnsNamed(t, unusedName(fmt.Sprint("churn", i))) // another run sweeps numbers
 	}
 	fds := func() int {
 		list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", a.proc.Pid()))

@@ -385,12 +385,20 @@ func (h *endpoints) unexpose(ctx context.Context, overlay string) (*endpoint, er
 // process from here on. The place is claimed.
 func (h *endpoints) drop(ctx context.Context, e *endpoint) error {
 	h.persist(e, false)
+	err := h.dropEnded(ctx, e)
+	if h.at(e.place()) == e {
+		h.persist(e, true)
+	}
+	return err
+}
+
+// dropEnded is drop for one whose namespace has ended: its device does, too.
+func (h *endpoints) dropEnded(ctx context.Context, e *endpoint) error {
 	h.forget(e)
 	if err := h.save(); err != nil {
 		h.mu.Lock()
 		h.list = append(h.list, e)
 		h.mu.Unlock()
-		h.persist(e, true)
 		return err
 	}
 	err := h.n.do(context.WithoutCancel(ctx), func() error { return h.n.leaveShared(e) })
@@ -416,7 +424,7 @@ func (h *endpoints) dropLater(e *endpoint, ended bool) {
 	}
 	drop := h.end
 	if ended {
-		drop = h.drop // with it any device has
+		drop = h.dropEnded
 	}
 	if err := drop(context.Background(), e); err != nil && !errors.Is(err, errStopped) {
 		h.n.log.Error("cannot forget an endpoint whose overlay or network namespace is gone", "overlay", e.Overlay, "port", e.Tap, "err", err)

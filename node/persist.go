@@ -135,7 +135,12 @@ func (n *Node) watch(ctx context.Context) {
 		for _, e := range h.deserted(held) {
 			delete(held, e)
 			n.log.Info("the endpoint's network namespace has ended", "overlay", e.Overlay, "port", e.Name)
-			ending.Go(func() { h.dropLater(e, false) })
+			// Let go of, the namespace ends, and the device in it, for which the kernel takes
+			// less time than to remove the device.
+			if dev := h.attachment(e).lasting(); dev != nil {
+				dev.Spare()
+			}
+			ending.Go(func() { h.dropLater(e, true) })
 		}
 	}
 }

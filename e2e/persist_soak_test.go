@@ -47,7 +47,7 @@ func TestSoakPersist(t *testing.T) {
 		path, end := netnsNamed(t, unusedName(fmt.Sprint("many", i)))
 		// Without IPv6: 500 devices on one overlay that look for routers and tell of their
 		// groups, each to all others, are not idle.
-		if out, err := exec.Command("nsenter", "--net="+path, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1").CombinedOutput(); err != nil {
+		if out, err := exec.Command("nsenter", "--net="+path, "sh", "-c", "for i in all default; do echo 1 > /proc/sys/net/ipv6/conf/$i/disable_ipv6; done").CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
 		start := time.Now()

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	stdbinary "encoding/binary"
 	"errors"
@@ -161,14 +162,22 @@ func versionNamed(t *testing.T, version string) string {
 // children are the processes whose parent is pid.
 func children(t *testing.T, pid int) (list []int) {
 	t.Helper()
-	out, err := exec.Command("ps", "-o", "pid=", "--ppid", fmt.Sprint(pid)).Output()
-	if err != nil && len(out) > 0 {
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range strings.Fields(string(out)) {
-		var n int
-		fmt.Sscan(f, &n)
-		list = append(list, n)
+	for _, path := range stats {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended
+		}
+		// The name, in parentheses, may have any in it.
+		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+		if len(fields) > 1 && fields[1] == fmt.Sprint(pid) {
+			var child int
+			fmt.Sscan(string(b), &child)
+			list = append(list, child)
+		}
 	}
 	return list
 }

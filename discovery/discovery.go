@@ -57,8 +57,17 @@ type Config struct {
 	OnFlood func(from netip.AddrPort, vni vxlan.VNI, frame []byte)
 	// Secure makes the node one of a secure cluster; nil: of an open one.
 	Secure *Secure
+	// Run is that of the Discovery that this one follows, which must have ended without
+	// leaving; zero: a new one. To others the node has then not restarted.
+	Run Run
 	// Log; default none.
 	Log *slog.Logger
+}
+
+// Run tells one run of a node from others.
+type Run struct {
+	Number uint32        `json:"number"`
+	Age    time.Duration `json:"age"`
 }
 
 // Overlay is what a node tells others of an overlay that it carries.
@@ -191,6 +200,9 @@ func New(cfg Config) (*Discovery, error) {
 		boot:      rand.Uint32(),
 		born:      time.Now(),
 	}
+	if cfg.Run != (Run{}) {
+		d.boot, d.born = cfg.Run.Number, d.born.Add(-cfg.Run.Age)
+	}
 	empty, err := newList(nil)
 	if err != nil {
 		return nil, err
@@ -271,6 +283,9 @@ func (c Config) validated() (Config, []seed, error) {
 
 // Gossip returns the address and port that others reach this node's gossip at.
 func (d *Discovery) Gossip() netip.AddrPort { return d.self }
+
+// Incarnation returns what the next Discovery goes on with, once this one's Run has returned.
+func (d *Discovery) Incarnation() Run { return Run{d.boot, time.Since(d.born)} }
 
 // Close frees the sockets of a Discovery that was never run; after Run it does
 // nothing.

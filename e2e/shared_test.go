@@ -95,7 +95,7 @@ func TestSharedOverlay(t *testing.T) {
 		for i, n := range nodes {
 			list := asked[struct{ Endpoints []map[string]any }](n, "endpoints").Endpoints
 			want := map[string]any{
-				"name": n.name, "node": n.name, "overlay": "blue", "tap": "blue", "up": true,
+				"name": n.name, "node": n.name, "overlay": "blue", "tap": "blue", "up": true, "mtu": 1418,
 				"ips": []any{blue[i].addr.String() + "/16"}, "mac": ether.MACOf(blue[i].addr).String(),
 			}
 			if len(list) != 1 || fmt.Sprint(list[0]) != fmt.Sprint(want) {

@@ -511,6 +511,21 @@ type Doctor struct {
 	Checks []doctor.Check `json:"checks"`
 }
 
+// UpgradeRequest has another binary go on with this node.
+type UpgradeRequest struct {
+	// Binary is its path, from the root; default: that of the running one, where a new
+	// one may lie by now.
+	Binary string `json:"binary,omitempty"`
+}
+
+// Upgraded answers it, once the other binary is up.
+type Upgraded struct {
+	From string `json:"from"` // version
+	To   string `json:"to"`
+	// TookMS is how long nobody served the devices and the API, in milliseconds.
+	TookMS int64 `json:"took_ms"`
+}
+
 // Error is the body of every answer that is not 200.
 type Error struct {
 	Error string `json:"error"`

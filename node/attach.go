@@ -11,8 +11,6 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/tap"
 )
@@ -151,7 +149,7 @@ func (h *endpoints) detachAsked(ctx context.Context, r DetachRequest) (*endpoint
 	if h.at(e.place()) != e {
 		return nil, absent
 	}
-	return e, h.drop(ctx, e)
+	return e, h.end(ctx, e)
 }
 
 // detach takes a namespace's device off a shared overlay. The device's name may be
@@ -185,24 +183,5 @@ func (h *endpoints) detach(ctx context.Context, r DetachRequest) (*endpoint, err
 	if h.at(e.place()) != e {
 		return nil, absent
 	}
-	return e, h.drop(ctx, e)
-}
-
-// find returns a path that leads to the endpoint's namespace: the one that it was
-// attached by, or that of a process which is in it. false: there is none any more.
-func (e *endpoint) find() (string, bool) {
-	if ns, err := tap.NamespaceAt(e.Netns); err == nil && ns == e.Namespace {
-		return e.Netns, true
-	}
-	paths, _ := filepath.Glob("/proc/[0-9]*/ns/net") // the pattern is a good one
-	for _, path := range paths {
-		var st unix.Stat_t
-		if unix.Stat(path, &st) != nil || st.Ino != e.Namespace.Inode {
-			continue
-		}
-		if ns, err := tap.NamespaceAt(path); err == nil && ns == e.Namespace {
-			return path, true
-		}
-	}
-	return "", false
+	return e, h.end(ctx, e)
 }

@@ -135,7 +135,7 @@ func Restore(ctx context.Context, path string, cfg config.Config, log *slog.Logg
 	if err := canKeep(); err != nil {
 		return m, fmt.Errorf("node: %w", err)
 	}
-	state, err := openStateDir(cfg.StateDir)
+	state, err := openStateDir(cfg.StateDir, nil)
 	if err != nil {
 		return m, err
 	}

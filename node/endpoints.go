@@ -350,6 +350,7 @@ func (h *endpoints) make(ctx context.Context, e *endpoint, def *store.Overlay, w
 		h.forget(e)
 		return errors.Join(err, h.n.do(context.WithoutCancel(ctx), func() error { return h.n.leaveShared(e) }), h.pool.Release(e.owner()))
 	}
+	h.persist(e, true) // now that a restart makes the endpoint again
 	return nil
 }
 
@@ -417,8 +418,19 @@ func (h *endpoints) unexpose(ctx context.Context, overlay string) (*endpoint, er
 }
 
 // drop ends an endpoint: forgotten first, so that no restart makes it again
-// with an address that is somebody else's by then. The place is claimed.
+// with an address that is somebody else's by then. Its device does not outlast this
+// process from here on. The place is claimed.
 func (h *endpoints) drop(ctx context.Context, e *endpoint) error {
+	h.persist(e, false)
+	err := h.dropEnded(ctx, e)
+	if h.at(e.place()) == e {
+		h.persist(e, true)
+	}
+	return err
+}
+
+// dropEnded is drop for one whose namespace has ended: its device does, too.
+func (h *endpoints) dropEnded(ctx context.Context, e *endpoint) error {
 	h.forget(e)
 	if err := h.save(); err != nil {
 		h.mu.Lock()
@@ -430,13 +442,28 @@ func (h *endpoints) drop(ctx context.Context, e *endpoint) error {
 	return errors.Join(err, h.pool.Release(e.owner()))
 }
 
-// dropLater drops an endpoint whose overlay or namespace is gone; not for Run's goroutine.
-func (h *endpoints) dropLater(e *endpoint) {
+// end drops an endpoint, and removes its device also where an earlier run left it and
+// it could not be attached to. The place is claimed.
+func (h *endpoints) end(ctx context.Context, e *endpoint) error {
+	left := h.attachment(e) == nil
+	err := h.drop(ctx, e)
+	if left && err == nil {
+		h.removeLeft(e)
+	}
+	return err
+}
+
+// dropLater drops an endpoint whose overlay is gone, or its namespace; not for Run's goroutine.
+func (h *endpoints) dropLater(e *endpoint, ended bool) {
 	defer h.claim(e.place())()
 	if h.at(e.place()) != e {
 		return
 	}
-	if err := h.drop(context.Background(), e); err != nil && !errors.Is(err, errStopped) {
+	drop := h.end
+	if ended {
+		drop = h.dropEnded
+	}
+	if err := drop(context.Background(), e); err != nil && !errors.Is(err, errStopped) {
 		h.n.log.Error("cannot forget an endpoint whose overlay or network namespace is gone", "overlay", e.Overlay, "port", e.Tap, "err", err)
 	}
 }

@@ -28,6 +28,7 @@ func (n *Node) openGossip() error {
 		VTEP:      n.vtep(),
 		StateDir:  n.cfg.StateDir,
 		OnFlood:   n.tunnel.DeliverFlood,
+		Run:       n.run,
 		Log:       n.log,
 	}
 	if n.secure != nil {
@@ -56,6 +57,7 @@ func (n *Node) runGossip(ctx context.Context) error {
 			cancel(discovery.ErrMoved)
 		}
 		err := n.disc.Load().Run(here)
+		n.run = discovery.Run{} // elsewhere it is a new one
 		moved := ctx.Err() == nil && errors.Is(context.Cause(here), discovery.ErrMoved)
 		cancel(nil)
 		if !moved {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/crypto"
@@ -101,6 +102,9 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	d.cfg.Netns, d.cfg.Addresses = netns, e.IPs
 	d.cfg.NoSolicit = !e.host() // hundreds would ask all the others, again and again
 	d.cfg.GSOMaxSize, d.cfg.QueueLen = e.queue()
+	if !e.host() {
+		d.cfg.Alias = n.aliasOf(def.Name)
+	}
 	if d.cfg.Gateways, d.cfg.Routes, err = routesOf(def, e); err != nil {
 		return err
 	}
@@ -166,6 +170,9 @@ func (d *device) name() string {
 func (n *Node) attachDevice(ov *overlay, d *device) error {
 	e := d.of
 	err := n.addDevice(ov, d)
+	if errors.Is(err, fs.ErrExist) && !e.host() && tap.RemoveLeft(d.cfg.Netns, e.Tap, n.aliasPrefix()) == nil {
+		err = n.addDevice(ov, d) // an earlier run left it, of which nothing is remembered
+	}
 	if errors.Is(err, tap.ErrRouteTaken) && e.MayYield {
 		e.DefaultRoute, d.cfg.Gateways = false, nil
 		err = n.addDevice(ov, d)
@@ -227,8 +234,9 @@ func (n *Node) carriedChanged() {
 // has ended are forgotten. Whatever cannot be made now is tried again by follow.
 func (h *endpoints) restore() {
 	var ended []*endpoint
+	holders := sync.OnceValue(tap.FindHolders)
 	for _, e := range h.all() {
-		err := h.remake(e)
+		err := h.remake(e, holders)
 		if errors.Is(err, errEnded) {
 			h.forget(e)
 			ended = append(ended, e)
@@ -253,11 +261,11 @@ func (h *endpoints) restore() {
 var errEnded = errors.New("its network namespace has ended")
 
 // remake makes an endpoint's device, if there is none and there may be one.
-func (h *endpoints) remake(e *endpoint) error {
+func (h *endpoints) remake(e *endpoint, holders func() tap.Holders) error {
 	netns := ""
 	if !e.host() {
 		var there bool
-		if netns, there = e.find(); !there {
+		if netns, there = e.find(holders); !there {
 			return errEnded
 		}
 	}
@@ -279,7 +287,11 @@ func (h *endpoints) remake(e *endpoint) error {
 			return fmt.Errorf("this host reaches %s by %s, which overlaps %s of overlay %s", to, dev, s, e.Overlay)
 		}
 	}
-	return h.n.joinShared(e, def, netns)
+	if err := h.n.joinShared(e, def, netns); err != nil {
+		return err
+	}
+	h.persist(e, true)
+	return nil
 }
 
 // follow brings the endpoints in step with the definitions of now. Called by
@@ -312,21 +324,22 @@ func (h *endpoints) follow() {
 		}
 	}
 	defer h.n.followGateways()
+	holders := sync.OnceValue(tap.FindHolders)
 	for _, e := range h.all() {
 		def := place.SharedOverlay(e.Overlay)
 		_, asked := place.Shared()
 		if def == nil && !asked.IsZero() || def != nil && def.ID != e.ID {
 			h.n.log.Warn("the overlay was removed: "+e.String()+" is in it no more", "overlay", e.Overlay)
-			go h.dropLater(e)
+			go h.dropLater(e, false)
 			continue
 		}
 		if ov := h.n.sharedHere(e.Overlay); ov != nil && ov.deviceOf(e) != nil {
 			_ = h.n.publish(e) // of a known endpoint it notes the error
 			continue
 		}
-		err := h.remake(e)
+		err := h.remake(e, holders)
 		if errors.Is(err, errEnded) {
-			go h.dropLater(e)
+			go h.dropLater(e, true)
 			continue
 		}
 		h.setFault(e, err)

@@ -21,6 +21,7 @@ import (
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/gateway"
+	"github.com/tulle-net/tulle/handover"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
 )
@@ -56,6 +57,11 @@ type Node struct {
 	restoring bool                     // endpoints: gateways follow when all are there
 	ports     map[*endpoint][]*os.File // of the host, that lead to endpoints; New's and Run's goroutine's
 
+	host    Host
+	run     discovery.Run // that of the process before; zero: a new one
+	handing atomic.Bool   // it stops because of ErrHandOver
+	handed  *handover.Set // what Run kept
+
 	// at is where this node is: the address that it advertises.
 	at atomic.Pointer[netip.Addr]
 
@@ -78,9 +84,16 @@ type Node struct {
 // New opens sockets and devices; nothing is left behind when it fails but, in a
 // secure cluster, the state of a node that has one. cfg must be valid
 // (config.Config.Validate). ctx bounds New alone: it ends the resolving of names.
-func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err error) {
+func New(ctx context.Context, cfg config.Config, log *slog.Logger) (*Node, error) {
+	return NewIn(ctx, cfg, log, Host{})
+}
+
+// NewIn is New in a process that can hand the node over, or that it was handed to. Of
+// what was handed over nothing is open afterwards that the node does not use.
+func NewIn(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_ *Node, err error) {
+	defer host.Handed.Close()
 	n := &Node{
-		cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
+		host: host, cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
 		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), moved: make(chan struct{}, 1),
 		news: make(chan struct{}, 1), redefined: make(chan struct{}, 1), todo: make(chan func()), stopped: make(chan struct{}),
 	}
@@ -90,7 +103,8 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 			_ = n.close() // the first error is the one to tell
 		}
 	}()
-	if n.state, err = openStateDir(cfg.StateDir); err != nil {
+	n.known(first(host.Handed.Take(handedMembers)))
+	if n.state, err = openStateDir(cfg.StateDir, first(host.Handed.Take(handedLock))); err != nil {
 		return nil, err
 	}
 	if n.secure, err = n.openPlace(ctx); err != nil {
@@ -109,7 +123,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 	if n.dev, err = underlay.DeviceOf(at); err != nil {
 		return nil, fmt.Errorf("node: %w", err)
 	}
-	if n.api, err = claimSocket(cfg.Socket); err != nil {
+	if n.api, err = claimSocket(cfg.Socket, first(host.Handed.Take(handedAPI))); err != nil {
 		return nil, err
 	}
 	if err = n.openUnderlay(ctx); err != nil {
@@ -126,12 +140,14 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *Node, err
 	if err := n.openGateways(); err != nil {
 		return nil, err
 	}
+	n.storeUnderlay()
 	if n.endpoints != nil {
 		n.restoring = true
 		n.endpoints.restore()
 		n.restoring = false
 	}
 	n.followGateways() // also without any: an earlier run may have been killed
+	n.dropUnclaimed()
 	return n, n.disc.Load().SetOverlays(n.carried())
 }
 
@@ -145,6 +161,7 @@ func (n *Node) openUnderlay(ctx context.Context) (err error) {
 		TooBig:      n.tooBig,
 		NoGSO:       n.cfg.NoGSO,
 		NoGRO:       n.cfg.NoGRO,
+		Handed:      n.handedUnderlay(),
 		Log:         n.log,
 	})
 	if err != nil {
@@ -226,7 +243,8 @@ func ring(bell chan struct{}) {
 	}
 }
 
-// Run works until ctx ends, then leaves the cluster and stops everything.
+// Run works until ctx ends, then leaves the cluster and stops everything; with
+// ErrHandOver as the cause it does not leave.
 func (n *Node) Run(ctx context.Context) error {
 	defer n.close()
 	ctx, cancel := context.WithCancel(ctx)
@@ -254,6 +272,7 @@ func (n *Node) Run(ctx context.Context) error {
 		lower.Go(func() { n.secure.run(lowerCtx) })
 		lower.Go(func() { n.spread(lowerCtx) })
 		lower.Go(func() { _ = n.endpoints.pool.Run(lowerCtx) }) // returns nil
+		lower.Go(func() { n.watch(lowerCtx) })
 	}
 	gossip := make(chan error, 1)
 	go func() { gossip <- n.runGossip(ctx) }()
@@ -267,6 +286,11 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	close(n.ready)
 	err = n.follow(ctx, changes, gossip)
+	if errors.Is(context.Cause(ctx), ErrHandOver) {
+		n.handing.Store(true)
+		n.handed = n.keep()
+		return err
+	}
 	if err == nil {
 		n.log.Info("node has left", "name", n.cfg.Name)
 	}
@@ -314,9 +338,10 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 func (n *Node) close() error {
 	var errs []error
 	if n.api != nil {
-		errs = append(errs, n.api.close())
+		errs = append(errs, n.api.close(n.handing.Load()))
 	}
-	if n.gateways != nil {
+	n.spare()
+	if n.gateways != nil && !n.handing.Load() { // else the next process takes them over, as after a crash
 		errs = append(errs, n.gateways.Close())
 	}
 	for e := range n.ports {

@@ -229,7 +229,9 @@ func (n *Node) removeOverlay(ov *overlay) error {
 	next := slices.DeleteFunc(slices.Clone(n.list()), func(o *overlay) bool { return o == ov })
 	n.overlays.Store(&next)
 	for _, d := range ov.list() {
-		d.live.Store(nil)
+		if a := d.live.Swap(nil); a != nil {
+			n.unstore(ov, d, a)
+		}
 	}
 	ov.exit.Store(nil)
 	return ov.br.Close()
@@ -262,6 +264,7 @@ func (n *Node) removeDevice(ov *overlay, d *device) error {
 	next := slices.DeleteFunc(slices.Clone(ov.list()), func(o *device) bool { return o == d })
 	ov.devices.Store(&next)
 	if a := d.live.Swap(nil); a != nil {
+		n.unstore(ov, d, a)
 		return ov.br.RemovePort(a.port)
 	}
 	return nil
@@ -271,9 +274,12 @@ func (n *Node) removeDevice(ov *overlay, d *device) error {
 func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 	c := d.cfg
 	c.Netns = netns
+	// One that is not remembered yet is new: what an earlier run left is another one's.
+	c.Reattach = d.of != nil && !d.of.host() && n.endpoints.at(d.of.place()) == d.of
 	if c.MTU, err = n.fitMTU(ov.cfg); err != nil {
 		return err
 	}
+	c.Handed = n.host.Handed.Take(ov.handedName(d))
 	dev, err := tap.Open(c)
 	if err != nil {
 		return fmt.Errorf("node: overlay %s: %w", ov.cfg.Name, err)
@@ -286,6 +292,7 @@ func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 		return errors.Join(err, dev.Close())
 	}
 	d.live.Store(&attachment{dev, port})
+	n.store(ov, d)
 	n.log.Info("device is up", "overlay", ov.cfg.Name, "vni", ov.cfg.VNI, "port", dev.Name(), "mac", dev.MAC(), "mtu", c.MTU)
 	return nil
 }
@@ -316,15 +323,16 @@ func (n *Node) mend(ov *overlay, d *device) {
 			return
 		}
 		d.live.Store(nil)
+		n.unstore(ov, d, a)
 		_ = ov.br.RemovePort(a.port) // its device is gone: nothing to close
 		lost = true
 	}
 	if d.of != nil && !d.of.host() {
-		path, ok := d.of.find()
+		path, ok := d.of.find(tap.FindHolders)
 		if !ok {
 			n.log.Info("the endpoint's network namespace has ended", "overlay", ov.cfg.Name, "port", d.of.Name)
 			_ = n.removeDevice(ov, d) // it has no port
-			go n.endpoints.dropLater(d.of)
+			go n.endpoints.dropLater(d.of, true)
 			return
 		}
 		netns = path
@@ -336,6 +344,7 @@ func (n *Node) mend(ov *overlay, d *device) {
 	err := n.openDevice(ov, d, netns)
 	if d.of != nil {
 		n.endpoints.setFault(d.of, err)
+		n.endpoints.persist(d.of, true)
 	}
 	if err != nil {
 		n.log.Debug("the overlay's device cannot be made yet", "overlay", ov.cfg.Name, "port", d.cfg.Name, "err", err)

@@ -19,11 +19,17 @@ type apiServer struct {
 	path string
 	ln   net.Listener
 	http *http.Server
+	// there: the socket is at path already, of the process before.
+	there bool
 }
 
 // claimSocket checks that no other node answers at path, and listens under a
-// temporary name: the socket appears at path only when serve is ready.
-func claimSocket(path string) (*apiServer, error) {
+// temporary name: the socket appears at path only when serve is ready. handed, if there
+// is one, is the socket of the process before; who connects meanwhile waits.
+func claimSocket(path string, handed *os.File) (*apiServer, error) {
+	if s := takeSocket(path, handed); s != nil {
+		return s, nil
+	}
 	if max := len(unix.RawSockaddrUnix{}.Path) - 1 - len(".new"); len(path) > max {
 		return nil, fmt.Errorf("node: socket path %s is longer than %d bytes: give a shorter --socket", path, max)
 	}
@@ -69,6 +75,7 @@ func (s *apiServer) serve(n *Node) error {
 		reply(w, http.StatusOK, table)
 	})
 	mux.HandleFunc("PUT /v1/offloads/{name}", n.putOffloads)
+	mux.HandleFunc("POST /v1/upgrade", n.upgrade)
 	mux.HandleFunc("GET /v1/doctor", n.examine)
 	mux.HandleFunc("POST /v1/tokens", n.createToken)
 	mux.HandleFunc("GET /v1/tokens", n.listTokens)
@@ -102,6 +109,9 @@ func (s *apiServer) serve(n *Node) error {
 	})
 	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: promoteTimeout + 5*time.Second}
 	go s.http.Serve(s.ln) // ends with close
+	if s.there {
+		return nil
+	}
 	if err := os.Rename(s.path+".new", s.path); err != nil {
 		return fmt.Errorf("node: socket: %w", err)
 	}
@@ -116,16 +126,61 @@ func reply(w http.ResponseWriter, status int, body any) {
 	e.Encode(body) // fails only when the client has gone
 }
 
-// close ends open requests after a second at most and removes the socket.
-func (s *apiServer) close() error {
+// takeSocket returns the socket that was handed over, if it is that at path; else nil.
+func takeSocket(path string, handed *os.File) *apiServer {
+	if handed == nil {
+		return nil
+	}
+	defer handed.Close()
+	ln, err := net.FileListener(handed)
+	if err != nil {
+		return nil
+	}
+	u, is := ln.(*net.UnixListener)
+	if i, err := os.Stat(path); !is || err != nil || i.Mode()&os.ModeSocket == 0 || u.Addr().String() != path+".new" {
+		ln.Close()
+		return nil
+	}
+	u.SetUnlinkOnClose(false)
+	return &apiServer{path: path, ln: u, there: true}
+}
+
+// descriptor returns a duplicate of the listening one.
+func (s *apiServer) descriptor() ([]*os.File, error) {
+	u, is := s.ln.(*net.UnixListener)
+	if !is || s.http == nil {
+		return nil, nil
+	}
+	return duplicate(u)
+}
+
+const (
+	// closeTime is how long open requests may take when the node stops, handTime when it is
+	// handed over.
+	closeTime = time.Second
+	handTime  = 50 * time.Millisecond
+)
+
+// close ends open requests and removes the socket, unless it is handed over.
+func (s *apiServer) close(handing bool) error {
 	if s.ln == nil {
 		return nil
 	}
 	s.ln.Close()
 	if s.http != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		patience := closeTime
+		if handing {
+			patience = handTime
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		s.http.Shutdown(ctx)
+	}
+	if handing {
+		s.ln = nil
+		return nil
+	}
+	if s.http != nil || s.there {
 		os.Remove(s.path)
 	}
 	os.Remove(s.path + ".new")

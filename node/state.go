@@ -12,14 +12,21 @@ import (
 // stateDir is the node's state directory, locked while the node runs.
 type stateDir struct{ lock *os.File }
 
-// openStateDir makes and locks dir; a second node on it is refused.
-func openStateDir(dir string) (*stateDir, error) {
+// openStateDir makes and locks dir; a second node on it is refused. handed, if there is
+// one, is the lock of the process before.
+func openStateDir(dir string, handed *os.File) (*stateDir, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("node: state directory: %w (run as root, or give --state-dir)", err)
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("node: state directory: %w (run as root, or give --state-dir)", err)
+	}
+	if same(f, handed) {
+		f.Close()
+		f = handed
+	} else if handed != nil {
+		handed.Close()
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
@@ -29,6 +36,16 @@ func openStateDir(dir string) (*stateDir, error) {
 		return nil, fmt.Errorf("node: lock %s: %w", dir, err)
 	}
 	return &stateDir{lock: f}, nil
+}
+
+// same reports whether two descriptors are of one file.
+func same(a, b *os.File) bool {
+	if a == nil || b == nil {
+		return false
+	}
+	x, err := a.Stat()
+	y, err2 := b.Stat()
+	return err == nil && err2 == nil && os.SameFile(x, y)
 }
 
 func (s *stateDir) close() error {

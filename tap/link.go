@@ -348,7 +348,7 @@ func (l *link) noSolicit() {
 		return
 	}
 	defer ns.Close()
-	_ = within(ns, set)
+	_ = inNamespace(ns, func() error { set(); return nil })
 }
 
 // addDefault adds a default route through the device, which is up.

@@ -23,6 +23,8 @@ type Namespace struct {
 	Cookie uint64 `json:"cookie,omitempty"`
 }
 
+const bootID = "/proc/sys/kernel/random/boot_id"
+
 // ErrNoNamespace: what is at the path is no network namespace, or nothing.
 var ErrNoNamespace = errors.New("no network namespace")
 
@@ -45,7 +47,7 @@ func NamespaceAt(path string) (Namespace, error) {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return Namespace{}, fmt.Errorf("network namespace %s: %w", path, err)
 	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	boot, err := os.ReadFile(bootID)
 	if err != nil {
 		return Namespace{}, fmt.Errorf("network namespace %s: %w", path, err)
 	}
@@ -70,15 +72,17 @@ func isNetwork(fd int) bool {
 // OwnNamespace returns the identity of the caller's namespace.
 func OwnNamespace() (Namespace, error) { return NamespaceAt("/proc/self/ns/net") }
 
-// cookieOf returns what SO_NETNS_COOKIE says in ns; 0 before Linux 5.14. A socket
-// has to be made there.
+// cookieOf returns what SO_NETNS_COOKIE says in ns; 0 before Linux 5.14.
 func cookieOf(ns netns.NsHandle) (cookie uint64, err error) {
-	entered := within(ns, func() { cookie, err = cookieHere() })
-	return cookie, errors.Join(entered, err)
+	err = inNamespace(ns, func() (e error) {
+		cookie, e = cookieHere() // a socket has to be made there
+		return e
+	})
+	return cookie, err
 }
 
-// within calls fn in ns. The thread that enters is given up when it cannot return.
-func within(ns netns.NsHandle, fn func()) (err error) {
+// inNamespace calls f on a thread that is in ns. One that cannot return is given up.
+func inNamespace(ns netns.NsHandle, f func() error) (err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -97,7 +101,7 @@ func within(ns netns.NsHandle, fn func()) (err error) {
 				return
 			}
 		}
-		fn()
+		err = f()
 		if home.Equal(ns) || netns.Set(home) == nil {
 			runtime.UnlockOSThread()
 		} // else the thread ends with this goroutine

@@ -27,6 +27,7 @@ type offloadDevice struct {
 	// kernel takes; WriteFrame cuts the others.
 	whole  atomic.Uint32
 	closed atomic.Bool
+	kept   kept
 }
 
 // offloadQueue is one descriptor of an offloadDevice.
@@ -39,8 +40,8 @@ type offloadQueue struct {
 }
 
 var (
-	_ Device = (*offloadDevice)(nil)
-	_ Queue  = (*offloadQueue)(nil)
+	_ Lasting = (*offloadDevice)(nil)
+	_ Queue   = (*offloadQueue)(nil)
 )
 
 const (
@@ -64,8 +65,7 @@ func openOffload(cfg Config) (Device, error) {
 	if cfg.Queues > 1 {
 		flags |= unix.IFF_MULTI_QUEUE
 	}
-	d := &offloadDevice{log: cfg.Log}
-	d.writers.New = func() any { return newWriter() }
+	d := newOffloadDevice(cfg)
 	if err := d.setUpAll(cfg, name, flags); err != nil {
 		_ = d.Close()
 		return nil, err
@@ -96,7 +96,10 @@ func (d *offloadDevice) setUpAll(cfg Config, name string, flags uint16) error {
 	if err := d.move(cfg); err != nil {
 		return err
 	}
-	return d.setUp(cfg)
+	if err := d.setUp(cfg); err != nil {
+		return err
+	}
+	return d.setAlias(cfg.Alias)
 }
 
 // attachOthers adds n queues. Where the kernel lets no program choose among them
@@ -121,7 +124,7 @@ func (d *offloadDevice) attachOthers(n int, name string, flags uint16) error {
 // attach adds a queue to the device of that name, which it makes if flags has
 // IFF_TUN_EXCL.
 func (d *offloadDevice) attach(name string, flags uint16) error {
-	fd, err := openTun()
+	fd, err := d.openTun()
 	if err != nil {
 		return err
 	}
@@ -129,6 +132,11 @@ func (d *offloadDevice) attach(name string, flags uint16) error {
 		_ = unix.Close(fd)
 		return err
 	}
+	return d.addQueue(fd)
+}
+
+// addQueue takes over the descriptor of a queue; after an error it is closed.
+func (d *offloadDevice) addQueue(fd int) error {
 	// Only now: the runtime's poller takes a descriptor without a device for broken.
 	file, err := ready.New(fd, tunPath)
 	if err != nil {
@@ -170,12 +178,12 @@ func attachTo(fd int, name string, flags uint16) error {
 
 func (d *offloadDevice) Queues() []Queue { return d.queues }
 
-// Close removes the device: it is not persistent, so it goes with its last queue.
+// Close removes the device: it goes with its last queue, unless it is persistent.
 func (d *offloadDevice) Close() error {
 	if d.closed.Swap(true) {
 		return nil
 	}
-	var first error
+	first := d.endPersistence()
 	for _, f := range d.files {
 		if err := f.Close(); err != nil && first == nil {
 			first = fmt.Errorf("tap: close %s: %w", d.name, err)

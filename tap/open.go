@@ -18,6 +18,8 @@ import (
 const (
 	// maxName is IFNAMSIZ without its final zero.
 	maxName = unix.IFNAMSIZ - 1
+	// maxAlias is IFALIASZ without its final zero.
+	maxAlias = 255
 	// maxQueues is MAX_TAP_QUEUES of the kernel.
 	maxQueues = 256
 	// maxQueueLen bounds the memory that a queue's frames can take.
@@ -33,7 +35,8 @@ const (
 // Close, or with the process. After an error nothing is left behind. The error
 // is fs.ErrExist if the name is taken, fs.ErrPermission without CAP_NET_ADMIN,
 // fs.ErrNotExist where there is no /dev/net/tun or no such namespace,
-// ErrRouteTaken if the namespace has a route that Gateways or Routes asks for.
+// ErrRouteTaken if the namespace has a route that Gateways or Routes asks for. Of
+// Config.Handed none is left open then.
 func Open(cfg Config) (Device, error) {
 	if cfg.Queues == 0 {
 		cfg.Queues = 1
@@ -45,6 +48,7 @@ func Open(cfg Config) (Device, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if err := validate(cfg); err != nil {
+		closeAll(cfg.Handed)
 		return nil, fmt.Errorf("tap: open %s: %w", printable(cfg.Name), err)
 	}
 	dev, err := open(cfg)
@@ -55,6 +59,14 @@ func Open(cfg Config) (Device, error) {
 }
 
 func open(cfg Config) (Device, error) {
+	if dev := takeHanded(cfg); dev != nil {
+		return dev, nil
+	}
+	if cfg.Reattach {
+		if dev, err := reattach(cfg); dev != nil || err != nil {
+			return dev, err
+		}
+	}
 	if err := nameFree(cfg); err != nil {
 		return nil, err
 	}
@@ -114,6 +126,9 @@ func validate(cfg Config) error {
 			fault("address %v: IPv6 needs an MTU of at least %d bytes, and this overlay's would be %d: "+
 				"raise the MTU of the underlay, or give the overlay IPv4 addresses only", a, minMTU6, cfg.MTU)
 		}
+	}
+	if len(cfg.Alias) > maxAlias {
+		fault("the alias has %d bytes: choose one of at most %d", len(cfg.Alias), maxAlias)
 	}
 	for _, g := range cfg.Gateways {
 		if !slices.ContainsFunc(cfg.Addresses, func(a netip.Prefix) bool { return a.Contains(g) && a.Addr() != g }) {

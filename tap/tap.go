@@ -17,6 +17,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"os"
 
 	"github.com/tulle-net/tulle/ether"
 )
@@ -72,6 +73,20 @@ type Config struct {
 	NoTSO, NoUSO, NoGRO bool
 	// Log takes warnings about offloads that failed their self-test.
 	Log *slog.Logger
+
+	// Alias is a text on the device (IFLA_IFALIAS, 255 bytes at most), by which it is
+	// known again; may be empty.
+	Alias string
+	// Reattach takes over the device with this Name, MAC and Alias that an earlier run
+	// left in Netns (Lasting.SetPersistent), as it is: with what addresses and routes it
+	// has by now. If there is none, one is made. It keeps Netns alive: see Lasting.Pinned.
+	// DriverPlain removes such a device and makes another.
+	Reattach bool
+	// Handed are the queues of the device, from Lasting.Descriptors: Open takes them
+	// over, closes those that are of no use, and then goes on without. The number of
+	// queues is theirs. It does not need Reattach, nor keep Netns alive if the device
+	// was made outside of it.
+	Handed []*os.File
 }
 
 // Route is a route through a device. A Via is inside one of the device's addresses;
@@ -111,6 +126,27 @@ type Device interface {
 	Dropped() uint64
 	// Close ends all queues (their Wait returns ErrClosed) and removes the device.
 	Close() error
+}
+
+// Lasting is a Device that can outlast its descriptors, or its process: DriverOffload's.
+// DriverPlain makes devices and takes over none.
+type Lasting interface {
+	Device
+	// SetPersistent says whether the device stays where it is when its last descriptor
+	// is closed, by the end of the process above all. Close ends it all the same.
+	SetPersistent(on bool) error
+	// Descriptors returns duplicates of the queues' descriptors, the caller's to close:
+	// while there is one, the device stays.
+	Descriptors() ([]*os.File, error)
+	// Pinned reports whether the device's descriptors keep the namespace alive that the
+	// device was moved to or found in: whoever holds it has to find out when nobody else
+	// does.
+	Pinned() bool
+	// Spare has Close leave a device that is persistent.
+	Spare()
+	// Delete removes the device, whoever holds it; Close is still due. One that is gone
+	// already is no error.
+	Delete() error
 }
 
 // Queue is one queue of a device. Wait and Read belong to one worker;

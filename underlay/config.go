@@ -29,6 +29,8 @@ type Config struct {
 	// TooBig is rung (a send that never blocks; give it a capacity of 1) when a
 	// datagram was larger than its path's MTU, so that PathMTU may have changed.
 	TooBig chan<- struct{}
+	// Handed are sockets of another process, to go on with.
+	Handed Handed
 	// Log takes warnings about offloads that had to be switched off; default none.
 	Log *slog.Logger
 }

@@ -151,6 +151,9 @@ func (m *membership) join(r *receiver, group netip.Addr, ifindex int) error {
 	if r.file.Control(func(fd uintptr) { err = setMembership(int(fd), group, ifindex, true) }) != nil {
 		return ErrClosed
 	}
+	if errors.Is(err, unix.EADDRINUSE) {
+		err = m.rejoin(r.file, group, ifindex)
+	}
 	switch {
 	case err == nil:
 		m.ifindex, m.joined = ifindex, true

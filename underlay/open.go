@@ -54,8 +54,10 @@ var _ Conn = (*conn)(nil)
 // thread that makes them. IPv6 datagrams with a zero UDP checksum are refused,
 // IPv4 ones accepted: the kernel's defaults (RFC 7348, section 5; RFC 6935).
 func Open(cfg Config) (Conn, error) {
+	handed := cfg.Handed
 	cfg, err := cfg.validated()
 	if err != nil {
+		handed.close()
 		return nil, err
 	}
 	c := &conn{cfg: cfg, maxSegments: minMaxSegments, groups: map[netip.Addr]*membership{}}
@@ -66,9 +68,11 @@ func Open(cfg Config) (Conn, error) {
 	if c.tested.longTrains {
 		c.maxSegments = longMaxSegments
 	}
+	defer c.closeHanded()
 	if err := c.SetOffload(cfg.NoGSO, cfg.NoGRO); err != nil {
 		return nil, err
 	}
+	c.takePools()
 	if err := c.listen(); err != nil {
 		c.Close()
 		return nil, err
@@ -108,7 +112,10 @@ func noFamily(err error) bool {
 
 // listenOn adds one listening socket.
 func (c *conn) listenOn(at netip.AddrPort) error {
-	fd, err := listenSocket(at, c.cfg.ReceiveBuffer, c.cfg.SendBuffer, *c.groState.Load() == stateOn)
+	fd, err := c.handed(at), error(nil)
+	if fd < 0 {
+		fd, err = listenSocket(at, c.cfg.ReceiveBuffer, c.cfg.SendBuffer, *c.groState.Load() == stateOn)
+	}
 	if err != nil {
 		return listenError(at, err)
 	}

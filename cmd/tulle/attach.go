@@ -63,8 +63,8 @@ func attachCommand() *cobra.Command {
 Prints the address with its prefix length, and nothing else, on standard output; where the
 overlay has IPv4 and IPv6, one a line, IPv4 first.
 
-It lasts as long as the namespace, also when the node starts again in between, or until
-` + "`tulle detach`" + `.
+It lasts as long as the namespace, or until ` + "`tulle detach`" + `. While the node is away the
+container keeps the device, with its addresses and routes, and nothing passes.
 
 --publish has a port of this host lead to the endpoint, which sees who calls. The overlay
 must have a gateway (` + "`tulle overlay set OVERLAY --gateway true`" + `).`,

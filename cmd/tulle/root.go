@@ -84,7 +84,7 @@ func newRoot() *cobra.Command {
 	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
 		tokenCommand(), nodeCommand(), gossipCommand(), caCommand(), overlayCommand(),
 		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), cniCommand(), ipamCommand(), storeCommand(), doctorCommand(),
-		offloadCommand(), versionCommand(), completionCommand())
+		offloadCommand(), upgradeCommand(), waitCommand(), versionCommand(), completionCommand())
 	root.SetHelpCommand(helpCommand())
 	for _, cmd := range root.Commands() {
 		markAll(cmd)

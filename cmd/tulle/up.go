@@ -6,18 +6,15 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
-	"runtime"
-	"sync"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/tulle-net/tulle/config"
-	"github.com/tulle-net/tulle/node"
+	"github.com/tulle-net/tulle/handover"
 )
 
 func upCommand() *cobra.Command {
@@ -25,7 +22,9 @@ func upCommand() *cobra.Command {
 		Use:   "up",
 		Short: "Run a node in the foreground",
 		Long: `Runs a node until SIGTERM or Ctrl-C; then it tells its peers that it leaves. A second
-signal ends it at once.
+signal ends it at once. Devices of ` + "`tulle attach`" + ` stay in their containers meanwhile.
+As a service whose manager stores descriptors (systemd: FileDescriptorStoreMax=) SIGTERM
+tells nobody, for the node may be back in a moment, with all that it had.
 
 The first node makes a secure cluster and is its keeper: it holds the cluster's keys and
 lets others join. Each other node is started with a token, which ` + "`tulle token create`" + `
@@ -62,10 +61,23 @@ learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues, tso, uso, 
 			return err
 		}
 		log := newLog(cmd.ErrOrStderr(), level.value, format.value)
+		parent, err := handover.FromParent()
+		if err != nil {
+			return err
+		}
 		sigs := make(chan os.Signal, 2)
 		signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM)
 		defer signal.Stop(sigs)
-		return untilSignal(cmd.Context(), sigs, func(ctx context.Context) error { return run(ctx, cfg, log) })
+		late := make(chan os.Signal, 1)
+		signal.Notify(late, syscall.SIGINT, syscall.SIGTERM)
+		defer signal.Stop(late)
+		l := life{cfg: cfg, log: log, parent: parent, binary: ownBinary()}
+		l.service, l.stored = handover.FromService()
+		err = untilSignal(cmd.Context(), sigs, l.run)
+		if l.child == nil {
+			return err
+		}
+		return l.follow(late)
 	}
 	return cmd
 }
@@ -129,19 +141,24 @@ func newLog(w io.Writer, level, format string) *slog.Logger {
 // the process and its group.
 const onePress = time.Second
 
+// stopSignal is why the context of a node has ended.
+type stopSignal struct{ os.Signal }
+
+func (s stopSignal) Error() string { return "stopped by " + s.String() }
+
 // untilSignal calls run with a context that the first signal ends. At another
 // one, more than onePress later, it returns without waiting for run: the process
 // must end then.
 func untilSignal(ctx context.Context, sigs <-chan os.Signal, run func(context.Context) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	done := make(chan error, 1)
 	go func() { done <- run(ctx) }()
 	select {
 	case err := <-done:
 		return err
-	case <-sigs:
-		cancel()
+	case s := <-sigs:
+		cancel(stopSignal{s})
 	}
 	for first := time.Now(); ; {
 		select {
@@ -152,54 +169,5 @@ func untilSignal(ctx context.Context, sigs <-chan os.Signal, run func(context.Co
 				return fmt.Errorf("ended at once by a second signal (%s): peers may not know that this node has left", s)
 			}
 		}
-	}
-}
-
-// run is a node's life.
-func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
-	// A busy worker keeps a processor of the scheduler while it polls
-	// (internal/ready): there must be some beyond one for each core.
-	runtime.GOMAXPROCS(max(4, runtime.NumCPU()+2))
-	n, err := node.New(ctx, cfg, log)
-	if err != nil {
-		if ctx.Err() != nil {
-			return nil // stopped before it had begun
-		}
-		return err
-	}
-	ended := make(chan struct{})
-	var notifier sync.WaitGroup
-	notifier.Go(func() {
-		select {
-		case <-n.Ready():
-			notify(log, "READY=1")
-		case <-ended:
-			return
-		}
-		select {
-		case <-ctx.Done():
-			notify(log, "STOPPING=1")
-		case <-ended:
-		}
-	})
-	defer notifier.Wait()
-	defer close(ended)
-	return n.Run(ctx)
-}
-
-// notify tells systemd of a change, if it waits for one (sd_notify(3)).
-func notify(log *slog.Logger, state string) {
-	path := os.Getenv("NOTIFY_SOCKET")
-	if path == "" {
-		return
-	}
-	// net takes the leading @ of an abstract socket as systemd means it.
-	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err == nil {
-		_, err = c.Write([]byte(state))
-		err = errors.Join(err, c.Close())
-	}
-	if err != nil {
-		log.Warn("systemd was not told", "state", state, "err", err)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/config"
+	"github.com/tulle-net/tulle/handover"
 )
 
 // settingsOf returns what `tulle up` would run with.
@@ -116,21 +117,23 @@ func TestSecondSignalDoesNotWait(t *testing.T) {
 func TestNotify(t *testing.T) {
 	var out bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&out, nil))
-	notify(log, "READY=1") // nobody waits
+	l := life{log: log}
+	l.notify("READY=1") // nobody waits
 	path := filepath.Join(t.TempDir(), "notify")
 	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("NOTIFY_SOCKET", path)
-	notify(log, "READY=1")
+	l.service, _ = handover.FromService()
+	l.notify("READY=1")
 	b := make([]byte, 64)
 	n, err := c.Read(b)
 	if err != nil || string(b[:n]) != "READY=1" || out.Len() > 0 {
 		t.Errorf("notify = %q, %v, log %q", b[:n], err, &out)
 	}
 	c.Close()
-	notify(log, "STOPPING=1")
+	l.notify("STOPPING=1")
 	if !strings.Contains(out.String(), "systemd was not told") {
 		t.Errorf("a socket that is gone: log %q", &out)
 	}

@@ -7,9 +7,9 @@ const module = "github.com/tulle-net/tulle/"
 // imports says, for each package, which of our packages it may import.
 // Tests may import more (a package's tests run it against fakes and the lab).
 var imports = map[string][]string{
-	"cmd/tulle": {"config", "node", "cni", "doctor", "internal/demo", "internal/version"},
+	"cmd/tulle": {"config", "node", "cni", "handover", "doctor", "internal/demo", "internal/version"},
 
-	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "crypto", "vxlan", "ether", "internal/version"},
+	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
 	"cluster": {"keeper", "store", "peer", "crypto"},
 	"config":  {"tap", "vxlan", "ether"},
 	"cni":     {"tap", "ether"},
@@ -35,6 +35,7 @@ var imports = map[string][]string{
 	"underlay":              {"internal/ready"},
 	"underlay/underlaytest": {"underlay"},
 
+	"handover":        {},
 	"crypto":          {},
 	"vxlan":           {},
 	"ether":           {},
@@ -65,12 +66,13 @@ var thirdParty = map[string][]string{
 	"github.com/puzpuzpuz/xsync/v4":      {"bridge"},
 	"golang.org/x/time/rate":             {"discovery"},
 	"go.etcd.io/":                        {"store"},
+	"github.com/coreos/go-systemd":       {"handover"},
 	"go.uber.org/zap":                    {"store"},
 	"google.golang.org/grpc":             {"store"},
 	"golang.org/x/crypto":                {"crypto"},
 	"github.com/google/nftables":         {"gateway"},
 	"github.com/mdlayher/netlink":        {"gateway"},
 	"golang.org/x/sys/cpu":               {"ether", "crypto"},
-	"golang.org/x/sys/unix":              {"ipam", "tap", "underlay", "gateway", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
+	"golang.org/x/sys/unix":              {"ipam", "tap", "underlay", "gateway", "handover", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
 	"golang.org/x/net":                   {"internal/lab"},
 }

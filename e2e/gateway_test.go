@@ -452,8 +452,8 @@ func TestGateway(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// A namespace that has found another default route keeps that.
-		runIn(t, c4, "ip", "route", "add", "default", "dev", "lo")
+		// A namespace that has got another default route meanwhile keeps that.
+		runIn(t, c4, "ip", "route", "replace", "default", "dev", "lo")
 		a.start()
 		if routes := runIn(t, c4, "ip", "route"); !strings.Contains(routes, "default dev lo") || !strings.Contains(routes, "10.32.0.0/16 dev eth0") {
 			t.Errorf("routes of c4: %s", routes)

@@ -1,0 +1,54 @@
+package e2e
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/lab"
+)
+
+//	a ──[ul]── x        a1 is on a's overlay, x is outside, and stands for the Internet
+//	│
+//	a1
+
+// TestUpgradeGateway: what endpoints have with hosts outside goes on, too, when their
+// node is upgraded, and who calls a published port afterwards is answered.
+func TestUpgradeGateway(t *testing.T) {
+	t.Parallel()
+	l, sw, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
+	nodes := joined(t, l, h[:1], nil)
+	a, x := nodes[0], h[1]
+	a1 := containers(t, l, "a1")[0]
+	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16", "--gateway", "true")
+	a.attaches("blue", "--netns", a1.Path(), "--publish", "8080:7000")
+	telling(t, a1, 7000)
+	out := streams(t, a1, x, sw.Addr(x))
+	wantTold(t, x, "tcp", port(sw.Addr(h[0]), 8080), sw.Addr(x))
+	for range 2 {
+		pause()
+		out.longest()
+		if status, text, errs := a.tries(); status != 0 {
+			t.Fatalf("upgrade: status %d: %s%s", status, text, errs)
+		}
+		gap := out.longest()
+		t.Logf("the longest gap of a connection through the gateway: %v", gap)
+		if gap >= time.Second {
+			t.Errorf("a connection through the gateway stood still for %v, want less than 1 s", gap)
+		}
+		wantTold(t, x, "tcp", port(sw.Addr(h[0]), 8080), sw.Addr(x))
+		if rules := ruleset(t, h[0]); strings.Count(rules, "table ip tulle-") != 1 {
+			t.Errorf("not one table:\n%s", rules)
+		}
+	}
+	if forwards(t, h[0])[0] != '1' {
+		t.Error("a does not forward")
+	}
+	a.stop()
+	if rules := ruleset(t, h[0]); rules != "" {
+		t.Errorf("rules are left: %s", rules)
+	}
+	if forwards(t, h[0])[0] != '0' {
+		t.Error("a forwards still")
+	}
+}

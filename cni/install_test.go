@@ -91,7 +91,7 @@ func TestInstall(t *testing.T) {
 		t.Errorf("ADD with what was written: %s", out)
 	}
 
-	in.DefaultRoute, in.Version, in.Copy = true, "0.4.0", true
+	in.DefaultRoute, in.Version, in.Copy = new(true), "0.4.0", true
 	write(t, in.ConfDir+"/05-other.conf", `{"type":"bridge"}`)
 	do(t, in, plugin+" is a copy of", conf+" written", "05-other.conf comes before it")
 	do(t, in, plugin+" is as it should be", conf+" is as it should be", "note")

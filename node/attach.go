@@ -56,8 +56,8 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 		return nil, err
 	}
 	e.Publish = slices.Clone(r.Publish)
-	if def.Gateway && !r.NoDefaultRoute {
-		e.mayYield = !e.DefaultRoute && len(e.Publish) == 0
+	if def.Gateway && !r.NoDefaultRoute && !slices.ContainsFunc(r.Routes, Route.everywhere) {
+		e.MayYield = !e.DefaultRoute && len(e.Publish) == 0
 		e.DefaultRoute = true
 		if err := h.n.roomForExit(def); err != nil {
 			return nil, err

@@ -106,10 +106,10 @@ type endpoint struct {
 	Routes       []Route       `json:"routes,omitempty"`
 	Container    string        `json:"container,omitempty"`
 	Limits       *Limits       `json:"limits,omitempty"`
-
-	// mayYield: nobody has asked for the default route, which is left out where the
+	// MayYield: nobody has asked for the default route, which is left out where the
 	// namespace has one.
-	mayYield     bool
+	MayYield bool `json:"may_yield,omitempty"`
+
 	reserved     bool   // its ports of the host are; New's and Run's goroutine's
 	fault        string // why its device is not there
 	duplicate    string // who else has its address
@@ -277,6 +277,13 @@ func (h *endpoints) claim(p place) (done func()) {
 		delete(h.claimed, p)
 		h.free.Broadcast()
 	}
+}
+
+// yield notes that an endpoint has no default route, for its namespace has another.
+func (h *endpoints) yield(e *endpoint) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	e.DefaultRoute, e.MayYield = false, false
 }
 
 func (h *endpoints) setFault(e *endpoint, err error) {
@@ -460,7 +467,7 @@ func (h *endpoints) lost(owner string) {
 func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
-		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
+		Netns: e.Netns, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
 		Routes: e.Routes, Container: e.Container, Limits: e.Limits,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
@@ -473,6 +480,7 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	s.DefaultRoute = e.DefaultRoute
 	if s.Error = e.duplicate; !s.Up {
 		s.Error = e.fault
 	}

@@ -115,6 +115,7 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	if made {
 		ov = &overlay{cfg: o, shared: def}
 		if err := n.addOverlay(ov); err != nil {
+			n.unpublish(e)
 			return err
 		}
 	}
@@ -166,8 +167,9 @@ func (d *device) name() string {
 func (n *Node) attachDevice(ov *overlay, d *device) error {
 	e := d.of
 	err := n.addDevice(ov, d)
-	if errors.Is(err, tap.ErrRouteTaken) && e.mayYield {
-		e.DefaultRoute, d.cfg.Gateways = false, nil
+	if errors.Is(err, tap.ErrRouteTaken) && e.MayYield {
+		n.endpoints.yield(e)
+		d.cfg.Gateways = nil
 		err = n.addDevice(ov, d)
 	}
 	if err == nil && !e.host() {

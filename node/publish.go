@@ -66,8 +66,8 @@ func mayPublish(def *store.Overlay, e *endpoint) error {
 		return nil
 	case !def.Gateway:
 		return bad{fmt.Errorf("publish %s: overlay %s has no gateway through which an endpoint could answer: `tulle overlay set %s --gateway true` gives it one", e.Publish[0], def.Name, def.Name)}
-	case !e.DefaultRoute:
-		return bad{fmt.Errorf("publish %s: the endpoint answers through its default route: do not ask for an endpoint without one", e.Publish[0])}
+	case !e.DefaultRoute && !slices.ContainsFunc(e.Routes, func(r Route) bool { return r.everywhere() && slices.Contains(def.Gateways, r.Via) }):
+		return bad{fmt.Errorf("publish %s: the endpoint answers through its default route, which has to lead to the overlay's gateway: do not ask for an endpoint without one, or with another", e.Publish[0])}
 	}
 	return nil
 }
@@ -194,6 +194,9 @@ func (n *Node) publish(e *endpoint) error {
 	err := n.reserve(e)
 	if n.endpoints.at(e.place()) != e {
 		return err
+	}
+	if err == nil && e.publishFault != "" {
+		n.followGateways() // they lead to it before it is said that they do
 	}
 	n.endpoints.setPublishFault(e, err)
 	return nil

@@ -121,7 +121,7 @@ func TestExampleKubernetes(t *testing.T) {
 	})
 
 	a := joined(t, l, h[:1], nil)[0]
-	a.do("overlay", "create", "pods", "--subnet", "10.64.0.0/16")
+	a.do("overlay", "create", "pods", "--subnet", "10.64.0.0/16", "--gateway", "true")
 	token := a.token("--overlays", "pods")
 	dirs := strings.NewReplacer("/host/", l.Dir()+"/host/")
 	for _, d := range []string{"/host/opt/cni/bin", "/host/etc/cni/net.d"} {
@@ -157,14 +157,19 @@ func TestExampleKubernetes(t *testing.T) {
 	}
 	b.do(probe[1:]...)
 	known(t, 10*time.Second, "pods", true, b)
-	b.exposed("pods")
-	// What the configuration that was written asks for.
+	// What the configuration that was written asks for. A kubelet's probe is from the
+	// machine, which is no endpoint.
 	netns := space(t, "pod")
-	c := cniNetwork(t, b, "tulle", "pods", "1.0.0").with(object{"isDefaultGateway": true})
+	c := cniNetwork(t, b, "tulle", "pods", "1.0.0")
 	r := c.add(attachment{"pod", netns, "eth0", "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0"})
 	ping(t, h[1], r.IPs[0].Address.Addr(), 5*time.Second)
 	if list := b.attached(isNamed("web-0")); len(list) != 1 || list[0].Gateways == nil {
 		t.Errorf("the pod's endpoint: %+v", list)
 	}
+	// And with the machine on the overlay too, one of its pods from another's machine.
+	b.exposed("pods")
+	a.exposed("pods")
+	ping(t, h[1], r.IPs[0].Address.Addr(), 5*time.Second)
+	ping(t, h[0], r.IPs[0].Address.Addr(), 10*time.Second)
 	c.done("DEL", attachment{"pod", netns, "eth0", ""})
 }

@@ -19,17 +19,16 @@ func TestCheckExtras(t *testing.T) {
 		r  AttachRequest
 		ok bool
 	}{
-		"nothing":                {AttachRequest{}, true},
-		"a route":                {AttachRequest{Routes: []Route{{prefix("192.0.2.0/24"), addr("10.32.0.9")}, {Dst: prefix("10.9.0.0/16")}}}, true},
-		"a default route":        {AttachRequest{Routes: []Route{{prefix("0.0.0.0/0"), addr("10.32.0.9")}}}, true},
-		"two default routes":     {AttachRequest{DefaultRoute: true, Routes: []Route{{prefix("0.0.0.0/0"), addr("10.32.0.9")}}}, false},
-		"default to nowhere":     {AttachRequest{Routes: []Route{{Dst: prefix("0.0.0.0/0")}}}, false},
-		"host bits":              {AttachRequest{Routes: []Route{{prefix("192.0.2.1/24"), addr("10.32.0.9")}}}, false},
-		"no prefix":              {AttachRequest{Routes: []Route{{Via: addr("10.32.0.9")}}}, false},
-		"the other family":       {AttachRequest{Routes: []Route{{prefix("192.0.2.0/24"), addr("fd32::9")}}}, false},
-		"too many":               {AttachRequest{Routes: make([]Route, maxRoutes+1)}, false},
-		"a long container":       {AttachRequest{Container: strings.Repeat("x", maxContainer+1)}, false},
-		"a port to be published": {AttachRequest{Publish: []Publish{{HostPort: 80, Port: 80, Protocol: "tcp"}}}, false},
+		"nothing":            {AttachRequest{}, true},
+		"a route":            {AttachRequest{Routes: []Route{{prefix("192.0.2.0/24"), addr("10.32.0.9")}, {Dst: prefix("10.9.0.0/16")}}}, true},
+		"a default route":    {AttachRequest{Routes: []Route{{prefix("0.0.0.0/0"), addr("10.32.0.9")}}}, true},
+		"two default routes": {AttachRequest{DefaultRoute: true, Routes: []Route{{prefix("0.0.0.0/0"), addr("10.32.0.9")}}}, false},
+		"default to nowhere": {AttachRequest{Routes: []Route{{Dst: prefix("0.0.0.0/0")}}}, false},
+		"host bits":          {AttachRequest{Routes: []Route{{prefix("192.0.2.1/24"), addr("10.32.0.9")}}}, false},
+		"no prefix":          {AttachRequest{Routes: []Route{{Via: addr("10.32.0.9")}}}, false},
+		"the other family":   {AttachRequest{Routes: []Route{{prefix("192.0.2.0/24"), addr("fd32::9")}}}, false},
+		"too many":           {AttachRequest{Routes: make([]Route, maxRoutes+1)}, false},
+		"a long container":   {AttachRequest{Container: strings.Repeat("x", maxContainer+1)}, false},
 	} {
 		if err := checkExtras(tt.r); (err == nil) != tt.ok || err != nil && !errors.Is(err, errRequest) {
 			t.Errorf("%s: %v, want it to be well: %v", name, err, tt.ok)

@@ -52,6 +52,8 @@ func checkExtras(r AttachRequest) error {
 			return bad{fmt.Errorf("route to %s: %s is of the other family", rt.Dst, rt.Via)}
 		case rt.everywhere() && (r.DefaultRoute || !rt.Via.IsValid()):
 			return bad{fmt.Errorf("route to %s: want it once, through an address", rt.Dst)}
+		case r.Driver == tap.DriverTun && !rt.Via.IsValid():
+			return bad{fmt.Errorf("route to %s: with the driver tun, want it through an address", rt.Dst)}
 		}
 	}
 	return nil

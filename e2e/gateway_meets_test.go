@@ -89,3 +89,16 @@ func TestGatewayMeets(t *testing.T) {
 		}
 	})
 }
+
+// TestPublishNothingLeft: the overlay cannot be here at all, so its ports are not taken either.
+func TestPublishNothingLeft(t *testing.T) {
+	t.Parallel()
+	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
+	a := up(t, l, h[0])
+	a.do("overlay", "create", "green", "--subnet", "10.34.0.0/16", "--vni", "70000", "--gateway", "true")
+	b := up(t, l, h[1], "--token", a.token(), "--overlay", "name=own,vni=70000,encryption=none,tap=own0,address=10.99.0.1/16")
+	known(t, 10*time.Second, "green", true, b)
+	c := containers(t, l, "c")[0]
+	b.refuses([]string{"VNI 70000 belongs to overlay own"}, "attach", "green", "--netns", c.Path(), "--publish", "8080:80")
+	free(t, h[1], 8080)
+}

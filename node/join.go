@@ -180,10 +180,10 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, tap.ErrRouteTaken) && len(e.Publish) > 0:
-		return tellf(errExists, "publish %s: the namespace has a default route already, and would answer through that: remove it there (ip route del default)", e.Publish[0])
 	case errors.Is(err, tap.ErrRouteTaken) && len(d.cfg.Routes) > 0:
 		return tellf(errExists, "the namespace has one of the routes already: %v", err)
+	case errors.Is(err, tap.ErrRouteTaken) && len(e.Publish) > 0:
+		return tellf(errExists, "publish %s: the namespace has a default route already, and would answer through that: remove it there (ip route del default)", e.Publish[0])
 	case errors.Is(err, tap.ErrRouteTaken):
 		return tellf(errExists, "the namespace has a default route already: remove it there (ip route del default), or leave --default-route out")
 	case errors.Is(err, fs.ErrExist) && e.host():

@@ -61,6 +61,8 @@ func (c *call) compare(ctx context.Context, before *current.Result) (away bool, 
 	switch {
 	case !e.Up:
 		return true, faultf(codeAmiss, "the device %s is not there: %s", c.ifname, e.Error)
+	case e.PublishError != "":
+		return true, faultf(codeAmiss, "ports of this host do not lead to the container: %s", e.PublishError)
 	case e.Overlay != c.conf.Overlay:
 		return false, faultf(codeAmiss, "the container is attached to overlay %s, and not to %s", e.Overlay, c.conf.Overlay)
 	}
@@ -94,7 +96,7 @@ func (c *call) sameDevice(dev tap.State, e Endpoint, before *current.Result) err
 		// The node follows the underlay. Before 1.1 nobody says that he made it smaller.
 		return fmt.Errorf("its MTU is %d, want %d", dev.MTU, e.MTU)
 	}
-	ours := 0
+	ours, routes := 0, slices.Clone(e.Routes)
 	for _, ip := range before.IPs {
 		if ip.Interface == nil || *ip.Interface != at {
 			continue
@@ -106,14 +108,14 @@ func (c *call) sameDevice(dev tap.State, e Endpoint, before *current.Result) err
 		if !slices.Contains(dev.Addresses, p) {
 			return fmt.Errorf("it has not the address %s", p)
 		}
+		// What ADD said is in there, also where the node has left it out meanwhile.
+		if g, ok := netip.AddrFromSlice(ip.Gateway); ok {
+			routes = append(routes, Route{Dst: everywhere(g.Unmap()), Via: g.Unmap()})
+		}
 		ours++
 	}
 	if ours == 0 {
 		return errors.New("prevResult has no address of it")
-	}
-	routes := slices.Clone(e.Routes)
-	for _, g := range e.Gateways {
-		routes = append(routes, Route{Dst: everywhere(g), Via: g})
 	}
 	for _, r := range before.Routes {
 		dst, err := prefixOf(r.Dst)

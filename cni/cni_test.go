@@ -99,12 +99,25 @@ func TestAsked(t *testing.T) {
 	want := Attachment{
 		Overlay: "blue", Netns: "/run/netns/abc", Ifname: "eth0", IPs: []netip.Addr{netip.MustParseAddr("10.32.1.1"), netip.MustParseAddr("fd32::1")}, MAC: 0x0200_0000_0001,
 		Name: "web-0", Container: "net/abc", DefaultRoute: true,
-		Publish: []Port{{HostPort: 8080, To: 80, Protocol: "tcp"}, {HostIP: netip.MustParseAddr("192.0.2.1"), HostPort: 53, To: 53, Protocol: "udp"}},
+		Publish: []Port{{HostIP: netip.IPv4Unspecified(), HostPort: 8080, To: 80, Protocol: "tcp"}, {HostIP: netip.MustParseAddr("192.0.2.1"), HostPort: 53, To: 53, Protocol: "udp"}},
 		Limits:  &Limits{1, 2, 3, 4},
 	}
 	if got := fmt.Sprintf("%+v %+v", m.asked[0], *m.asked[0].Limits); !strings.HasSuffix(got, fmt.Sprintf(" %+v", *want.Limits)) ||
 		strings.Split(got, "Limits:")[0] != strings.Split(fmt.Sprintf("%+v", want), "Limits:")[0] {
 		t.Errorf("the node is asked for\n%s, want\n%+v", got, want)
+	}
+}
+
+// TestDefaultGateway: what is not said is the node's to decide.
+func TestDefaultGateway(t *testing.T) {
+	for conf, want := range map[string][2]bool{"": {}, `,"isDefaultGateway":null`: {}, `,"isDefaultGateway":true`: {true, false}, `,"isDefaultGateway":false`: {false, true}} {
+		m := &memory{}
+		if status, out := m.call(t, "ADD", fmt.Sprintf(testConf, conf), testEnv...); status != 0 {
+			t.Fatalf("%s: %s", conf, out)
+		}
+		if got := [2]bool{m.asked[0].DefaultRoute, m.asked[0].NoDefaultRoute}; got != want {
+			t.Errorf("with %q the node is asked for a default route, or none: %v, want %v", conf, got, want)
+		}
 	}
 }
 
@@ -189,16 +202,17 @@ func TestTake(t *testing.T) {
 		result  string
 		gateway bool // isDefaultGateway
 		routes  string
-		def     bool
+		def, no bool // what the node is asked for
 		fails   bool
 	}{
-		{ips, false, "[]", false, false},
-		{ips, true, "[{0.0.0.0/0 10.32.0.9}]", false, false},
-		{ips + `,"routes":[{"dst":"0.0.0.0/0","gw":"10.32.0.8"}]`, true, "[{0.0.0.0/0 10.32.0.8}]", false, false},
-		{ips + `,"routes":[{"dst":"192.0.2.7/24"}]`, false, "[{192.0.2.0/24 10.32.0.9}]", false, false},
-		{`"ips":[{"address":"10.32.5.5/16"}],"routes":[{"dst":"192.0.2.0/24"}]`, true, "[{192.0.2.0/24 invalid IP}]", true, false},
-		{ips + `,"routes":[{"dst":"192.0.2.0/24","mtu":1400}]`, false, "", false, true},
-		{`"routes":[]`, false, "", false, true},
+		{ips, false, "[]", false, false, false},
+		{ips, true, "[{0.0.0.0/0 10.32.0.9}]", false, true, false},
+		{ips + `,"routes":[{"dst":"0.0.0.0/0","gw":"10.32.0.8"}]`, true, "[{0.0.0.0/0 10.32.0.8}]", false, true, false},
+		{ips + `,"routes":[{"dst":"0.0.0.0/0"}]`, false, "[{0.0.0.0/0 10.32.0.9}]", false, true, false},
+		{ips + `,"routes":[{"dst":"192.0.2.7/24"}]`, false, "[{192.0.2.0/24 10.32.0.9}]", false, false, false},
+		{`"ips":[{"address":"10.32.5.5/16"}],"routes":[{"dst":"192.0.2.0/24"}]`, true, "[{192.0.2.0/24 invalid IP}]", true, false, false},
+		{ips + `,"routes":[{"dst":"192.0.2.0/24","mtu":1400}]`, false, "", false, false, true},
+		{`"routes":[]`, false, "", false, false, true},
 	} {
 		var r current.Result
 		if err := json.Unmarshal([]byte(`{"cniVersion":"1.1.0",`+tt.result+`}`), &r); err != nil {
@@ -206,8 +220,8 @@ func TestTake(t *testing.T) {
 		}
 		a := Attachment{DefaultRoute: tt.gateway}
 		err := new(call).take(&a, &r)
-		if (err != nil) != tt.fails || err == nil && (fmt.Sprint(a.Routes) != tt.routes || a.DefaultRoute != tt.def || fmt.Sprint(a.IPs) != "[10.32.5.5]") {
-			t.Errorf("%s: %+v, %v; want routes %s, default route %v", tt.result, a, err, tt.routes, tt.def)
+		if (err != nil) != tt.fails || err == nil && (fmt.Sprint(a.Routes) != tt.routes || a.DefaultRoute != tt.def || a.NoDefaultRoute != tt.no || fmt.Sprint(a.IPs) != "[10.32.5.5]") {
+			t.Errorf("%s: %+v, %v; want routes %s, default route %v, none %v", tt.result, a, err, tt.routes, tt.def, tt.no)
 		}
 	}
 }

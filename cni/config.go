@@ -35,8 +35,9 @@ type config struct {
 	// Ours. Socket of the node's local API; empty: the default one.
 	Overlay string `json:"overlay"`
 	Socket  string `json:"socket"`
-	// IsDefaultGateway sends what is not on the overlay to its gateway.
-	IsDefaultGateway bool `json:"isDefaultGateway"`
+	// IsDefaultGateway sends what is not on the overlay to its gateway, or does not;
+	// absent: the node decides, by what the overlay and the container have.
+	IsDefaultGateway *bool `json:"isDefaultGateway"`
 
 	raw  []byte // as it came, for the delegated plugin
 	keys map[string]json.RawMessage
@@ -177,9 +178,7 @@ func (c *call) wantsTraffic(a *Attachment) error {
 			if err != nil {
 				return faultf(types.ErrInvalidNetworkConfig, "portMappings: hostIP %.60q: want an address", m.HostIP)
 			}
-			if p.HostIP = ip.Unmap(); p.HostIP.IsUnspecified() {
-				p.HostIP = netip.Addr{}
-			}
+			p.HostIP = ip.Unmap()
 		}
 		a.Publish = append(a.Publish, p)
 	}

@@ -28,8 +28,9 @@ type Install struct {
 	Socket  string // of the node's local API
 	// Version of the configuration; empty: 1.0.0, and 1.1.0 where the runtime can.
 	Version string
-	// DefaultRoute sends what is not on the overlay to its gateway.
-	DefaultRoute bool
+	// DefaultRoute sends what is not on the overlay to its gateway, or does not; nil:
+	// by what the overlay and a container have.
+	DefaultRoute *bool
 	// Binary is this program; it is linked, or with Copy copied.
 	Binary string
 	Copy   bool
@@ -47,7 +48,7 @@ type pluginConf struct {
 	Type             string          `json:"type"`
 	Overlay          string          `json:"overlay"`
 	Socket           string          `json:"socket"`
-	IsDefaultGateway bool            `json:"isDefaultGateway,omitempty"`
+	IsDefaultGateway *bool           `json:"isDefaultGateway,omitempty"`
 	Capabilities     map[string]bool `json:"capabilities"`
 }
 

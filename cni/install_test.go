@@ -91,7 +91,7 @@ func TestInstall(t *testing.T) {
 		t.Errorf("ADD with what was written: %s", out)
 	}
 
-	in.DefaultRoute, in.Version, in.Copy = true, "0.4.0", true
+	in.DefaultRoute, in.Version, in.Copy = new(true), "0.4.0", true
 	write(t, in.ConfDir+"/05-other.conf", `{"type":"bridge"}`)
 	do(t, in, plugin+" is a copy of", conf+" written", "05-other.conf comes before it")
 	do(t, in, plugin+" is as it should be", conf+" is as it should be", "note")
@@ -103,6 +103,11 @@ func TestInstall(t *testing.T) {
 	}
 	write(t, in.Binary, "a newer program")
 	do(t, in, plugin+" is a copy of", conf+" is as it should be", "note")
+	in.DefaultRoute = new(false)
+	do(t, in, plugin+" is as it should be", conf+" written", "note")
+	if b, err := os.ReadFile(conf); err != nil || !strings.Contains(string(b), `"isDefaultGateway": false`) {
+		t.Errorf("%s, %v", b, err)
+	}
 }
 
 // TestInstallItself: the program that is in the plugin's place already stays.

@@ -71,7 +71,9 @@ func (c *call) take(a *Attachment, r *current.Result) error {
 		}
 	}
 	// What the plugin says of a gateway comes before the overlay's own.
-	a.DefaultRoute = a.DefaultRoute && !everywhereElse
+	if everywhereElse {
+		a.DefaultRoute, a.NoDefaultRoute = false, true
+	}
 	return nil
 }
 

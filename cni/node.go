@@ -33,17 +33,19 @@ var (
 
 // Attachment is what a node is asked for.
 type Attachment struct {
-	Overlay      string
-	Netns        string
-	Ifname       string
-	IPs          []netip.Addr
-	MAC          ether.MAC // 0: by the address
-	Name         string
-	Container    string
-	DefaultRoute bool
-	Routes       []Route
-	Publish      []Port
-	Limits       *Limits
+	Overlay   string
+	Netns     string
+	Ifname    string
+	IPs       []netip.Addr
+	MAC       ether.MAC // 0: by the address
+	Name      string
+	Container string
+	Routes    []Route
+	Publish   []Port
+	Limits    *Limits
+	// DefaultRoute insists on one through the overlay's gateway, NoDefaultRoute on
+	// none; else the node decides.
+	DefaultRoute, NoDefaultRoute bool
 }
 
 // Route leads through the device; without Via, Dst is on the overlay.
@@ -73,6 +75,7 @@ type Endpoint struct {
 	Routes            []Route
 	Up                bool
 	Error             string // why it is not up
+	PublishError      string // why its ports of the host do not lead to it
 }
 
 // Overlay is one that a node may know of.

@@ -20,7 +20,10 @@ const cleanUp = 10 * time.Second
 // add attaches a container. Whatever fails, nothing is left of it.
 func (p *Plugin) add(ctx context.Context, c *call) (*result, error) {
 	a := Attachment{
-		Overlay: c.conf.Overlay, Netns: pathFor(c.netns), Ifname: c.ifname, Container: c.key(), DefaultRoute: c.conf.IsDefaultGateway,
+		Overlay: c.conf.Overlay, Netns: pathFor(c.netns), Ifname: c.ifname, Container: c.key(),
+	}
+	if is := c.conf.IsDefaultGateway; is != nil {
+		a.DefaultRoute, a.NoDefaultRoute = *is, !*is
 	}
 	if err := c.wants(&a); err != nil {
 		return nil, err

@@ -105,12 +105,7 @@ type cniResult struct {
 		Name, Mac, Sandbox string
 		Mtu                int
 	} `json:"interfaces"`
-	IPs []struct {
-		Version   string       `json:"version"`
-		Address   netip.Prefix `json:"address"`
-		Gateway   netip.Addr   `json:"gateway"`
-		Interface *int         `json:"interface"`
-	} `json:"ips"`
+	IPs    []cniIP `json:"ips"`
 	Routes []struct {
 		Dst netip.Prefix `json:"dst"`
 		GW  netip.Addr   `json:"gw"`
@@ -118,6 +113,13 @@ type cniResult struct {
 	DNS object `json:"dns"`
 
 	raw json.RawMessage
+}
+
+type cniIP struct {
+	Version   string       `json:"version"`
+	Address   netip.Prefix `json:"address"`
+	Gateway   netip.Addr   `json:"gateway"`
+	Interface *int         `json:"interface"`
 }
 
 // add adds a container, which must succeed.

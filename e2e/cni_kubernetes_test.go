@@ -144,7 +144,7 @@ type kubernetesMachines struct {
 func (m kubernetesMachines) run() {
 	t, l := m.t, m.l
 	a := joined(t, l, m.h[:1], nil)[0]
-	a.do("overlay", "create", "pods", "--subnet", "10.64.0.0/16")
+	a.do("overlay", "create", "pods", "--subnet", "10.64.0.0/16", "--gateway", "true")
 	token := a.token("--overlays", "pods")
 	peer := space(t, "peer")
 	at := a.attaches("pods", "--netns", peer)

@@ -98,14 +98,6 @@ var cniOthers = []cniSentence{
 		}
 		w.done("DEL", a)
 	}},
-	{"conventions", `portMappings: what cannot be done is an error, and nothing is left`, func(w cniWorld) {
-		ports := func(p ...object) object { return object{"runtimeConfig": object{"portMappings": p}} }
-		a := w.box("ports")
-		w.fails(w.call("ADD", a, ports(object{"hostPort": 70000, "containerPort": 80, "protocol": "tcp"})), 7, "70000")
-		w.fails(w.call("ADD", a, ports(object{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"})), 7, "publish")
-		w.add(a, ports(object{"hostPort": 0, "containerPort": 80, "protocol": "tcp"})) // asks for nothing
-		w.done("DEL", a)
-	}},
 	{"4", `"Execute that plugin with the same environment and configuration that it received."`, func(w cniWorld) {
 		seen := filepath.Join(w.t.TempDir(), "seen")
 		c := w.with(object{"ipam": object{"type": "static-test", "own": "key"}})

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -196,6 +197,7 @@ func TestCNIContainerd(t *testing.T) {
 	t.Parallel()
 	l, a := cniHost(t, "blue")
 	h := a.host
+	a.do("overlay", "set", "blue", "--gateway", "true")
 	peer := space(t, "containerd")
 	at := a.attaches("blue", "--netns", peer)
 	cniFolders(t, a, l.Dir())
@@ -251,7 +253,11 @@ func TestCNIContainerd(t *testing.T) {
 		if e := seen.Load(); e == nil || e.Limits == nil || e.Limits.EgressRate != 100e6 || e.Limits.IngressRate != 100e6 || !strings.HasPrefix(e.Container, "tulle/") {
 			t.Errorf("the node has no endpoint with the pod's name and limits, but %+v", e)
 		}
+		if e := seen.Load(); e != nil && (len(e.Publish) != 1 || e.Publish[0].String() != "8090:80/tcp" || e.PublishError != "" || !e.DefaultRoute) {
+			t.Errorf("the pod's hostPort leads to it by %v (%q), default route %v", e.Publish, e.PublishError, e.DefaultRoute)
+		}
 		a.eventually(2*time.Second, "its endpoint is gone", alone)
+		free(t, h, 8090)
 	})
 }
 
@@ -274,6 +280,7 @@ runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 lock_type = "file"
+enable_port_reservation = false
 [network]
 cni_plugin_dirs = [%q]
 `, bins)
@@ -318,7 +325,24 @@ cni_plugin_dirs = [%q]
 	}
 	podman("rm", "--force", "--time", "0", "aa")
 	a.eventually(2*time.Second, "no endpoint is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints").Endpoints) == 1 })
-	if out, err := try("run", "--rm", "--network", "blue-net", "--publish", "8080:80", "lab.test/bb:1", "true"); err == nil || !strings.Contains(out, "publish") {
+	if out, err := try("run", "--rm", "--network", "blue-net", "--publish", "8080:80", "lab.test/bb:1", "true"); err == nil || !strings.Contains(out, "tulle overlay set blue --gateway true") {
 		t.Errorf("a port that cannot be published: %v: %s", err, out)
 	}
+	a.do("overlay", "set", "blue", "--gateway", "true")
+	known(t, 5*time.Second, "blue", true, a)
+	podman("run", "--detach", "--name", "pp", "--network", "blue-net", "--publish", "8080:80", "lab.test/bb:1", "sh", "-c", "busybox nc -l -p 80 -e echo hello")
+	a.eventually(5*time.Second, "the container answers at the host's port", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		c, err := h.Dial(ctx, "tcp", "192.168.77.1:8080")
+		if err != nil {
+			return false
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(time.Second))
+		b, _ := io.ReadAll(c)
+		return string(b) == "hello\n"
+	})
+	podman("rm", "--force", "--time", "0", "pp")
+	free(t, h, 8080)
 }

@@ -366,8 +366,8 @@ type AttachRequest struct {
 	// Name of the endpoint; default: that of the namespace's file, or pid-N.
 	Name string `json:"name,omitempty"`
 	// DefaultRoute: the namespace gets a default route through the overlay's gateway.
-	// In an overlay with a gateway that is so unless the namespace has one, or
-	// NoDefaultRoute.
+	// In an overlay with a gateway that is so unless the namespace has one, there is
+	// one in Routes, or NoDefaultRoute.
 	DefaultRoute   bool `json:"default_route,omitempty"`
 	NoDefaultRoute bool `json:"no_default_route,omitempty"`
 	// Driver of the device, as an overlay's in the settings; default auto.

@@ -54,7 +54,7 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 		return nil, err
 	}
 	e.Publish = slices.Clone(r.Publish)
-	if def.Gateway && !r.NoDefaultRoute {
+	if def.Gateway && !r.NoDefaultRoute && !slices.ContainsFunc(r.Routes, Route.everywhere) {
 		e.MayYield = !e.DefaultRoute && len(e.Publish) == 0
 		e.DefaultRoute = true
 		if err := h.n.roomForExit(def); err != nil {

@@ -279,6 +279,13 @@ func (h *endpoints) claim(p place) (done func()) {
 	}
 }
 
+// yield notes that an endpoint has no default route, for its namespace has another.
+func (h *endpoints) yield(e *endpoint) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	e.DefaultRoute, e.MayYield = false, false
+}
+
 func (h *endpoints) setFault(e *endpoint, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -487,7 +494,7 @@ func (h *endpoints) lost(owner string) {
 func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
-		Netns: e.Netns, DefaultRoute: e.DefaultRoute, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
+		Netns: e.Netns, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
 		Routes: e.Routes, Container: e.Container, Limits: e.Limits,
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
@@ -500,6 +507,7 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	s.DefaultRoute = e.DefaultRoute
 	if s.Error = e.duplicate; !s.Up {
 		s.Error = e.fault
 	}

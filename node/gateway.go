@@ -316,14 +316,20 @@ func (n *Node) failExit(ov *overlay, device string, err error) {
 	ov.exit.Store(&exit{device: device, fault: text})
 }
 
-// exitFault is why the exit of the overlay with a name is not there, or nil.
+// exitFault is why the exit of the overlay with a name is not there, or nil. Safe for
+// concurrent use.
 func (n *Node) exitFault(name string) error {
 	ov := n.sharedHere(name)
 	if ov == nil {
 		return nil
 	}
-	if x := ov.exit.Load(); x != nil && x.fault != "" {
+	switch x := ov.exit.Load(); {
+	case x != nil && x.fault != "":
 		return errors.New(x.fault)
+	case x == nil && !ov.shared.Gateway:
+		return fmt.Errorf("overlay %s has no gateway: `tulle overlay set %s --gateway true` gives it one", name, name)
+	case x == nil:
+		return fmt.Errorf("the gateway of overlay %s is not there yet", name)
 	}
 	return nil
 }

@@ -119,6 +119,7 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 	if made {
 		ov = &overlay{cfg: o, shared: def}
 		if err := n.addOverlay(ov); err != nil {
+			n.unpublish(e)
 			return err
 		}
 	}
@@ -174,7 +175,8 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 		err = n.addDevice(ov, d) // an earlier run left it, of which nothing is remembered
 	}
 	if errors.Is(err, tap.ErrRouteTaken) && e.MayYield {
-		e.DefaultRoute, d.cfg.Gateways = false, nil
+		n.endpoints.yield(e)
+		d.cfg.Gateways = nil
 		err = n.addDevice(ov, d)
 	}
 	if err == nil && !e.host() {
@@ -185,10 +187,10 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, tap.ErrRouteTaken) && len(e.Publish) > 0:
-		return tellf(errExists, "publish %s: the namespace has a default route already, and would answer through that: remove it there (ip route del default)", e.Publish[0])
 	case errors.Is(err, tap.ErrRouteTaken) && len(d.cfg.Routes) > 0:
 		return tellf(errExists, "the namespace has one of the routes already: %v", err)
+	case errors.Is(err, tap.ErrRouteTaken) && len(e.Publish) > 0:
+		return tellf(errExists, "publish %s: the namespace has a default route already, and would answer through that: remove it there (ip route del default)", e.Publish[0])
 	case errors.Is(err, tap.ErrRouteTaken):
 		return tellf(errExists, "the namespace has a default route already: remove it there (ip route del default), or leave --default-route out")
 	case errors.Is(err, fs.ErrExist) && e.host():

@@ -33,6 +33,9 @@ type Route struct {
 	Via netip.Addr   `json:"via,omitzero"` // absent: Dst is on the overlay
 }
 
+// everywhere reports whether it is a default route.
+func (r Route) everywhere() bool { return r.Dst.Bits() == 0 }
+
 // checkExtras returns an error if what is asked for beyond an address cannot be.
 func checkExtras(r AttachRequest) error {
 	if len(r.Container) > maxContainer {
@@ -47,8 +50,10 @@ func checkExtras(r AttachRequest) error {
 			return bad{fmt.Errorf("route to %s: want the prefix of a network, as in 10.0.0.0/8", rt.Dst)}
 		case rt.Via.IsValid() && rt.Via.Is4() != rt.Dst.Addr().Is4():
 			return bad{fmt.Errorf("route to %s: %s is of the other family", rt.Dst, rt.Via)}
-		case rt.Dst.Bits() == 0 && (r.DefaultRoute || !rt.Via.IsValid()):
+		case rt.everywhere() && (r.DefaultRoute || !rt.Via.IsValid()):
 			return bad{fmt.Errorf("route to %s: want it once, through an address", rt.Dst)}
+		case r.Driver == tap.DriverTun && !rt.Via.IsValid():
+			return bad{fmt.Errorf("route to %s: with the driver tun, want it through an address", rt.Dst)}
 		}
 	}
 	return nil
@@ -63,7 +68,7 @@ func routesOf(def *store.Overlay, e *endpoint) (gateways []netip.Addr, routes []
 		if r.Via.IsValid() && !slices.ContainsFunc(e.IPs, func(p netip.Prefix) bool { return p.Contains(r.Via) && p.Addr() != r.Via }) {
 			return nil, nil, bad{fmt.Errorf("route to %s: %s does not reach %s on overlay %s", r.Dst, joinPrefixes(e.IPs), r.Via, def.Name)}
 		}
-		if r.Dst.Bits() == 0 {
+		if r.everywhere() {
 			gateways = append(gateways, r.Via)
 		} else {
 			routes = append(routes, tap.Route{Dst: r.Dst, Via: r.Via})

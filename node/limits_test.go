@@ -24,6 +24,8 @@ func TestCheckExtras(t *testing.T) {
 		"a default route":    {AttachRequest{Routes: []Route{{prefix("0.0.0.0/0"), addr("10.32.0.9")}}}, true},
 		"two default routes": {AttachRequest{DefaultRoute: true, Routes: []Route{{prefix("0.0.0.0/0"), addr("10.32.0.9")}}}, false},
 		"default to nowhere": {AttachRequest{Routes: []Route{{Dst: prefix("0.0.0.0/0")}}}, false},
+		"tun to the link":    {AttachRequest{Driver: tap.DriverTun, Routes: []Route{{Dst: prefix("10.9.0.0/16")}}}, false},
+		"tun by an address":  {AttachRequest{Driver: tap.DriverTun, Routes: []Route{{prefix("10.9.0.0/16"), addr("10.32.0.9")}}}, true},
 		"host bits":          {AttachRequest{Routes: []Route{{prefix("192.0.2.1/24"), addr("10.32.0.9")}}}, false},
 		"no prefix":          {AttachRequest{Routes: []Route{{Via: addr("10.32.0.9")}}}, false},
 		"the other family":   {AttachRequest{Routes: []Route{{prefix("192.0.2.0/24"), addr("fd32::9")}}}, false},

@@ -66,10 +66,16 @@ func mayPublish(def *store.Overlay, e *endpoint) error {
 		return nil
 	case !def.Gateway:
 		return bad{fmt.Errorf("publish %s: overlay %s has no gateway through which an endpoint could answer: `tulle overlay set %s --gateway true` gives it one", e.Publish[0], def.Name, def.Name)}
-	case !e.DefaultRoute:
-		return bad{fmt.Errorf("publish %s: the endpoint answers through its default route: do not ask for an endpoint without one", e.Publish[0])}
+	case !e.answers(true) && !e.answers(false) || slices.ContainsFunc(e.Routes, func(r Route) bool { return r.everywhere() && !slices.Contains(def.Gateways, r.Via) }):
+		return bad{fmt.Errorf("publish %s: the endpoint answers through its default route, which has to lead to the overlay's gateway: do not ask for an endpoint without one, or with another", e.Publish[0])}
 	}
 	return nil
+}
+
+// answers reports whether an endpoint that may publish has a default route of a
+// family, by which it answers.
+func (e *endpoint) answers(v4 bool) bool {
+	return e.DefaultRoute || slices.ContainsFunc(e.Routes, func(r Route) bool { return r.everywhere() && r.Via.Is4() == v4 })
 }
 
 // targets returns which addresses of the endpoint a published port leads to, and
@@ -80,6 +86,9 @@ func (p Publish) targets(e *endpoint) (list []gateway.Port) {
 		if host.IsUnspecified() && host.BitLen() == ip.Addr().BitLen() {
 			host = netip.Addr{}
 		} else if host.IsValid() && host.BitLen() != ip.Addr().BitLen() {
+			continue
+		}
+		if !e.answers(ip.Addr().Is4()) {
 			continue
 		}
 		list = append(list, gateway.Port{Host: netip.AddrPortFrom(host, p.HostPort), Protocol: p.Protocol, To: netip.AddrPortFrom(ip.Addr(), p.Port)})
@@ -128,7 +137,7 @@ func (n *Node) reserve(e *endpoint) error {
 	for _, p := range e.Publish {
 		targets := p.targets(e)
 		if len(targets) == 0 {
-			return fail(bad{fmt.Errorf("publish %s: the endpoint has %s, of which none is of that family", p, joinPrefixes(e.IPs))})
+			return fail(bad{fmt.Errorf("publish %s: the endpoint has %s, of which none is of that family and has a default route", p, joinPrefixes(e.IPs))})
 		}
 		for _, t := range targets {
 			at := t.Host
@@ -194,6 +203,9 @@ func (n *Node) publish(e *endpoint) error {
 	err := n.reserve(e)
 	if n.endpoints.at(e.place()) != e {
 		return err
+	}
+	if err == nil && e.publishFault != "" {
+		n.followGateways() // they lead to it before it is said that they do
 	}
 	n.endpoints.setPublishFault(e, err)
 	return nil

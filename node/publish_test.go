@@ -12,7 +12,8 @@ import (
 func TestMayPublish(t *testing.T) {
 	addr := netip.MustParseAddr
 	with := func(list ...Publish) *endpoint { return &endpoint{DefaultRoute: true, Publish: list} }
-	on, off := &store.Overlay{Name: "blue", Gateway: true}, &store.Overlay{Name: "blue"}
+	by4, astray := Route{netip.MustParsePrefix("0.0.0.0/0"), addr("10.32.0.1")}, Route{netip.MustParsePrefix("::/0"), addr("fd32::9")}
+	on, off := &store.Overlay{Name: "blue", Gateway: true, Gateways: []netip.Addr{addr("10.32.0.1"), addr("fd32::1")}}, &store.Overlay{Name: "blue"}
 	for _, tt := range []struct {
 		def  *store.Overlay
 		e    *endpoint
@@ -35,6 +36,8 @@ func TestMayPublish(t *testing.T) {
 		{on, with(make([]Publish, maxPublish+1)...), "65 published ports"},
 		{off, with(Publish{HostPort: 80, Port: 80}), "overlay blue has no gateway"},
 		{on, &endpoint{Publish: []Publish{{HostPort: 80, Port: 80}}}, "default route"},
+		{on, &endpoint{Publish: []Publish{{HostPort: 80, Port: 80}}, Routes: []Route{by4}}, ""},
+		{on, &endpoint{Publish: []Publish{{HostPort: 80, Port: 80}}, Routes: []Route{by4, astray}}, "default route"},
 	} {
 		err := mayPublish(tt.def, tt.e)
 		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
@@ -45,7 +48,7 @@ func TestMayPublish(t *testing.T) {
 
 func TestPublishTargets(t *testing.T) {
 	addr := netip.MustParseAddr
-	e := &endpoint{IPs: []netip.Prefix{netip.MustParsePrefix("10.32.0.2/16"), netip.MustParsePrefix("fd32::2/64")}}
+	e := &endpoint{DefaultRoute: true, IPs: []netip.Prefix{netip.MustParsePrefix("10.32.0.2/16"), netip.MustParsePrefix("fd32::2/64")}}
 	for _, tt := range []struct {
 		host netip.Addr
 		want string
@@ -66,6 +69,11 @@ func TestPublishTargets(t *testing.T) {
 		if s := strings.Join(got, " "); s != tt.want {
 			t.Errorf("at %v: %s, want %s", tt.host, s, tt.want)
 		}
+	}
+	// It has a default route of its own choice, of one family.
+	e.DefaultRoute, e.Routes = false, []Route{{netip.MustParsePrefix("::/0"), addr("fd32::1")}}
+	if list := (Publish{netip.Addr{}, 8080, 80, "tcp"}).targets(e); len(list) != 1 || !list[0].To.Addr().Is6() {
+		t.Errorf("targets of an endpoint that answers by IPv6 alone: %v", list)
 	}
 }
 

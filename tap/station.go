@@ -22,6 +22,7 @@ type station struct {
 	mac      ether.MAC
 	prefixes []netip.Prefix // the host's addresses, the link-local one among them
 	gateways []netip.Addr
+	routes   []Route // further ones, each through an address in a prefix
 	drops    [numStationDrops]atomic.Uint64
 	// wake tells the worker that there is something to take, tell the host what is
 	// in a packet, borrowed, behind 14 bytes. They are called with mu held and do not
@@ -197,10 +198,22 @@ func (s *station) address(frame []byte, now time.Time) bool {
 	return s.toNeighbour(nb, frame, now)
 }
 
-// nextHop returns the neighbour that leads to dst: dst itself, or the gateway.
-func (s *station) nextHop(dst netip.Addr) netip.Addr {
-	if s.source(dst).IsValid() {
-		return dst
+// nextHop returns the neighbour that leads to dst: dst itself, that of the narrowest
+// route, or the gateway.
+func (s *station) nextHop(dst netip.Addr) (next netip.Addr) {
+	bits := -1
+	for _, p := range s.prefixes {
+		if p.Contains(dst) && p.Bits() > bits {
+			next, bits = dst, p.Bits()
+		}
+	}
+	for _, r := range s.routes {
+		if r.Dst.Contains(dst) && r.Dst.Bits() > bits {
+			next, bits = r.Via, r.Dst.Bits()
+		}
+	}
+	if bits >= 0 {
+		return next
 	}
 	for _, g := range s.gateways {
 		if g.Is4() == dst.Is4() {

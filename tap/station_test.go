@@ -428,6 +428,13 @@ func TestDestinations(t *testing.T) {
 		if n := s.count(dropNoRoute); n != 1 {
 			t.Errorf("%d without a route, want 1", n)
 		}
+		s.routes = []Route{{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParseAddr("10.32.0.8")}, {netip.MustParsePrefix("192.0.2.128/25"), netip.MustParseAddr("10.32.0.7")},
+			{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParseAddr("10.32.0.6")}, {netip.MustParsePrefix("2001:db8::/32"), netip.MustParseAddr("fd32::8")}}
+		for dst, via := range map[string]string{"192.0.2.1": "10.32.0.8", "192.0.2.129": "10.32.0.7", "10.9.0.1": "10.32.0.6", "10.32.0.5": "10.32.0.5", "2001:db8::1": "fd32::8"} {
+			if next := s.nextHop(netip.MustParseAddr(dst)); next != netip.MustParseAddr(via) {
+				t.Errorf("%s leads to %v, want %s", dst, next, via)
+			}
+		}
 		ll := netip.MustParseAddr("fe80::7")
 		s.out(packet(ether.LinkLocal(stationMAC), ll, 0))
 		s.want("a link-local one", ether.AppendSolicitation(nil, 0, stationMAC, ether.LinkLocal(stationMAC), ll))

@@ -60,7 +60,8 @@ type Config struct {
 	// does for hours after it came up, of everybody; what they announce by
 	// themselves is heard. Without effect where /proc/sys cannot be written.
 	NoSolicit bool
-	// Routes are further ones of that namespace, through the device.
+	// Routes are further ones of that namespace, through the device; with DriverTun
+	// each through an address.
 	Routes []Route
 	// QueueLen is how many frames may wait for a reader, a queue; default 1,000.
 	QueueLen int

@@ -138,6 +138,7 @@ func (d *tunDevice) setUpAll(cfg Config, vnet uint16) error {
 	prefixes := append(slices.Clone(cfg.Addresses), netip.PrefixFrom(ether.LinkLocal(cfg.MAC), 64))
 	d.whole.lost = func() { d.st.drop(dropMalformed) }
 	d.st = newStation(cfg.MAC, prefixes, cfg.Gateways, d.bell.ring, d.tell)
+	d.st.routes = cfg.Routes
 	if err := d.move(cfg); err != nil {
 		return err
 	}

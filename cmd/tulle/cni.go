@@ -77,7 +77,8 @@ func cniGet[T any](ctx context.Context, c *client, path string) (*T, error) {
 
 func (n cniNode) Attach(ctx context.Context, a cni.Attachment) (cni.Endpoint, error) {
 	want := node.AttachRequest{
-		Overlay: a.Overlay, Netns: a.Netns, Ifname: a.Ifname, IPs: a.IPs, MAC: a.MAC, Name: a.Name, DefaultRoute: a.DefaultRoute, Container: a.Container,
+		Overlay: a.Overlay, Netns: a.Netns, Ifname: a.Ifname, IPs: a.IPs, MAC: a.MAC, Name: a.Name, Container: a.Container,
+		DefaultRoute: a.DefaultRoute, NoDefaultRoute: a.NoDefaultRoute,
 	}
 	for _, r := range a.Routes {
 		want.Routes = append(want.Routes, node.Route(r))
@@ -99,6 +100,7 @@ func (n cniNode) Attach(ctx context.Context, a cni.Attachment) (cni.Endpoint, er
 func cniEndpoint(e *node.Endpoint) cni.Endpoint {
 	out := cni.Endpoint{
 		Container: e.Container, Ifname: e.Tap, Overlay: e.Overlay, IPs: e.IPs, MAC: e.MAC, MTU: e.MTU, Gateways: e.Gateways, Up: e.Up, Error: e.Error,
+		PublishError: e.PublishError,
 	}
 	for _, r := range e.Routes {
 		out.Routes = append(out.Routes, cni.Route(r))

@@ -63,7 +63,7 @@ changes only what is different. The node need not run, nor the overlay be there 
 	f := cmd.Flags()
 	f.StringVar(&in.Overlay, "overlay", "", "the shared overlay that containers are attached to")
 	f.StringVar(&in.Version, "cni-version", "", "version of the configuration: 0.3.1, 0.4.0, 1.0.0 or 1.1.0 (default: 1.0.0, and 1.1.0 where the runtime can)")
-	f.BoolVar(&in.DefaultRoute, "default-route", false, "send what is not on the overlay to its gateway")
+	route := f.Bool("default-route", false, "send what is not on the overlay to its gateway (default: where the overlay has --gateway true, if a container has no such route)")
 	f.BoolVar(&in.Copy, "copy", false, "copy this program instead of linking it, as from an image to its host")
 	completeFlag(cmd, "overlay", sharedOverlayNames)
 	completeFlag(cmd, "cni-version", noFiles)
@@ -76,6 +76,9 @@ changes only what is different. The node need not run, nor the overlay be there 
 		}
 		if err := cniPaths(in); err != nil {
 			return usageError{err}
+		}
+		if f.Changed("default-route") {
+			in.DefaultRoute = route
 		}
 		var err error
 		if in.Socket, err = filepath.Abs(cmp.Or(cmd.Flag("socket").Value.String(), config.DefaultSocket)); err != nil {

@@ -34,6 +34,8 @@ func run(socket, image string, command []string) (err error) {
 	config := &cri.PodSandboxConfig{
 		Metadata: &cri.PodSandboxMetadata{Name: "web-0", Namespace: "default", Uid: "1"}, Linux: &cri.LinuxPodSandboxConfig{},
 		Annotations: map[string]string{"kubernetes.io/egress-bandwidth": "100M", "kubernetes.io/ingress-bandwidth": "100M"},
+		// As of a container with hostPort 8090, and one that names its port only.
+		PortMappings: []*cri.PortMapping{{Protocol: cri.Protocol_TCP, ContainerPort: 80, HostPort: 8090}, {Protocol: cri.Protocol_SCTP, ContainerPort: 81}},
 	}
 	pod, err := c.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: config})
 	if err != nil {

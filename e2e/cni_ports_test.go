@@ -153,8 +153,8 @@ func TestCNIPorts(t *testing.T) {
 		check(t, "CHECK is well with the gateway back")
 		reached(t)
 
-		// With the node away a program takes a port, and the container gets a default
-		// route of its own in place of that which nobody had asked for.
+		// With the node away a program takes a port, and the container loses its device
+		// and gets a default route of its own, in place of that which nobody had asked for.
 		two := attachment{"two", c2.Path(), "eth0", ""}
 		r := blue.add(two)
 		blue.done("CHECK", two, object{"prevResult": r.raw})
@@ -166,6 +166,7 @@ func TestCNIPorts(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer ln.Close()
+		runIn(t, c2, "ip", "link", "del", "eth0")
 		ownDefault(t, c2)
 		a.start()
 		blue.fails(blue.call("CHECK", one, prev, ports), 101, "a program on this host has the port")

@@ -219,7 +219,7 @@ func (d *offloadDevice) takeOver(cfg Config, exact bool) error {
 	}
 	defer h.Close()
 	d.netns, d.name, d.gsoMaxSize = cfg.Netns, cfg.Name, cfg.GSOMaxSize
-	d.addresses, d.gateways = slices.Clone(cfg.Addresses), slices.Clone(cfg.Gateways)
+	d.addresses, d.gateways, d.routes = slices.Clone(cfg.Addresses), slices.Clone(cfg.Gateways), slices.Clone(cfg.Routes)
 	d.mac = ether.MACFrom(dev.Attrs().HardwareAddr)
 	d.kept.persistent.Store(isPersistent(dev))
 	if cfg.MAC != 0 && d.mac != cfg.MAC {

@@ -75,6 +75,22 @@ func TestCNIBandwidth(t *testing.T) {
 		c.done("DEL", a1, limits)
 	}
 
+	part(t, "after a restart", nodes, func(t *testing.T) {
+		const rate = 50e6
+		a1 := attachment{"restarted", box[0].Path(), "eth0", ""}
+		limits := object{"runtimeConfig": object{"bandwidth": object{"ingressRate": int64(rate), "egressRate": int64(rate)}}}
+		at1 := c.add(a1, limits).IPs[0].Address.Addr()
+		a.kill()
+		a.start()
+		ping(t, box[2], at1, 10*time.Second)
+		for i, got := range []float64{move(box[0], box[2], atB.Addr(), rate), move(box[2], box[0], at1, rate)} {
+			if got > 1.25*rate { // of a second or so, of which a tenth may be a burst
+				t.Errorf("direction %d: %.1f Mbit/s after a restart, limited to %d", i, got/1e6, int(rate/1e6))
+			}
+		}
+		c.done("DEL", a1, limits)
+	})
+
 	part(t, "who waits keeps nobody else waiting", nodes, func(t *testing.T) {
 		limits := object{"runtimeConfig": object{"bandwidth": object{"egressRate": 8e6, "egressBurst": 8e5}}}
 		a1 := attachment{"slow", box[0].Path(), "eth0", ""}

@@ -1,6 +1,7 @@
 package tap
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -236,7 +237,7 @@ func (d *offloadDevice) takeOver(cfg Config, exact bool) error {
 	if err := d.useFindings(cfg); err != nil {
 		return err
 	}
-	if err := h.LinkSetTxQLen(dev, txQueueLen); err != nil {
+	if err := h.LinkSetTxQLen(dev, cmp.Or(cfg.QueueLen, txQueueLen)); err != nil {
 		return fmt.Errorf("set the queue's length: %w", err)
 	}
 	d.noIPv6 = dev.Attrs().MTU < minMTU6

@@ -86,10 +86,10 @@ func TestPersistent(t *testing.T) {
 			t.Fatalf("round %d: after Close: %v %+v", round, there, l)
 		}
 		cfg := cfg
-		cfg.Reattach, cfg.MTU = true, 1300+round
+		cfg.Reattach, cfg.MTU, cfg.QueueLen = true, 1300+round, 70+round
 		again := s.lasting(cfg)
 		l = target.links()["eth0"]
-		if l.Attrs().Index != index || l.Attrs().MTU != cfg.MTU || again.MTU() != cfg.MTU || again.MAC() != cfg.MAC || !target.hasOwn("eth0") {
+		if l.Attrs().Index != index || l.Attrs().MTU != cfg.MTU || l.Attrs().TxQLen != cfg.QueueLen || again.MTU() != cfg.MTU || again.MAC() != cfg.MAC || !target.hasOwn("eth0") {
 			t.Errorf("round %d: attached again it is %+v", round, l.Attrs())
 		}
 		if !again.Pinned() {

@@ -158,7 +158,7 @@ const (
 	// closeTime is how long open requests may take when the node stops, handTime when it is
 	// handed over.
 	closeTime = time.Second
-	handTime  = 50 * time.Millisecond
+	handTime  = 250 * time.Millisecond
 )
 
 // close ends open requests and removes the socket, unless it is handed over.

@@ -10,19 +10,24 @@ import (
 
 //	a ──[ul]── x        a1 is on a's overlay, x is outside, and stands for the Internet
 //	│
-//	a1
+//	a2 a1
 
 // TestUpgradeGateway: what endpoints have with hosts outside goes on, too, when their
-// node is upgraded, and who calls a published port afterwards is answered.
+// node is upgraded, and who calls a published port afterwards is answered. The
+// overlay's first endpoint has no Ethernet, and its gateway has one all the same.
 func TestUpgradeGateway(t *testing.T) {
 	t.Parallel()
 	l, sw, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
 	nodes := joined(t, l, h[:1], nil)
 	a, x := nodes[0], h[1]
-	a1 := containers(t, l, "a1")[0]
+	c := containers(t, l, "a1", "a2")
+	a1, a2 := c[0], c[1]
 	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16", "--gateway", "true")
+	a.attaches("blue", "--netns", a2.Path(), "--driver", "tun")
 	a.attaches("blue", "--netns", a1.Path(), "--publish", "8080:7000")
 	telling(t, a1, 7000)
+	telling(t, x, 7000)
+	wantTold(t, a2, "tcp", port(sw.Addr(x), 7000), sw.Addr(h[0]))
 	out := streams(t, a1, x, sw.Addr(x))
 	wantTold(t, x, "tcp", port(sw.Addr(h[0]), 8080), sw.Addr(x))
 	for range 2 {
@@ -37,6 +42,7 @@ func TestUpgradeGateway(t *testing.T) {
 			t.Errorf("a connection through the gateway stood still for %v, want less than 1 s", gap)
 		}
 		wantTold(t, x, "tcp", port(sw.Addr(h[0]), 8080), sw.Addr(x))
+		wantTold(t, a2, "tcp", port(sw.Addr(x), 7000), sw.Addr(h[0]))
 		if rules := ruleset(t, h[0]); strings.Count(rules, "table ip tulle-") != 1 {
 			t.Errorf("not one table:\n%s", rules)
 		}

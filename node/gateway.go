@@ -278,7 +278,8 @@ func (n *Node) openExitDevice(ov *overlay, name string) (*attachment, error) {
 		}
 	}
 	c := n.tapConfig(ov.cfg)
-	c.Name, c.MAC = name, gatewayMAC(ov.shared)
+	// Whatever the overlay's first endpoint asked for: others' frames come here.
+	c.Name, c.MAC, c.Driver = name, gatewayMAC(ov.shared), tap.DriverAuto
 	for _, g := range ov.shared.Gateways {
 		// Alone: the way to each endpoint is a route of its own, so that the host's
 		// other device in the overlay keeps the subnet's.

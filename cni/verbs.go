@@ -110,7 +110,7 @@ func (p *Plugin) del(ctx context.Context, c *call) (*result, error) {
 			err = nil
 		}
 	case errors.Is(err, ErrDown):
-		// Its devices went with it; it forgets what no namespace holds when it is back.
+		// It forgets what no namespace holds when it is back.
 		fmt.Fprintf(p.Stderr, "tulle: cni: DEL: %v: it forgets this container when it is back and the network namespace is gone\n", err)
 		err = nil
 	}
@@ -146,7 +146,7 @@ func (p *Plugin) status(ctx context.Context, c *call) (*result, error) {
 	list, err := c.node.Overlays(ctx)
 	switch {
 	case errors.Is(err, ErrDown):
-		return nil, faultf(types.ErrLimitedConnectivity, "%v", err) // its devices are gone
+		return nil, faultf(types.ErrLimitedConnectivity, "%v", err) // nothing passes
 	case err != nil:
 		return nil, faultf(types.ErrPluginNotAvailable, "%v", err)
 	case !slices.ContainsFunc(list, c.conf.shares):

@@ -45,7 +45,7 @@ func TestSoakPersist(t *testing.T) {
 	var took []time.Duration
 	for i := range endpoints {
 		path, end := netnsNamed(t, unusedName(fmt.Sprint("many", i)))
-		// Without IPv6: 500 devices on one overlay that look for routers and tell of their
+		// Without IPv6: 500 devices on one overlay that tell of their multicast
 		// groups, each to all others, are not idle.
 		if out, err := exec.Command("nsenter", "--net="+path, "sh", "-c", "for i in all default; do echo 1 > /proc/sys/net/ipv6/conf/$i/disable_ipv6; done").CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)

@@ -41,6 +41,7 @@ import (
 //	POST   /v1/endpoints                   AttachRequest; answers Endpoint
 //	DELETE /v1/endpoints?overlay=O&netns=P Endpoint, which is no more; pid=N in place of netns, and &ifname=I
 //	DELETE /v1/endpoints?container=C&ifname=I Endpoint, which is no more
+//	POST   /v1/upgrade                     UpgradeRequest; answers Upgraded
 //	POST   /v1/exposed                     ExposeRequest; answers Endpoint
 //	DELETE /v1/exposed/OVERLAY             Endpoint, which is no more
 //	GET    /v1/ipam                        IPAM

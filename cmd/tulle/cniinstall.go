@@ -17,7 +17,7 @@ func cniCommand() *cobra.Command {
 	return parent(&cobra.Command{
 		Use:   "cni",
 		Short: "Have container runtimes use this program as a CNI plugin",
-		Long: `Container runtimes (containerd, CRI-O, Podman with its CNI backend, Kubernetes with either) call this
+		Long: `Container runtimes (tried: containerd, Podman with its CNI backend) call this
 program as a plugin, with CNI_COMMAND in its environment; docs/cni.md has the network
 configuration that it takes.`,
 		Example: `  tulle cni install --overlay blue

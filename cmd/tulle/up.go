@@ -37,7 +37,7 @@ whoever reaches it is in. Secure and open nodes refuse each other.
 
 Settings come from --config, a YAML file, and from the flags, which win; --overlay adds
 to the file's overlays. An overlay takes every key that it has in the file: name, vni,
-encryption, cipher, mss-clamp, address, tap, mac, mtu, peer, flood, group, group-ttl,
+encryption, cipher, mss-clamp, address, gateway, tap, mac, mtu, peer, flood, group, group-ttl,
 learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues, tso, uso, gro.`,
 		Example: `  tulle up                                                             # the first node
   tulle up --token TOKEN                                               # another one

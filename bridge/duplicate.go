@@ -19,7 +19,7 @@ type Duplicate struct {
 
 // watch is what the frames to a port are looked at for while its addresses are probed.
 type watch struct {
-	own   []ether.MAC
+	own   func(ether.MAC) bool
 	addrs []netip.Addr
 	found chan Duplicate // of one; more are of no interest
 }
@@ -34,17 +34,17 @@ func (p *Port) Others() (here, away bool) {
 // probes (RFC 5227, section 2.1.1) and neighbour solicitations for duplicates (RFC
 // 4862, section 5.4.2): at once, and then each time that much later. It returns
 // the first that is another station's, or false when ctx ends. Not another station's
-// are the MACs in siblings: of the host's other devices in the overlay, by which
-// Linux answers for any address that it has. One that has our MAC as well is not
-// found: its frames are dropped as our own. One Probe of a port runs at a time; it
-// ends with the port.
-func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, siblings []ether.MAC, every time.Duration) (Duplicate, bool) {
+// are the MACs that sibling says yes to: of the host's other devices in the overlay,
+// by which Linux answers for any address that it has. It must not block. One that has
+// our MAC as well is not found: its frames are dropped as our own. One Probe of a port
+// runs at a time; it ends with the port.
+func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, sibling func(ether.MAC) bool, every time.Duration) (Duplicate, bool) {
 	if !p.hold() {
 		return Duplicate{}, false
 	}
 	defer p.done.Done()
 	own := p.dev.MAC()
-	w := &watch{own: append(slices.Clone(siblings), own), addrs: addrs, found: make(chan Duplicate, 1)}
+	w := &watch{own: func(m ether.MAC) bool { return m == own || sibling(m) }, addrs: addrs, found: make(chan Duplicate, 1)}
 	p.watch.Store(w)
 	defer p.watch.CompareAndSwap(w, nil)
 	again := time.NewTicker(every)
@@ -105,7 +105,7 @@ func (p *Port) flood(addrs []netip.Addr, frameOf func(netip.Addr) []byte) {
 // see looks at a frame to the port. It is borrowed.
 func (w *watch) see(frame []byte) {
 	ip, mac, ok := claim(frame)
-	if ok && !slices.Contains(w.own, mac) && slices.Contains(w.addrs, ip) {
+	if ok && slices.Contains(w.addrs, ip) && !w.own(mac) {
 		select {
 		case w.found <- Duplicate{ip, mac}:
 		default:

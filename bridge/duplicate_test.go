@@ -51,7 +51,7 @@ func TestDuplicate(t *testing.T) {
 				}
 				done := make(chan result, 1)
 				go func() {
-					d, found := port.Probe(ctx, []netip.Addr{ip4, ip6}, []ether.MAC{sibling}, time.Second)
+					d, found := port.Probe(ctx, []netip.Addr{ip4, ip6}, func(m ether.MAC) bool { return m == sibling }, time.Second)
 					done <- result{d, found}
 				}()
 				n[1].wants(t, ethertest.ARPRequest(macOf(1), netip.IPv4Unspecified(), ip4), ether.AppendSolicitation(nil, 0, macOf(1), netip.IPv6Unspecified(), ip6))
@@ -89,7 +89,7 @@ func TestAnnounce(t *testing.T) {
 		if err := n[0].bridge.RemovePort(port); err != nil {
 			t.Fatal(err)
 		}
-		if _, found := port.Probe(t.Context(), []netip.Addr{ip4}, nil, time.Second); found {
+		if _, found := port.Probe(t.Context(), []netip.Addr{ip4}, func(ether.MAC) bool { return false }, time.Second); found {
 			t.Error("a port that has ended found somebody")
 		}
 		n[1].wants(t)

@@ -75,6 +75,19 @@ func TestAttachDuplicate(t *testing.T) {
 	t.Logf("passed over: %d of %v", strings.Count(a.proc.Log(), "another address is taken"), taken)
 	ping(t, a2, atB.Addr(), 10*time.Second)
 
+	// Linux answers for any address that it has, by any of its devices: a namespace that
+	// gets a second one while the first is still asked for is no other station.
+	a.attaches("blue", "--netns", a3.Path(), "--ifname", "eth1")
+	a.attaches("blue", "--netns", a3.Path(), "--ifname", "eth2")
+	time.Sleep(2700 * time.Millisecond) // it is asked for that long
+	for _, e := range a.attached(isNamed(name(a3))) {
+		if e.Error != "" {
+			t.Errorf("%s of a3: %s", e.Tap, e.Error)
+		}
+	}
+	a.do("detach", "blue", "--netns", a3.Path(), "--ifname", "eth1")
+	a.do("detach", "blue", "--netns", a3.Path(), "--ifname", "eth2")
+
 	// Who was out of reach when it was asked is told of later.
 	b.attaches("six", "--netns", b1.Path(), "--ifname", "eth1")
 	take("eth1", netip.MustParsePrefix("fd40::77/64"))

@@ -2,8 +2,8 @@ package node
 
 import (
 	"context"
-	"errors"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/bridge"
@@ -70,11 +70,12 @@ func (h *endpoints) duplicate(e *endpoint, asked bool) (bridge.Duplicate, bool) 
 	for _, p := range e.IPs {
 		addrs = append(addrs, p.Addr())
 	}
-	var siblings []ether.MAC
-	for _, other := range ov.list() {
-		if other.of != nil && other.of.Namespace == e.Namespace {
-			siblings = append(siblings, other.of.MAC)
-		}
+	// A namespace may get a second device in the overlay while the first is asked for.
+	sibling := func(mac ether.MAC) bool {
+		ov := h.n.sharedHere(e.Overlay)
+		return ov != nil && slices.ContainsFunc(ov.list(), func(d *device) bool {
+			return d.of != nil && d.of.Namespace == e.Namespace && d.of.MAC == mac
+		})
 	}
 	// Who is alone now may have company in a moment, when sessions stand.
 	var wait time.Duration
@@ -94,7 +95,7 @@ func (h *endpoints) duplicate(e *endpoint, asked bool) (bridge.Duplicate, bool) 
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), askFor)
 		defer cancel()
-		d, found := a.port.Probe(ctx, addrs, siblings, askEvery)
+		d, found := a.port.Probe(ctx, addrs, sibling, askEvery)
 		if !found {
 			return
 		}
@@ -139,13 +140,16 @@ func (h *endpoints) unavoid() error {
 	for owner, since := range h.avoided {
 		if time.Since(since) > keepAway {
 			over = append(over, owner)
-			delete(h.avoided, owner)
 		}
 	}
 	h.mu.Unlock()
-	var errs []error
 	for _, owner := range over {
-		errs = append(errs, h.pool.Release(owner))
+		if err := h.pool.Release(owner); err != nil {
+			return err // and tried again at the next attach
+		}
+		h.mu.Lock()
+		delete(h.avoided, owner)
+		h.mu.Unlock()
 	}
-	return errors.Join(errs...)
+	return nil
 }

@@ -225,7 +225,9 @@ func (h *endpoints) release() error {
 // save remembers the endpoints of now.
 func (h *endpoints) save() error {
 	return h.saver.save(func() error {
-		b, err := encodeEndpoints(h.all())
+		h.mu.Lock() // an endpoint may yield its default route meanwhile
+		b, err := encodeEndpoints(h.list)
+		h.mu.Unlock()
 		if err != nil {
 			return err
 		}
@@ -282,8 +284,15 @@ func (h *endpoints) claim(p place) (done func()) {
 // yield notes that an endpoint has no default route, for its namespace has another.
 func (h *endpoints) yield(e *endpoint) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	e.DefaultRoute, e.MayYield = false, false
+	known := slices.Contains(h.list, e)
+	h.mu.Unlock()
+	if !known {
+		return // it is remembered when it is made
+	}
+	if err := h.save(); err != nil {
+		h.n.log.Error("it is not remembered that an endpoint has no default route", "overlay", e.Overlay, "port", e.Name, "err", err)
+	}
 }
 
 func (h *endpoints) setFault(e *endpoint, err error) {

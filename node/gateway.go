@@ -37,7 +37,8 @@ type exit struct {
 	live   *attachment // nil: a static overlay's, or it cannot be made
 	fault  string      // why there is none
 	// routed are the endpoints that the host has routes to, by the device.
-	routed map[netip.Addr]struct{}
+	routed   map[netip.Addr]struct{}
+	unrouted string // why routes could not be added, as it was last told
 }
 
 // openGateways takes what an earlier run left on this host.
@@ -261,10 +262,43 @@ func (n *Node) openExit(ov *overlay, name string, want gateway.Want) {
 			remove = append(remove, a)
 		}
 	}
+	next.unrouted = x.unrouted
 	if err := tap.SetHostRoutes(name, add, remove); err != nil {
-		n.log.Error("some endpoints get no answers through the gateway", "overlay", ov.cfg.Name, "err", oneLine(err))
+		if text := oneLine(err); text != x.unrouted { // it is tried again every resyncEvery
+			n.log.Error("some endpoints get no answers through the gateway", "overlay", ov.cfg.Name, "err", text)
+			next.unrouted = text
+		}
+	} else if len(add) > 0 {
+		next.unrouted = ""
 	}
 	ov.exit.Store(next)
+}
+
+// checkExits has followGateways add the routes to endpoints that are not there:
+// somebody has removed them, the kernel has with the device's IPv6, or another was in
+// the way.
+func (n *Node) checkExits() {
+	for _, ov := range n.list() {
+		x := ov.exit.Load()
+		if x == nil || x.live == nil {
+			continue
+		}
+		there, err := tap.HostRoutes(x.device)
+		if err != nil {
+			n.log.Warn("cannot look at a gateway's routes", "overlay", ov.cfg.Name, "err", err)
+			continue
+		}
+		next := *x
+		next.routed = map[netip.Addr]struct{}{}
+		for a := range x.routed {
+			if slices.Contains(there, a) {
+				next.routed[a] = struct{}{}
+			}
+		}
+		if len(next.routed) < len(x.routed) {
+			ov.exit.Store(&next)
+		}
+	}
 }
 
 func (n *Node) openExitDevice(ov *overlay, name string) (*attachment, error) {

@@ -190,8 +190,14 @@ func (n *Node) storeUnderlay() {
 }
 
 // StoreHanded has the service manager keep what Run kept, and closes it: but for what
-// says that the node runs.
+// says that the node runs. Nobody may come to go on, so what gateways changed on the
+// host is taken back: the next start changes it again.
 func (n *Node) StoreHanded() {
+	if n.handed != nil && n.gateways != nil {
+		if err := n.gateways.Close(); err != nil {
+			n.log.Warn("something is left of what gateways changed on this host", "err", err)
+		}
+	}
 	for _, name := range n.handed.Names() {
 		files := n.handed.Take(name)
 		if name == handedLock || name == handedAPI {

@@ -174,9 +174,7 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 	if errors.Is(err, fs.ErrExist) && !e.host() && tap.RemoveLeft(d.cfg.Netns, e.Tap, n.aliasPrefix()) == nil {
 		err = n.addDevice(ov, d) // an earlier run left it, of which nothing is remembered
 	}
-	if errors.Is(err, tap.ErrRouteTaken) && e.MayYield {
-		n.endpoints.yield(e)
-		d.cfg.Gateways = nil
+	if n.yields(d, err) {
 		err = n.addDevice(ov, d)
 	}
 	if err == nil && !e.host() {
@@ -199,6 +197,17 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 		return tellf(errExists, "there is a device %s in that namespace already: give another --ifname", e.Tap)
 	}
 	return err
+}
+
+// yields reports whether a device that could not be made may be made without the
+// default route that its namespace has already.
+func (n *Node) yields(d *device, err error) bool {
+	if d.of == nil || !d.of.MayYield || !errors.Is(err, tap.ErrRouteTaken) {
+		return false
+	}
+	n.endpoints.yield(d.of)
+	d.cfg.Gateways = nil
+	return true
 }
 
 // leaveShared ends an endpoint's device, and with the last one that the overlay is

@@ -61,6 +61,7 @@ type Node struct {
 	run     discovery.Run // that of the process before; zero: a new one
 	handing atomic.Bool   // it stops because of ErrHandOver
 	handed  *handover.Set // what Run kept
+	follows bool          // a process that waits has handed it over
 
 	// at is where this node is: the address that it advertises.
 	at atomic.Pointer[netip.Addr]
@@ -104,7 +105,9 @@ func NewIn(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) 
 		}
 	}()
 	n.known(first(host.Handed.Take(handedMembers)))
-	if n.state, err = openStateDir(cfg.StateDir, first(host.Handed.Take(handedLock))); err != nil {
+	lock := first(host.Handed.Take(handedLock))
+	n.follows = lock != nil
+	if n.state, err = openStateDir(cfg.StateDir, lock); err != nil {
 		return nil, err
 	}
 	if n.secure, err = n.openPlace(ctx); err != nil {
@@ -274,6 +277,7 @@ func (n *Node) Run(ctx context.Context) error {
 		lower.Go(func() { _ = n.endpoints.pool.Run(lowerCtx) }) // returns nil
 		lower.Go(func() { n.watch(lowerCtx) })
 	}
+	defer close(n.stopped) // first: who is waited for must not wait for this goroutine
 	gossip := make(chan error, 1)
 	go func() { gossip <- n.runGossip(ctx) }()
 	if err := n.api.serve(n); err != nil {
@@ -299,7 +303,6 @@ func (n *Node) Run(ctx context.Context) error {
 
 // follow keeps everything in step until gossip ends.
 func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-chan error) error {
-	defer close(n.stopped)
 	resync := time.NewTicker(resyncEvery)
 	defer resync.Stop()
 	n.sync()
@@ -315,6 +318,7 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 		case <-resync.C:
 			n.mendPorts()
 			n.gateways.Check()
+			n.checkExits()
 			n.endpoints.follow()
 			n.reverify()
 			n.sync()
@@ -337,11 +341,12 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 // close stops what New opened, in reverse; it may be called twice.
 func (n *Node) close() error {
 	var errs []error
+	handing := n.handing.Load() || n.follows && !n.isReady()
 	if n.api != nil {
-		errs = append(errs, n.api.close(n.handing.Load()))
+		errs = append(errs, n.api.close(handing))
 	}
 	n.spare()
-	if n.gateways != nil && !n.handing.Load() { // else the next process takes them over, as after a crash
+	if n.gateways != nil && !handing { // else the next process takes them over, as after a crash
 		errs = append(errs, n.gateways.Close())
 	}
 	for e := range n.ports {
@@ -364,6 +369,17 @@ func (n *Node) close() error {
 		errs = append(errs, n.state.close())
 	}
 	return errors.Join(errs...)
+}
+
+// isReady reports whether the local API has answered. Until then who has handed the
+// node over takes it back if this process does not come up.
+func (n *Node) isReady() bool {
+	select {
+	case <-n.ready:
+		return true
+	default:
+		return false
+	}
 }
 
 // carried is what this node tells others of its overlays: those with a device.

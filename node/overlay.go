@@ -342,6 +342,9 @@ func (n *Node) mend(ov *overlay, d *device) {
 			"overlay", ov.cfg.Name, "port", d.cfg.Name)
 	}
 	err := n.openDevice(ov, d, netns)
+	if n.yields(d, err) {
+		err = n.openDevice(ov, d, netns)
+	}
 	if d.of != nil {
 		n.endpoints.setFault(d.of, err)
 		n.endpoints.persist(d.of, true)

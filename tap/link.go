@@ -398,9 +398,9 @@ func (l *link) applyMTU(h *netlink.Handle, dev netlink.Link, mtu int) error {
 		return fmt.Errorf("set MTU %d: %w", mtu, err)
 	}
 	l.mtu.Store(int64(mtu))
-	size := l.gsoMaxSize
-	if size == 0 {
-		size = DefaultGSOMaxSize(mtu)
+	size := DefaultGSOMaxSize(mtu)
+	if l.gsoMaxSize != 0 {
+		size = min(size, l.gsoMaxSize)
 	}
 	segs := gsoMaxSegs
 	if l.layer3 {

@@ -11,6 +11,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// HostRoutes returns the single addresses that routes through a device of the caller's
+// namespace lead to.
+func HostRoutes(device string) ([]netip.Addr, error) {
+	h, err := handleIn("")
+	if err != nil {
+		return nil, fmt.Errorf("tap: %s: routes: %w", device, err)
+	}
+	defer h.Close()
+	dev, err := h.LinkByName(device)
+	if err != nil {
+		return nil, fmt.Errorf("tap: %s: routes: %w", device, err)
+	}
+	var out []netip.Addr
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := h.RouteList(dev, family)
+		if err != nil {
+			return nil, fmt.Errorf("tap: %s: routes: %w", device, err)
+		}
+		for _, r := range list {
+			if r.Dst == nil {
+				continue
+			}
+			ones, bits := r.Dst.Mask.Size()
+			if a, ok := netip.AddrFromSlice(r.Dst.IP); ok && ones == bits {
+				out = append(out, a.Unmap())
+			}
+		}
+	}
+	return out, nil
+}
+
 // SetHostRoutes adds routes to single addresses through a device of the caller's
 // namespace, which is up, and removes others; one that is gone already is no error.
 func SetHostRoutes(device string, add, remove []netip.Addr) error {

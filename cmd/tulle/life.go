@@ -155,7 +155,10 @@ func (l *life) serve(ctx context.Context, n *node.Node, upgrades <-chan node.Upg
 
 // hand hands the node over and reports whether it is the child's, or nobody's.
 func (l *life) hand(ctx context.Context, child *handover.Child, handed *handover.Set, u node.Upgrade) bool {
+	waiting, over := context.WithCancel(ctx)
+	go l.tick(waiting, func(context.Context, time.Duration) error { return nil }) // it is bounded
 	err := child.Go(ctx, handed)
+	over()
 	switch {
 	case err == nil:
 	case ctx.Err() != nil: // the child makes the node, or has; it knows how to stop
@@ -188,6 +191,7 @@ func (l *life) isUp() {
 		return
 	}
 	l.told = true
+	l.cfg.Token = "" // it is a member: after an upgrade that failed nobody needs to be asked
 	l.notify("READY=1")
 	if l.parent == nil {
 		return
@@ -226,6 +230,16 @@ func (l *life) follow(late <-chan os.Signal) error {
 
 // watchdog tells the service manager that the node is alive, for as long as it is.
 func (l *life) watchdog(ctx context.Context, n *node.Node) {
+	l.tick(ctx, func(ctx context.Context, within time.Duration) error {
+		ctx, cancel := context.WithTimeout(ctx, within)
+		defer cancel()
+		return n.Alive(ctx)
+	})
+}
+
+// tick tells the service manager, as often as it wants to hear it, that all is well,
+// while it is.
+func (l *life) tick(ctx context.Context, well func(ctx context.Context, within time.Duration) error) {
 	every := l.service.Watchdog(l.parent != nil)
 	if every == 0 {
 		return
@@ -238,10 +252,7 @@ func (l *life) watchdog(ctx context.Context, n *node.Node) {
 			return
 		case <-tick.C:
 		}
-		bounded, cancel := context.WithTimeout(ctx, every)
-		err := n.Alive(bounded)
-		cancel()
-		if err == nil {
+		if well(ctx, every) == nil {
 			l.notify("WATCHDOG=1")
 		}
 	}

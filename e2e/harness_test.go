@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -26,6 +27,10 @@ import (
 
 // binary is the tulle that all tests run.
 var binary string
+
+// The main thread stays the main goroutine's: the runtime ends every thread that was
+// spoilt by entering a namespace but this one, which it parks there for ever.
+func init() { runtime.LockOSThread() }
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 

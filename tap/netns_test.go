@@ -18,6 +18,11 @@ import (
 	"github.com/tulle-net/tulle/ether"
 )
 
+// The main thread stays the main goroutine's. Another goroutine that spoilt it by
+// entering a namespace would not end it: the runtime parks it for ever, and it would
+// keep that namespace alive.
+func init() { runtime.LockOSThread() }
+
 func TestMain(m *testing.M) {
 	if name := os.Getenv("TAP_TEST_HOLD"); name != "" {
 		hold(name)

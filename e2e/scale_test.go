@@ -67,7 +67,7 @@ func (n *tulle) tryAttach(r node.AttachRequest) (e node.Endpoint, err error) {
 }
 
 // TestManyEndpoints: 500 endpoints on a node take less than 100 MB, no CPU when idle
-// (1 % of a core at most, with a gossip partner at its side). How long an attach
+// (2 % of a core at most, of a keeper with its store and a gossip partner at its side). How long an attach
 // takes is logged: 50 ms is what it should be where the machine has nothing else to do.
 func TestManyEndpoints(t *testing.T) {
 	const count = 500
@@ -103,7 +103,7 @@ func TestManyEndpoints(t *testing.T) {
 	}
 	pid := a.proc.Pid()
 	// Each kernel device says hello for some seconds after it came up.
-	const span, bound = 5 * time.Second, 50 * time.Millisecond
+	const span, bound = 5 * time.Second, 100 * time.Millisecond
 	var idle time.Duration
 	for range 5 {
 		before := cpuTime(t, pid)

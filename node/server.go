@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,6 +22,7 @@ type apiServer struct {
 	http *http.Server
 	// there: the socket is at path already, of the process before.
 	there bool
+	open  atomic.Int64 // connections
 }
 
 // claimSocket checks that no other node answers at path, and listens under a
@@ -107,7 +109,7 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusNotFound, Error{"no such resource: " + r.Method + " " + r.URL.Path})
 	})
-	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: promoteTimeout + 5*time.Second}
+	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: promoteTimeout + 5*time.Second, ConnState: s.count}
 	go s.http.Serve(s.ln) // ends with close
 	if s.there {
 		return nil
@@ -161,18 +163,41 @@ const (
 	handTime  = 250 * time.Millisecond
 )
 
+// count follows how many connections there are.
+func (s *apiServer) count(_ net.Conn, state http.ConnState) {
+	switch state {
+	case http.StateNew:
+		s.open.Add(1)
+	case http.StateClosed, http.StateHijacked:
+		s.open.Add(-1)
+	}
+}
+
+// drain waits for the requests of connections that were accepted already: the others
+// are the next process's. Shutdown would drop those that it has not read yet.
+func (s *apiServer) drain() {
+	s.http.SetKeepAlivesEnabled(false) // closes those that are idle
+	quiet := 0
+	for until := time.Now().Add(handTime); quiet < 2 && time.Now().Before(until); time.Sleep(time.Millisecond) {
+		if quiet++; s.open.Load() > 0 {
+			quiet = 0 // twice: one may be accepted and not counted yet
+		}
+	}
+	s.http.Close()
+}
+
 // close ends open requests and removes the socket, unless it is handed over.
 func (s *apiServer) close(handing bool) error {
 	if s.ln == nil {
 		return nil
 	}
 	s.ln.Close()
-	if s.http != nil {
-		patience := closeTime
-		if handing {
-			patience = handTime
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+	switch {
+	case s.http == nil:
+	case handing:
+		s.drain()
+	default:
+		ctx, cancel := context.WithTimeout(context.Background(), closeTime)
 		defer cancel()
 		s.http.Shutdown(ctx)
 	}

@@ -84,14 +84,10 @@ type Node struct {
 
 // New opens sockets and devices; nothing is left behind when it fails but, in a
 // secure cluster, the state of a node that has one. cfg must be valid
-// (config.Config.Validate). ctx bounds New alone: it ends the resolving of names.
-func New(ctx context.Context, cfg config.Config, log *slog.Logger) (*Node, error) {
-	return NewIn(ctx, cfg, log, Host{})
-}
-
-// NewIn is New in a process that can hand the node over, or that it was handed to. Of
-// what was handed over nothing is open afterwards that the node does not use.
-func NewIn(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_ *Node, err error) {
+// (config.Config.Validate). ctx bounds New alone: it ends the resolving of names. Of
+// what was handed over (Host.Handed) nothing is open afterwards that the node does not
+// use.
+func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_ *Node, err error) {
 	defer host.Handed.Close()
 	n := &Node{
 		host: host, cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),

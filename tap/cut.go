@@ -27,6 +27,17 @@ func (c *cutters) get() *cutter {
 
 func (c *cutters) put(k *cutter) { c.pool.Put(k) }
 
+// cut hands on what a frame, which parts make, stands for: ordinary frames.
+func (c *cutters) cut(m ether.Meta, parts [][]byte, w frameWriter) error {
+	k := c.get()
+	frame, err := k.join(parts)
+	if err == nil {
+		err = k.finish(m, frame, w)
+	}
+	c.put(k)
+	return err
+}
+
 // join copies parts behind each other. The frame is valid until the next join.
 func (k *cutter) join(parts [][]byte) ([]byte, error) {
 	n := 0

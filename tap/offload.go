@@ -366,13 +366,7 @@ func (q *offloadQueue) joined(m ether.Meta, parts [][]byte) error {
 
 // cut writes a super-frame as the frames that it stands for.
 func (q *offloadQueue) cut(m ether.Meta, parts [][]byte) error {
-	k := q.dev.cutters.get()
-	frame, err := k.join(parts)
-	if err == nil {
-		err = k.finish(m, frame, q)
-	}
-	q.dev.cutters.put(k)
-	return err
+	return q.dev.cutters.cut(m, parts, q)
 }
 
 // refused deals with a super-frame that the kernel finds invalid: either it

@@ -139,13 +139,7 @@ func (d *plainDevice) Read(b *Batch) error {
 }
 
 func (d *plainDevice) WriteFrame(m ether.Meta, parts [][]byte) error {
-	k := d.cutters.get()
-	frame, err := k.join(parts)
-	if err == nil {
-		err = k.finish(m, frame, d)
-	}
-	d.cutters.put(k)
-	return err
+	return d.cutters.cut(m, parts, d)
 }
 
 func (d *plainDevice) writeFinished(frame []byte) error {

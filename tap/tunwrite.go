@@ -77,13 +77,7 @@ func (d *tunDevice) hear(m ether.Meta, parts [][]byte) error {
 
 // cut writes a frame as the packets that it stands for.
 func (d *tunDevice) cut(m ether.Meta, parts [][]byte) error {
-	k := d.cutters.get()
-	frame, err := k.join(parts)
-	if err == nil {
-		err = k.finish(m, frame, d)
-	}
-	d.cutters.put(k)
-	return err
+	return d.cutters.cut(m, parts, d)
 }
 
 func (d *tunDevice) writeFinished(frame []byte) error {

@@ -70,7 +70,7 @@ func (l *life) run(ctx context.Context) error {
 		upgrades <- u
 	}}
 	for {
-		n, err := node.NewIn(ctx, l.cfg, l.log, host)
+		n, err := node.New(ctx, l.cfg, l.log, host)
 		if err != nil {
 			l.tellFailed(fmt.Errorf("the old version does not start again: %w", err))
 			if ctx.Err() != nil {

@@ -13,6 +13,7 @@ import (
 	"math/big"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -446,6 +447,31 @@ func TestBounds(t *testing.T) {
 		return n == 1
 	})
 	eventually(t, "two were replaced", func() bool { return hub.Stats().ClosedReplaced.Load() == 2 })
+}
+
+// Who makes room already is in the table until it has ended, and makes none again.
+func TestVictimOnce(t *testing.T) {
+	c := newCluster(t, peertest.NewNet(64))
+	hub := c.node("hub")
+	for i := range 3 {
+		if _, err := c.node(fmt.Sprintf("n%d", i)).Whoami(within(t, 20*time.Second), "hub"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "3 connections, and nothing under way", func() bool {
+		list := hub.Conns()
+		return len(list) == 3 && !slices.ContainsFunc(list, func(x Conn) bool { return x.Active > 0 })
+	})
+	hub.mu.Lock()
+	defer hub.mu.Unlock()
+	hub.cfg.Conns = 2
+	newest := hub.peers["n2"].in
+	if v := hub.victim(newest); v == nil || v == newest {
+		t.Errorf("the first to make room is %v, want another than the newest", v)
+	}
+	if v := hub.victim(newest); v != nil {
+		t.Errorf("with two left %s makes room, want nobody", v.node.Name)
+	}
 }
 
 // Idle connections go, at both ends.

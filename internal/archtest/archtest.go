@@ -19,7 +19,8 @@ var imports = map[string][]string{
 	"keeper":            {"ipam", "store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
 
-	"ipam": {"store", "ether"},
+	"ipam":  {"store", "ether"},
+	"table": {"ether"},
 
 	"store":           {},
 	"store/storetest": {"store"},

@@ -166,6 +166,7 @@ func TestPullFails(t *testing.T) {
 		if n.asked.Load() > 2*25 {
 			t.Errorf("asked %d times in a minute: no backoff", n.asked.Load())
 		}
+		synctest.Wait()
 		down = false
 		n.put("a", "blue", record("2", "more", "10.0.0.2"), true)
 		n.gossip([]string{"blue"}) // a hint does not wait for the backoff
@@ -192,6 +193,7 @@ func TestPullPages(t *testing.T) {
 		n.dirs["b"].SetTraits("blue", Traits{})
 		n.pull["b"].SetSources([]Source{{"a", n.dirs["a"].Version(), []string{"blue"}}})
 		time.Sleep(time.Second)
+		synctest.Wait()
 		n.fail = nil
 		if n.asked.Load() < 3 {
 			t.Fatalf("%d requests: this tests no pages", n.asked.Load())

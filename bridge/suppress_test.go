@@ -302,12 +302,14 @@ func TestStorm(t *testing.T) {
 		n[0].bridge.SetStorm(Storm{Port: 20})
 		time.Sleep(time.Minute)
 		n[1].got()
+		before := n[0].bridge.TxFrames.Load()
 		f, m := ethertest.UDP{SrcMAC: macOf(1), DstMAC: ether.Broadcast, Payload: make([]byte, 12*100)}.Super(100)
 		for range 3 {
 			n[0].dev.Inject(f, m)
 		}
-		if got := len(n[1].got()); got != 2 { // merged again there
-			t.Errorf("%d super-frames of 12 frames passed, want two", got)
+		synctest.Wait()
+		if got := n[0].bridge.TxFrames.Load() - before; got != 2*24 {
+			t.Errorf("%d frames of super-frames left, want two of 12 for each of two peers", got)
 		}
 	})
 }

@@ -59,6 +59,19 @@ type Config struct {
 	// PortLost, if set, is called when a port's device has gone by itself (see
 	// Port.Lost). It must not block, nor call the Bridge.
 	PortLost func()
+	// UnknownUnicast: unknown unicast goes to all, whatever SetComplete says.
+	UnknownUnicast bool
+	// Storm bounds what is flooded.
+	Storm Storm
+	// Stranger, if set, is called when a port has learnt a MAC that is neither its
+	// device's own nor an Endpoint of this node, Froze when a learnt MAC has moved too
+	// often and stays where it is (RFC 7432, section 15.1), and Contradicted, at most once
+	// a second for a peer, when frames came from it whose source is an Endpoint elsewhere.
+	// In a plain overlay it gets the VTEP of a peer of which neither SetEndpoint nor
+	// SetComplete has told the name. They must not block, nor call the Bridge.
+	Stranger     func()
+	Froze        func(mac ether.MAC)
+	Contradicted func(peer string)
 	// AgeAfter is how long a MAC stays without being seen; default 300 s.
 	AgeAfter time.Duration
 	// MaxMACs bounds the FDB; default 65,536.
@@ -81,6 +94,9 @@ type Bridge struct {
 	peers   *xsync.Map[string, *place]     // by name; of a sealed overlay only
 	gossip  atomic.Pointer[floodKeys]
 	early   early
+	dir     directory
+	storm   atomic.Pointer[Storm]
+	bum     meter // of all ports
 
 	mu      sync.Mutex // serialises changes of the above
 	members []netip.AddrPort
@@ -92,6 +108,8 @@ type Bridge struct {
 	Counters
 	// Flooded counts frames that went to the flood list.
 	Flooded atomic.Uint64
+	// Answered counts ARP and ND questions that were answered here.
+	Answered atomic.Uint64
 }
 
 // Counters count inner frames and their bytes, by direction; super-frames
@@ -121,7 +139,13 @@ type place struct {
 	// listed: in Config.Peers; it stays when members come and go.
 	listed bool
 	macs   atomic.Int64 // FDB entries
-	gone   atomic.Bool
+	// strangers are those of them that are strangers' (Bridge.Strangers).
+	strangers atomic.Int64
+	// complete: the peer's tables name all its stations.
+	complete    atomic.Bool
+	contradicts atomic.Int64 // tick from which Config.Contradicted may be called again
+	bum         meter
+	gone        atomic.Bool
 	Counters
 
 	// Of a sealed overlay: whose place it is, in which bridge, the session to
@@ -162,6 +186,9 @@ func newBridge(t *Tunnel, cfg Config) *Bridge {
 		remotes: xsync.NewMap[netip.Addr, *place](),
 		peers:   xsync.NewMap[string, *place](),
 	}
+	b.fdb.strange, b.fdb.froze = cfg.Stranger, cfg.Froze
+	b.dir = newDirectory(cfg.UnknownUnicast)
+	b.storm.Store(&cfg.Storm)
 	b.clamp.Store(cfg.ClampMSS)
 	b.ports.Store(&[]*Port{})
 	b.refused.Store(&map[netip.Addr]struct{}{})
@@ -191,8 +218,9 @@ type Port struct {
 	watch  atomic.Pointer[watch] // nil: nobody looks at what is written
 	gone   chan struct{}         // closed by RemovePort
 	// local: nothing passes between this port and the tunnel, either way.
-	local  bool
-	limits *portLimits // nil: none
+	local      bool
+	limits     *portLimits // nil: none
+	neighbours meter       // ARP and ND that the tables do not answer
 }
 
 // AddPort attaches a device and starts a worker per queue. The bridge closes
@@ -246,6 +274,7 @@ func (b *Bridge) RemovePort(p *Port) error {
 		close(p.gone)
 	}
 	b.fdb.forget(p.at)
+	b.unpinned(p.dev.MAC())
 	b.mu.Unlock()
 	err := p.dev.Close()
 	p.done.Wait()
@@ -366,7 +395,9 @@ func (b *Bridge) addPeer(a netip.AddrPort) {
 		if ok {
 			b.dropPlace(a.Addr(), p)
 		}
-		b.remotes.Store(a.Addr(), &place{vtep: a, path: &path{}, listed: true})
+		p = &place{vtep: a, path: &path{}, listed: true}
+		b.remotes.Store(a.Addr(), p)
+		b.arrived(whom{at: a.Addr()}, p)
 	}
 }
 
@@ -374,6 +405,7 @@ func (b *Bridge) dropPlace(src netip.Addr, p *place) {
 	b.remotes.Delete(src)
 	p.gone.Store(true)
 	b.fdb.forget(p)
+	b.departed(whom{at: src})
 }
 
 // remote returns the place of the VTEP behind source address src, making it if
@@ -387,6 +419,7 @@ func (b *Bridge) remote(src netip.Addr, vtep netip.AddrPort, member bool) *place
 	}
 	p := &place{vtep: vtep, path: &path{}, member: member}
 	b.remotes.Store(src, p)
+	b.arrived(whom{at: src}, p)
 	return p
 }
 

@@ -84,6 +84,12 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 	case fixed: // the MAC of another of our ports
 		b.tunnel.drops.add(DropOwnFrame)
 		return
+	case claimed:
+		b.tunnel.drops.add(DropMovedSource)
+		return
+	case frozen:
+		b.tunnel.drops.add(DropFrozen)
+		return
 	case limited:
 		b.tunnel.drops.add(DropMACLimit)
 	}
@@ -93,7 +99,9 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 	}
 	switch {
 	case to == nil:
-		p.floodFrame(l, f)
+		if who := p.flooded(l, f, dst.IsMulticast()); who != nobody {
+			p.floodFrame(l, f, who)
+		}
 	case to == p.at:
 		b.tunnel.drops.add(DropSamePort)
 	case to.port != nil:
@@ -108,14 +116,24 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 }
 
 // floodFrame sends a BUM frame to every other port and, unless its own is local, to
-// the flood list.
-func (p *Port) floodFrame(l *lane, f *tap.Frame) {
+// the flood list: to those of them that who says.
+func (p *Port) floodFrame(l *lane, f *tap.Frame, who reach) {
 	b := p.bridge
 	l.parts[0] = f.B
+	left := 0
 	for _, other := range *b.ports.Load() {
-		if other != p {
+		if other != p && (who != strangers || other.at.strangers.Load() > 0) {
 			other.WriteFrame(f.Meta, l.parts[:])
+			left++
 		}
+	}
+	list := *b.flood.Load()
+	if who != everyone && !p.local {
+		left += incomplete(list)
+	}
+	if who == strangers && left == 0 {
+		b.tunnel.drops.add(DropUnknownUnicast)
+		return
 	}
 	if p.local {
 		return
@@ -123,22 +141,37 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 	// Before the list is looked at: whoever joins it in between may get the frame
 	// twice, as broadcasts may, but not never.
 	b.early.remember(l, f)
-	list := *b.flood.Load()
-	if len(list) == 0 {
+	list = *b.flood.Load()
+	n := len(list)
+	if who != everyone {
+		n = incomplete(list)
+	}
+	if n == 0 {
 		return
 	}
 	b.Flooded.Add(1)
-	byGossip := f.Meta == (ether.Meta{}) && b.floodGossip(f.B)
+	// Gossip reaches all: what is not for all goes by itself.
+	byGossip := f.Meta == (ether.Meta{}) && n == len(list) && b.floodGossip(f.B)
 	if byGossip {
 		b.sent(1, len(f.B))
 	}
 	flow := ether.FlowHash(f.B)
 	for i, to := range list {
 		// A foreign VTEP hears no gossip.
-		if !byGossip || to.listed {
+		if (!byGossip || to.listed) && (who == everyone || !to.complete.Load()) {
 			b.encap(l, to, f, flow, i == len(list)-1)
 		}
 	}
+}
+
+// incomplete counts those whose tables do not name all their stations.
+func incomplete(list []*place) (n int) {
+	for _, p := range list {
+		if !p.complete.Load() {
+			n++
+		}
+	}
+	return n
 }
 
 // encap cuts a frame into what the wire takes and commits each piece, with its

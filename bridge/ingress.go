@@ -281,6 +281,13 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 			}
 		}
 	}
+	only := false
+	if in.to == nil {
+		var ok bool
+		if only, ok = in.mayFlood(frame, dst.IsMulticast()); !ok {
+			return
+		}
+	}
 	if in.b.clamp.Load() {
 		in.b.clampMSS(frame, m, in.from)
 	}
@@ -295,7 +302,7 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		in.t.drops.add(DropNoPort)
 	}
 	for _, p := range ports {
-		if !p.local {
+		if !p.local && (!only || p.at.strangers.Load() > 0) {
 			in.merge.Add(p, frame, m)
 		}
 	}
@@ -310,6 +317,13 @@ func (in *ingress) learn(src ether.MAC) bool {
 	switch in.b.fdb.learn(src, in.from, in.now) {
 	case fixed: // the MAC of one of our own devices
 		in.t.drops.add(DropOwnFrame)
+		return false
+	case claimed:
+		in.t.drops.add(DropMovedSource)
+		in.b.contradicted(in.from, in.now)
+		return false
+	case frozen:
+		in.t.drops.add(DropFrozen)
 		return false
 	case limited:
 		in.t.drops.add(DropMACLimit)

@@ -81,6 +81,34 @@ func (b *Bridge) FloodList() []netip.AddrPort {
 	return list
 }
 
+// Complete returns how many of the VTEPs that get BUM frames SetComplete named.
+func (b *Bridge) Complete() (n int) {
+	for _, p := range *b.flood.Load() {
+		if p.complete.Load() {
+			n++
+		}
+	}
+	return n
+}
+
+// Unlisted returns the ports and VTEPs that unknown unicast goes to, those that may have
+// stations that no table names.
+func (b *Bridge) Unlisted() []string {
+	list := []string{}
+	certain := b.dir.certain.Load()
+	for _, p := range *b.ports.Load() {
+		if !certain || p.at.strangers.Load() > 0 {
+			list = append(list, p.dev.Name())
+		}
+	}
+	for _, p := range *b.flood.Load() {
+		if !certain || !p.complete.Load() {
+			list = append(list, p.address().String())
+		}
+	}
+	return list
+}
+
 // VTEPCounters calls f with each remote VTEP that frames are exchanged with,
 // whether it is a member, and its counters.
 func (b *Bridge) VTEPCounters(f func(vtep netip.AddrPort, member bool, c *Counters)) {

@@ -45,7 +45,7 @@ func (n *tulle) attaches(overlay string, args ...string) netip.Prefix {
 // attached returns the node's endpoints that `want` says yes to.
 func (n *tulle) attached(want func(e node.Endpoint) bool) []node.Endpoint {
 	n.t.Helper()
-	list := asked[node.Endpoints](n, "endpoints").Endpoints
+	list := asked[node.Endpoints](n, "endpoints", "--local").Endpoints
 	return slices.DeleteFunc(list, func(e node.Endpoint) bool { return !want(e) })
 }
 

@@ -93,7 +93,7 @@ func TestSharedOverlay(t *testing.T) {
 		}
 		t.Logf("all ten pairs ping, both ways, after %v", mesh(t, 10*time.Second, blue...).Round(time.Millisecond))
 		for i, n := range nodes {
-			list := asked[struct{ Endpoints []map[string]any }](n, "endpoints").Endpoints
+			list := asked[struct{ Endpoints []map[string]any }](n, "endpoints", "--local").Endpoints
 			want := map[string]any{
 				"name": n.name, "node": n.name, "overlay": "blue", "tap": "blue", "up": true, "mtu": 1418,
 				"ips": []any{blue[i].addr.String() + "/16"}, "mac": ether.MACOf(blue[i].addr).String(),

@@ -37,7 +37,9 @@ import (
 //	GET    /v1/shared/NAME                 SharedOverlay
 //	PATCH  /v1/shared/NAME                 OverlayChange; answers SharedOverlay
 //	DELETE /v1/shared/NAME?force=true      Changed
-//	GET    /v1/endpoints                   Endpoints
+//	GET    /v1/endpoints?local=true        Endpoints; without local those of other nodes too
+//	GET    /v1/history?of=IP|MAC&overlay=O History; overlay may be left out
+//	GET    /v1/trace?overlay=O&from=F&to=T Trace; F and T are names, IPs or MACs
 //	POST   /v1/endpoints                   AttachRequest; answers Endpoint
 //	DELETE /v1/endpoints?overlay=O&netns=P Endpoint, which is no more; pid=N in place of netns, and &ifname=I
 //	DELETE /v1/endpoints?container=C&ifname=I Endpoint, which is no more
@@ -104,6 +106,9 @@ type OverlayStatus struct {
 	RxFrames  uint64           `json:"rx_frames"`  // from the underlay
 	RxBytes   uint64           `json:"rx_bytes"`
 	Flooded   uint64           `json:"flooded"` // frames that went to the flood list
+	// Complete is how many peers have told of every station that they have: nothing
+	// unknown is sent to them.
+	Complete int `json:"complete"`
 	// Gateway is how its endpoints here reach other networks; absent: not by this node.
 	Gateway *GatewayStatus `json:"gateway,omitempty"`
 }
@@ -201,6 +206,7 @@ type FDBEntry struct {
 	// AgeSeconds since the MAC was last seen as a source; static entries have Static set.
 	AgeSeconds float64 `json:"age_seconds"`
 	Static     bool    `json:"static"`
+	Table      bool    `json:"table"` // the tables say so: it neither moves by learning nor ages
 }
 
 // TokenRequest asks for a token. A zero field stands for its default.

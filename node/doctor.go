@@ -95,7 +95,7 @@ func (p patient) Store(ctx context.Context) *doctor.Store {
 
 func (p patient) Endpoints() []string {
 	var out []string
-	for _, e := range p.n.listEndpoints().Endpoints {
+	for _, e := range p.n.listEndpoints(true).Endpoints {
 		if !e.Up {
 			out = append(out, e.Overlay+": "+cmp.Or(e.Error, "its device is not there"))
 		} else if e.PublishError != "" {

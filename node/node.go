@@ -53,6 +53,7 @@ type Node struct {
 	todo      chan func()   // what Run's goroutine does for others
 	stopped   chan struct{} // closed when it does nothing any more
 	endpoints *endpoints    // in shared overlays; nil in an open cluster
+	tables    *tables
 	gateways  *gateway.Gateway
 	restoring bool                     // endpoints: gateways follow when all are there
 	ports     map[*endpoint][]*os.File // of the host, that lead to endpoints; New's and Run's goroutine's
@@ -67,8 +68,9 @@ type Node struct {
 	at atomic.Pointer[netip.Addr]
 
 	// Run's own.
-	dev   underlay.Device                // that holds the address
-	flood map[vxlan.VNI][]netip.AddrPort // as of the last sync
+	dev       underlay.Device                // that holds the address
+	flood     map[vxlan.VNI][]netip.AddrPort // as of the last sync
+	unplugged bool                           // that device has no carrier
 	// missing is since when this host lacks the address; zero: it has it.
 	missing time.Time
 	// before are the members as of the last move, at movedAt.
@@ -104,6 +106,9 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 	lock := first(host.Handed.Take(handedLock))
 	n.follows = lock != nil
 	if n.state, err = openStateDir(cfg.StateDir, lock); err != nil {
+		return nil, err
+	}
+	if err = n.openTables(); err != nil {
 		return nil, err
 	}
 	if n.secure, err = n.openPlace(ctx); err != nil {
@@ -256,6 +261,7 @@ func (n *Node) Run(ctx context.Context) error {
 	lowerCtx, stopLower := context.WithCancel(context.WithoutCancel(ctx))
 	var lower sync.WaitGroup
 	lower.Go(func() { n.tunnel.Run(lowerCtx) })
+	lower.Go(func() { n.tables.run(lowerCtx) })
 	defer lower.Wait()
 	defer stopLower()
 	defer n.conn.Close()
@@ -318,9 +324,14 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.endpoints.follow()
 			n.reverify()
 			n.sync()
+		case <-n.disc.Load().TablesChanged():
+			n.tables.followVersions(n.members())
+		case <-n.tables.told:
+			n.tables.settle()
 		case <-n.redefined:
 			n.endpoints.follow()
 		case <-changes:
+			n.followCarrier()
 			n.followAddress(ctx)
 			n.followDevice()
 			n.followMTU()

@@ -204,6 +204,7 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 		LearnVTEPs: o.LearnVTEPs, AgeAfter: o.AgeAfter,
 		MaxMACs: o.MaxMACs, MaxMACsPerPort: o.MaxMACsPerPort,
 		PortLost: func() { ring(n.portLost) },
+		Stranger: func() { ring(n.tables.told) }, Contradicted: func(peer string) { go n.tables.pull.Pull(peer) },
 		Sealed:   ov.sealed(),
 		ClampMSS: o.ClampMSS,
 	}
@@ -221,6 +222,8 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 	}
 	next := append(slices.Clone(n.list()), ov)
 	n.overlays.Store(&next)
+	n.tables.dir.Replay(o.Name)
+	ring(n.tables.told)
 	return nil
 }
 
@@ -233,6 +236,7 @@ func (n *Node) removeOverlay(ov *overlay) error {
 			n.unstore(ov, d, a)
 		}
 	}
+	n.tables.dir.Drop(ov.cfg.Name)
 	ov.exit.Store(nil)
 	return ov.br.Close()
 }
@@ -265,6 +269,7 @@ func (n *Node) removeDevice(ov *overlay, d *device) error {
 	ov.devices.Store(&next)
 	if a := d.live.Swap(nil); a != nil {
 		n.unstore(ov, d, a)
+		n.tables.remove(ov, d)
 		return ov.br.RemovePort(a.port)
 	}
 	return nil
@@ -291,8 +296,10 @@ func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 	if err != nil {
 		return errors.Join(err, dev.Close())
 	}
-	d.live.Store(&attachment{dev, port})
+	a := &attachment{dev, port}
+	d.live.Store(a)
 	n.store(ov, d)
+	n.tables.put(ov, d, a)
 	n.log.Info("device is up", "overlay", ov.cfg.Name, "vni", ov.cfg.VNI, "port", dev.Name(), "mac", dev.MAC(), "mtu", c.MTU)
 	return nil
 }
@@ -324,6 +331,7 @@ func (n *Node) mend(ov *overlay, d *device) {
 		}
 		d.live.Store(nil)
 		n.unstore(ov, d, a)
+		n.tables.remove(ov, d)
 		_ = ov.br.RemovePort(a.port) // its device is gone: nothing to close
 		lost = true
 	}

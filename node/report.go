@@ -92,7 +92,7 @@ func (n *Node) overlayStatus() []OverlayStatus {
 			MACs:    o.br.MACs(), FloodList: o.br.FloodList(),
 			TxFrames: o.br.TxFrames.Load(), TxBytes: o.br.TxBytes.Load(),
 			RxFrames: o.br.RxFrames.Load(), RxBytes: o.br.RxBytes.Load(),
-			Flooded: o.br.Flooded.Load(), Gateway: o.gatewayStatus(),
+			Flooded: o.br.Flooded.Load(), Complete: o.br.Complete(), Gateway: o.gatewayStatus(),
 		}
 		if a := o.live(); a != nil {
 			s.MTU, s.Up = a.dev.MTU(), true
@@ -214,7 +214,7 @@ func (n *Node) fdb(name string) (FDB, bool) {
 		}
 		table := FDB{Overlay: name, Entries: []FDBEntry{}}
 		for _, e := range o.br.FDB() {
-			entry := FDBEntry{MAC: e.MAC, Port: e.Port, AgeSeconds: e.Age.Seconds(), Static: e.Static}
+			entry := FDBEntry{MAC: e.MAC, Port: e.Port, AgeSeconds: e.Age.Seconds(), Static: e.Static, Table: e.Table}
 			if e.VTEP.IsValid() {
 				entry.VTEP, entry.Peer = e.VTEP.String(), names[e.VTEP]
 			}

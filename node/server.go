@@ -101,8 +101,12 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("GET /v1/shared/{name}", n.inspectShared)
 	mux.HandleFunc("PATCH /v1/shared/{name}", n.setShared)
 	mux.HandleFunc("DELETE /v1/shared/{name}", n.removeShared)
-	mux.HandleFunc("GET /v1/endpoints", func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, n.listEndpoints()) })
+	mux.HandleFunc("GET /v1/endpoints", func(w http.ResponseWriter, r *http.Request) {
+		reply(w, http.StatusOK, n.listEndpoints(r.FormValue("local") == "true"))
+	})
 	mux.HandleFunc("POST /v1/endpoints", n.attach)
+	mux.HandleFunc("GET /v1/history", n.showHistory)
+	mux.HandleFunc("GET /v1/trace", n.showTrace)
 	mux.HandleFunc("DELETE /v1/endpoints", n.detach)
 	mux.HandleFunc("POST /v1/exposed", n.expose)
 	mux.HandleFunc("DELETE /v1/exposed/{overlay}", n.unexpose)

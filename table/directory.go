@@ -69,9 +69,6 @@ type DirectoryConfig struct {
 	Changed func()
 	// Station is called with each MAC that is elsewhere, or has other addresses.
 	Station func(Station)
-	// Traits is called when what holds for a node in an overlay has changed; nil: it
-	// is not known any more.
-	Traits func(overlay, node string, t *Traits)
 	// Event is called with what becomes of addresses.
 	Event func(Event)
 	// Now is the clock; default time.Now.
@@ -111,9 +108,6 @@ func NewDirectory(c DirectoryConfig) *Directory {
 	}
 	if c.Station == nil {
 		c.Station = func(Station) {}
-	}
-	if c.Traits == nil {
-		c.Traits = func(string, string, *Traits) {}
 	}
 	if c.Event == nil {
 		c.Event = func(Event) {}
@@ -279,7 +273,6 @@ func (d *Directory) apply(node string, p *part) int {
 	ch.finish()
 	if p.traits != nil {
 		h.traits = p.traits
-		d.cfg.Traits(p.overlay, node, h.traits)
 	}
 	return len(h.records)
 }
@@ -315,9 +308,6 @@ func (d *Directory) forget(node, overlay string) {
 	}
 	ch.finish()
 	delete(p.overlays, overlay)
-	if h.traits != nil {
-		d.cfg.Traits(overlay, node, nil)
-	}
 }
 
 func (d *Directory) heldOf(node, overlay string) *held {
@@ -369,6 +359,29 @@ func (d *Directory) ByName(overlay, name string) []*Entry {
 		return slices.Clone(v.byName[strings.ToLower(name)])
 	}
 	return nil
+}
+
+// Traits returns what holds for a node in an overlay; nil: it did not tell.
+func (d *Directory) Traits(node, overlay string) *Traits {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if p := d.peers[node]; p != nil && p.overlays[overlay] != nil {
+		return p.overlays[overlay].traits
+	}
+	return nil
+}
+
+// Replay calls DirectoryConfig.Station with every MAC of an overlay.
+func (d *Directory) Replay(overlay string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.views[overlay] == nil {
+		return
+	}
+	ch := d.change(overlay)
+	for mac := range ch.v.byMAC {
+		ch.station(mac)
+	}
 }
 
 // Holds reports whether an entry has the address that it claims.
@@ -433,6 +446,18 @@ func (d *Directory) Conflicts() []string {
 	}
 	slices.Sort(out)
 	return out
+}
+
+// Contested reports whether several nodes claim an address now.
+func (d *Directory) Contested(overlay string, ip netip.Addr) bool {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	v := d.views[overlay]
+	if v == nil {
+		return false
+	}
+	_, is := v.contestedIP[ip]
+	return is
 }
 
 func (e *Entry) label() string { return cmp.Or(e.Name, e.MAC.String()) }

@@ -30,6 +30,8 @@ type PullerConfig struct {
 	Directory *Directory
 	// Ask has the node of a name answer a request (Directory.Answer).
 	Ask func(ctx context.Context, node string, request []byte) ([]byte, error)
+	// Pulled is called when a node has told all that it was asked for. It must not block.
+	Pulled func(node string)
 	// Log; default none.
 	Log *slog.Logger
 }
@@ -79,6 +81,9 @@ type state struct {
 
 // NewPuller returns one that pulls nothing before Run.
 func NewPuller(c PullerConfig) *Puller {
+	if c.Pulled == nil {
+		c.Pulled = func(string) {}
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -197,6 +202,7 @@ func (p *Puller) follow(ctx context.Context, s *source) {
 			return
 		}
 		if err == nil {
+			p.cfg.Pulled(s.name)
 			wait = pullRetryMin
 			if forced && !pause(ctx, pullAgain, nil) {
 				return

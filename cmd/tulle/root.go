@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -83,7 +84,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
 		tokenCommand(), nodeCommand(), gossipCommand(), caCommand(), overlayCommand(),
-		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), cniCommand(), ipamCommand(), storeCommand(), doctorCommand(),
+		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), traceCommand(), historyCommand(), cniCommand(), ipamCommand(), storeCommand(), doctorCommand(),
 		offloadCommand(), upgradeCommand(), waitCommand(), versionCommand(), completionCommand())
 	root.SetHelpCommand(helpCommand())
 	for _, cmd := range root.Commands() {
@@ -149,6 +150,16 @@ func unknownCommand(cmd *cobra.Command, args []string) error {
 func oneArg(want string) cobra.PositionalArgs {
 	return func(_ *cobra.Command, args []string) error {
 		if len(args) != 1 || args[0] == "" {
+			return errors.New(want)
+		}
+		return nil
+	}
+}
+
+// threeArgs is oneArg for three.
+func threeArgs(want string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) != 3 || slices.Contains(args, "") {
 			return errors.New(want)
 		}
 		return nil

@@ -164,3 +164,45 @@ func TestTablesConflict(t *testing.T) {
 	})
 	ping(t, h[2], address(1), 5*time.Second)
 }
+
+// The cable of a node is pulled for 30 s: its names are gone within 10 s, and all is
+// right within 2 s when it is back.
+func TestTablesCable(t *testing.T) {
+	t.Parallel()
+	l, sw, h := hosts(t, 3, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
+	nodes := joined(t, l, h, nil)
+	a, b, c := nodes[0], nodes[1], nodes[2]
+	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16")
+	known(t, 5*time.Second, "blue", true, nodes...)
+	cs := containers(t, l, "a1", "b1", "c1", "c2")
+	var ips []netip.Addr
+	for i, n := range nodes {
+		ips = append(ips, n.attaches("blue", "--netns", cs[i].Path(), "--name", cs[i].Name()).Addr())
+	}
+	all := func(within time.Duration) (took time.Duration) {
+		for i, n := range nodes {
+			took += everywhere(t, within, n.name, cs[i].Name(), ips[i], nodes...)
+		}
+		return took
+	}
+	all(5 * time.Second)
+	ping(t, cs[2], ips[0], 5*time.Second)
+	if err := sw.Cut(h[2]); err != nil {
+		t.Fatal(err)
+	}
+	pulled := time.Now()
+	gone := everywhere(t, 10*time.Second, "", "c1", ips[2], a, b)
+	// What comes meanwhile is known when the cable is back, on both sides.
+	fresh := c.attaches("blue", "--netns", cs[3].Path(), "--name", "c2").Addr()
+	time.Sleep(time.Until(pulled.Add(30 * time.Second))) // the span that is asked for
+	if err := sw.Mend(h[2]); err != nil {
+		t.Fatal(err)
+	}
+	back := all(2*time.Second) + everywhere(t, 2*time.Second, "c", "c2", fresh, nodes...)
+	t.Logf("c1's name was gone %v after the cable was pulled, and all names were right %v after it was back", gone, back)
+	if back > 2*time.Second {
+		t.Errorf("all names are right only %v after the cable is back", back)
+	}
+	ping(t, cs[2], ips[0], 5*time.Second)
+	ping(t, cs[1], ips[2], 5*time.Second)
+}

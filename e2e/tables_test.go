@@ -1,10 +1,13 @@
 package e2e
 
 import (
+	bin "encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -205,4 +208,116 @@ func TestTablesCable(t *testing.T) {
 	}
 	ping(t, cs[2], ips[0], 5*time.Second)
 	ping(t, cs[1], ips[2], 5*time.Second)
+}
+
+// An address moves between nodes under a stream of a datagram a millisecond: what is sent
+// after it is elsewhere arrives there, and what was lost is counted.
+func TestTablesMove(t *testing.T) {
+	t.Parallel()
+	l, _, h := hosts(t, 3, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
+	nodes := joined(t, l, h, nil)
+	a, b, c := nodes[0], nodes[1], nodes[2]
+	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16")
+	known(t, 5*time.Second, "blue", true, nodes...)
+	cs := containers(t, l, "a1", "b1", "c1", "a2", "c2")
+	ip := a.attaches("blue", "--netns", cs[0].Path(), "--name", "it").Addr()
+	b.attaches("blue", "--netns", cs[1].Path())
+	c.attaches("blue", "--netns", cs[4].Path()) // c is in the overlay before
+	a.attaches("blue", "--netns", cs[3].Path()) // and a after the move
+	settled(t, "blue", nodes...)
+	ping(t, cs[1], ip, 5*time.Second)
+
+	const port = 9000
+	type arrival struct{ at, seq uint32 } // at which of the two, in order of arrival
+	arrivals := make(chan arrival, 1<<16)
+	listen := func(h *lab.Host, at uint32) {
+		var conn net.PacketConn
+		if err := h.Do(func() (err error) {
+			conn, err = net.ListenPacket("udp4", fmt.Sprintf("0.0.0.0:%d", port))
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		go func() {
+			b := make([]byte, 64)
+			for {
+				n, _, err := conn.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				if n == 4 {
+					arrivals <- arrival{at, bin.BigEndian.Uint32(b)}
+				}
+			}
+		}()
+	}
+	listen(cs[0], 0)
+	listen(cs[2], 1)
+	var out net.Conn
+	if err := cs[1].Do(func() (err error) {
+		out, err = net.Dial("udp4", netip.AddrPortFrom(ip, port).String())
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	var sent atomic.Uint32
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-stop:
+				return
+			}
+			_, _ = out.Write(bin.BigEndian.AppendUint32(nil, sent.Load())) // refused while nobody listens there
+			sent.Add(1)
+		}
+	}()
+	eventually(t, 5*time.Second, "the stream flows", func() bool { return sent.Load() > 500 })
+	began := sent.Load()
+	a.do("detach", "blue", "--netns", cs[0].Path())
+	c.attaches("blue", "--netns", cs[2].Path(), "--name", "it", "--ip", ip.String())
+	there := sent.Load()
+	eventually(t, 10*time.Second, "the stream goes on", func() bool { return sent.Load() > there+1000 })
+	close(stop)
+	<-stopped
+	last := sent.Load()
+	got := map[uint32]uint32{}
+	for idle := false; !idle; {
+		select {
+		case x := <-arrivals:
+			got[x.seq] = x.at
+		case <-time.After(500 * time.Millisecond):
+			idle = true
+		}
+	}
+	var lost, late, stale uint32
+	for seq := range last {
+		at, ok := got[seq]
+		switch {
+		case !ok:
+			lost++
+			if seq >= there {
+				late++
+			}
+			if seq < began {
+				t.Errorf("datagram %d is lost, before anything moved", seq)
+			}
+		case seq >= there && at == 0:
+			stale++
+		}
+	}
+	t.Logf("%d datagrams, %d lost from detach to the last that was lost, %d of them sent after attach had returned; between the two commands %d were sent",
+		last, lost, late, there-began)
+	if stale > 0 {
+		t.Errorf("%d datagrams arrived at the old place after the move", stale)
+	}
+	if late > 250 { // the time in which the news has to travel, on a busy machine
+		t.Errorf("%d datagrams are lost that were sent after the address was at its new place", late)
+	}
 }

@@ -308,6 +308,11 @@ type SharedOverlay struct {
 	ClampMSS   bool           `json:"mss_clamp"`
 	// Gateway: each node is the gateway of its own endpoints, at Gateways.
 	Gateway bool `json:"gateway"`
+	// UnknownUnicast is auto or flood, UnknownMulticast flood or drop, BUMLimit in frames
+	// a second a port, 0: any.
+	UnknownUnicast   string `json:"unknown_unicast"`
+	UnknownMulticast string `json:"unknown_multicast"`
+	BUMLimit         int    `json:"bum_limit"`
 	// Shared is false for a static overlay of this node.
 	Shared  bool      `json:"shared"`
 	Created time.Time `json:"created,omitzero"`
@@ -332,6 +337,10 @@ type OverlayRequest struct {
 	Flood      string         `json:"flood,omitempty"` // unicast (default) or gossip
 	ClampMSS   bool           `json:"mss_clamp,omitempty"`
 	Gateway    bool           `json:"gateway,omitempty"`
+
+	UnknownUnicast   string `json:"unknown_unicast,omitempty"`   // auto (default) or flood
+	UnknownMulticast string `json:"unknown_multicast,omitempty"` // flood (default) or drop
+	BUMLimit         *int   `json:"bum_limit,omitempty"`         // frames a second a port, 0: any; default 2,000
 }
 
 // OverlayChange changes a shared overlay; what is absent stays.
@@ -342,6 +351,10 @@ type OverlayChange struct {
 	ClampMSS *bool           `json:"mss_clamp,omitempty"`
 	Gateway  *bool           `json:"gateway,omitempty"`
 	Reserved *[]netip.Prefix `json:"reserved,omitempty"`
+
+	UnknownUnicast   *string `json:"unknown_unicast,omitempty"`
+	UnknownMulticast *string `json:"unknown_multicast,omitempty"`
+	BUMLimit         *int    `json:"bum_limit,omitempty"`
 }
 
 // ExposeRequest makes this host an endpoint of a shared overlay.

@@ -206,6 +206,9 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 		PortLost: func() { ring(n.portLost) },
 		Sealed:   ov.sealed(),
 		ClampMSS: o.ClampMSS,
+
+		UnknownUnicast: o.FloodsUnknownUnicast(),
+		Storm:          stormOf(o),
 	}
 	switch o.Flood {
 	case "multicast":

@@ -18,6 +18,7 @@ import (
 //	GET    /v1/peers                       Peers
 //	GET    /v1/overlays                    Overlays
 //	GET    /v1/overlays/NAME/fdb           FDB; 404 with Error where there is no such overlay
+//	POST   /v1/overlays/NAME/fdb/unfreeze  UnfreezeRequest; answers Unfrozen
 //	POST   /v1/overlays/NAME/rotate-key    OverlayKeyRotated
 //	PUT    /v1/offloads/NAME               OffloadSwitches for a TAP, or for "underlay"; answers OffloadStatus
 //	GET    /v1/doctor                      Doctor
@@ -198,9 +199,24 @@ type FDBEntry struct {
 	Port string    `json:"port,omitempty"` // the local TAP
 	VTEP string    `json:"vtep,omitempty"`
 	Peer string    `json:"peer,omitempty"` // the VTEP's node, if it is one
-	// AgeSeconds since the MAC was last seen as a source; static entries have Static set.
+	// AgeSeconds since the MAC was last seen as a source; 0 of those that are Static, a
+	// device's own, or as a Table of the overlay says.
 	AgeSeconds float64 `json:"age_seconds"`
 	Static     bool    `json:"static"`
+	Table      bool    `json:"table"`
+	// Frozen: it was at two places in turn, and does not move any more.
+	Frozen bool `json:"frozen"`
+}
+
+// UnfreezeRequest lets a MAC move again that has moved too often; zero: all of them.
+type UnfreezeRequest struct {
+	MAC ether.MAC `json:"mac,omitempty"`
+}
+
+// Unfrozen answers it with those that may move again.
+type Unfrozen struct {
+	Overlay string      `json:"overlay"`
+	MACs    []ether.MAC `json:"macs"`
 }
 
 // TokenRequest asks for a token. A zero field stands for its default.

@@ -209,6 +209,7 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 
 		UnknownUnicast: o.FloodsUnknownUnicast(),
 		Storm:          stormOf(o),
+		Froze:          n.freezes(o.Name),
 	}
 	switch o.Flood {
 	case "multicast":

@@ -396,9 +396,14 @@ func fdbTable(w io.Writer, f *node.FDB) {
 	t.row("MAC", "PORT", "VTEP", "NODE", "AGE")
 	for i := range f.Entries {
 		e := &f.Entries[i]
-		age := "static"
-		if !e.Static {
-			age = period(time.Duration(e.AgeSeconds * float64(time.Second)))
+		age := period(time.Duration(e.AgeSeconds * float64(time.Second)))
+		switch {
+		case e.Static:
+			age = "static"
+		case e.Table:
+			age = "table"
+		case e.Frozen:
+			age += ", frozen"
 		}
 		t.row(e.MAC.String(), e.Port, e.VTEP, e.Peer, age)
 	}

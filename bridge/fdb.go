@@ -22,6 +22,7 @@ type fdb struct {
 	size      atomic.Int64 // without those that tables name
 	tables    atomic.Int64 // those
 	strangers atomic.Int64
+	frozen    atomic.Int64
 	moves     atomic.Uint64
 	max       int64 // entries in all
 	perPort   int64 // entries of one place
@@ -123,7 +124,8 @@ func (f *fdb) put(mac ether.MAC, at *place, now int64) (result learned) {
 			}
 			if e.moves, e.since = old.moved(now); e.moves == maxMoves {
 				result, froze = frozen, true
-				return old.with(func(e *entry) { e.frozen = true }), xsync.UpdateOp
+				f.frozen.Add(1)
+				return old.with(func(e *entry) { e.frozen, e.moves = true, 0 }), xsync.UpdateOp
 			}
 		}
 		if at.macs.Add(1) > f.perPort {
@@ -194,6 +196,9 @@ func (f *fdb) count(e *entry, n int64) {
 	e.at.macs.Add(n)
 	f.size.Add(n)
 	f.countStranger(e, n)
+	if e.frozen {
+		f.frozen.Add(n)
+	}
 }
 
 func (f *fdb) countStranger(e *entry, n int64) {
@@ -252,6 +257,7 @@ func (f *fdb) unfreeze(mac ether.MAC) (was bool) {
 		if was = loaded && old.frozen; !was {
 			return old, xsync.CancelOp
 		}
+		f.frozen.Add(-1)
 		return old.with(func(e *entry) { e.frozen, e.moves = false, 0 }), xsync.UpdateOp
 	})
 	return was

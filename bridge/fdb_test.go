@@ -140,6 +140,15 @@ func TestFDBModel(t *testing.T) {
 						t.Fatalf("lookup(%v) = %p, want %p", mac, got, want)
 					}
 				}
+				frozen := 0
+				for _, e := range m.entries {
+					if e.frozen {
+						frozen++
+					}
+				}
+				if got := int(f.frozen.Load()); got != frozen {
+					t.Fatalf("%d are frozen, want %d", got, frozen)
+				}
 				for i, p := range places {
 					if got, want := int(p.macs.Load()), m.count(p); got != want {
 						t.Fatalf("place %d counts %d MACs, want %d", i, got, want)

@@ -64,12 +64,20 @@ func (b *Bridge) Unfreeze(mac ether.MAC) (free []ether.MAC) {
 		}
 		return free
 	}
-	for _, e := range b.FDB() {
-		if e.Frozen && b.fdb.unfreeze(e.MAC) {
+	for _, e := range b.Frozen() {
+		if b.fdb.unfreeze(e.MAC) {
 			free = append(free, e.MAC)
 		}
 	}
 	return free
+}
+
+// Frozen returns the rows of MACs that have moved too often, by MAC.
+func (b *Bridge) Frozen() []Entry {
+	if b.fdb.frozen.Load() == 0 {
+		return nil
+	}
+	return slices.DeleteFunc(b.FDB(), func(e Entry) bool { return !e.Frozen })
 }
 
 // FloodList returns the VTEPs that get BUM frames; a multicast group stands for itself.

@@ -274,6 +274,14 @@ func TestSharedOverlay(t *testing.T) {
 		if mss := syn(blue[0], blue[1]); mss != 1400 {
 			t.Errorf("MSS %d arrives, want the 1400 that was sent", mss)
 		}
+		d.do("overlay", "set", "blue", "--unknown-unicast", "flood", "--unknown-multicast", "drop", "--bum-limit", "0")
+		for _, n := range nodes {
+			n.eventually(5*time.Second, "knows what is flooded", func() bool {
+				o, _ := n.knows("blue")
+				return o.UnknownUnicast == "flood" && o.UnknownMulticast == "drop" && o.BUMLimit == 0
+			})
+		}
+		d.do("overlay", "set", "blue", "--unknown-unicast", "auto", "--unknown-multicast", "flood", "--bum-limit", "2000")
 		d.do("overlay", "set", "blue", "--mss-clamp")
 		for _, n := range nodes {
 			n.eventually(5*time.Second, "knows of the clamp", func() bool { o, _ := n.knows("blue"); return o.ClampMSS })

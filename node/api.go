@@ -18,6 +18,7 @@ import (
 //	GET    /v1/peers                       Peers
 //	GET    /v1/overlays                    Overlays
 //	GET    /v1/overlays/NAME/fdb           FDB; 404 with Error where there is no such overlay
+//	POST   /v1/overlays/NAME/fdb/unfreeze  UnfreezeRequest; answers Unfrozen
 //	POST   /v1/overlays/NAME/rotate-key    OverlayKeyRotated
 //	PUT    /v1/offloads/NAME               OffloadSwitches for a TAP, or for "underlay"; answers OffloadStatus
 //	GET    /v1/doctor                      Doctor
@@ -203,10 +204,24 @@ type FDBEntry struct {
 	Port string    `json:"port,omitempty"` // the local TAP
 	VTEP string    `json:"vtep,omitempty"`
 	Peer string    `json:"peer,omitempty"` // the VTEP's node, if it is one
-	// AgeSeconds since the MAC was last seen as a source; static entries have Static set.
+	// AgeSeconds since the MAC was last seen as a source; 0 of those that are Static, a
+	// device's own, or as a Table of the overlay says.
 	AgeSeconds float64 `json:"age_seconds"`
 	Static     bool    `json:"static"`
-	Table      bool    `json:"table"` // the tables say so: it neither moves by learning nor ages
+	Table      bool    `json:"table"`
+	// Frozen: it was at two places in turn, and does not move any more.
+	Frozen bool `json:"frozen"`
+}
+
+// UnfreezeRequest lets a MAC move again that has moved too often; zero: all of them.
+type UnfreezeRequest struct {
+	MAC ether.MAC `json:"mac,omitempty"`
+}
+
+// Unfrozen answers it with those that may move again.
+type Unfrozen struct {
+	Overlay string      `json:"overlay"`
+	MACs    []ether.MAC `json:"macs"`
 }
 
 // TokenRequest asks for a token. A zero field stands for its default.
@@ -314,6 +329,11 @@ type SharedOverlay struct {
 	ClampMSS   bool           `json:"mss_clamp"`
 	// Gateway: each node is the gateway of its own endpoints, at Gateways.
 	Gateway bool `json:"gateway"`
+	// UnknownUnicast is auto or flood, UnknownMulticast flood or drop, BUMLimit in frames
+	// a second a port, 0: any.
+	UnknownUnicast   string `json:"unknown_unicast"`
+	UnknownMulticast string `json:"unknown_multicast"`
+	BUMLimit         int    `json:"bum_limit"`
 	// Shared is false for a static overlay of this node.
 	Shared  bool      `json:"shared"`
 	Created time.Time `json:"created,omitzero"`
@@ -338,6 +358,10 @@ type OverlayRequest struct {
 	Flood      string         `json:"flood,omitempty"` // unicast (default) or gossip
 	ClampMSS   bool           `json:"mss_clamp,omitempty"`
 	Gateway    bool           `json:"gateway,omitempty"`
+
+	UnknownUnicast   string `json:"unknown_unicast,omitempty"`   // auto (default) or flood
+	UnknownMulticast string `json:"unknown_multicast,omitempty"` // flood (default) or drop
+	BUMLimit         *int   `json:"bum_limit,omitempty"`         // frames a second a port, 0: any; default 2,000
 }
 
 // OverlayChange changes a shared overlay; what is absent stays.
@@ -348,6 +372,10 @@ type OverlayChange struct {
 	ClampMSS *bool           `json:"mss_clamp,omitempty"`
 	Gateway  *bool           `json:"gateway,omitempty"`
 	Reserved *[]netip.Prefix `json:"reserved,omitempty"`
+
+	UnknownUnicast   *string `json:"unknown_unicast,omitempty"`
+	UnknownMulticast *string `json:"unknown_multicast,omitempty"`
+	BUMLimit         *int    `json:"bum_limit,omitempty"`
 }
 
 // ExposeRequest makes this host an endpoint of a shared overlay.

@@ -133,9 +133,7 @@ func (p patient) Underlay() underlay.Offloads { return p.n.conn.Offloads() }
 func (p patient) Taps() map[string]tap.Offloads { return p.n.offloads().Taps }
 
 func (p patient) Conflicts() []string {
-	p.n.mu.Lock()
-	defer p.n.mu.Unlock()
-	return append([]string{}, p.n.conflicts...)
+	return p.n.conflictsNow()
 }
 
 func (p patient) MTUs() []doctor.MTU {

@@ -38,6 +38,8 @@ type Node struct {
 	// Bells: a path's MTU may have shrunk; a port's device has gone; a peer or
 	// this node is elsewhere; there is news for this node's passport.
 	tooBig, portLost, moved, news chan struct{}
+	froze                         chan frozenMAC
+	frozeLogged                   time.Time     // by Run's goroutine
 	redefined                     chan struct{} // shared overlays are
 
 	state  *stateDir
@@ -93,7 +95,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 	defer host.Handed.Close()
 	n := &Node{
 		host: host, cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
-		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), moved: make(chan struct{}, 1),
+		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), froze: make(chan frozenMAC, 16), moved: make(chan struct{}, 1),
 		news: make(chan struct{}, 1), redefined: make(chan struct{}, 1), todo: make(chan func()), stopped: make(chan struct{}),
 	}
 	n.overlays.Store(&[]*overlay{})
@@ -339,6 +341,8 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.followMTU()
 		case <-n.portLost:
 			n.mendPorts()
+		case f := <-n.froze:
+			n.logFrozen(f)
 		case f := <-n.todo:
 			f()
 		}

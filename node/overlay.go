@@ -207,6 +207,10 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 		Stranger: func() { ring(n.tables.told) }, Contradicted: func(peer string) { go n.tables.pull.Pull(peer) },
 		Sealed:   ov.sealed(),
 		ClampMSS: o.ClampMSS,
+
+		UnknownUnicast: o.FloodsUnknownUnicast(),
+		Storm:          stormOf(o),
+		Froze:          n.freezes(o.Name),
 	}
 	switch o.Flood {
 	case "multicast":

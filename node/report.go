@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"time"
@@ -43,9 +44,7 @@ func (n *Node) status() Status {
 			s.Node.PeersLost++
 		}
 	}
-	n.mu.Lock()
-	s.Node.Conflicts = append([]string{}, n.conflicts...)
-	n.mu.Unlock()
+	s.Node.Conflicts = n.conflictsNow()
 	return s
 }
 
@@ -214,9 +213,9 @@ func (n *Node) fdb(name string) (FDB, bool) {
 		}
 		table := FDB{Overlay: name, Entries: []FDBEntry{}}
 		for _, e := range o.br.FDB() {
-			entry := FDBEntry{MAC: e.MAC, Port: e.Port, AgeSeconds: e.Age.Seconds(), Static: e.Static, Table: e.Table}
+			entry := FDBEntry{MAC: e.MAC, Port: e.Port, AgeSeconds: e.Age.Seconds(), Static: e.Static, Table: e.Table, Frozen: e.Frozen}
 			if e.VTEP.IsValid() {
-				entry.VTEP, entry.Peer = e.VTEP.String(), names[e.VTEP]
+				entry.VTEP, entry.Peer = e.VTEP.String(), cmp.Or(e.Peer, names[e.VTEP])
 			}
 			table.Entries = append(table.Entries, entry)
 		}

@@ -76,6 +76,7 @@ func (s *apiServer) serve(n *Node) error {
 		}
 		reply(w, http.StatusOK, table)
 	})
+	mux.HandleFunc("POST /v1/overlays/{name}/fdb/unfreeze", n.unfreeze)
 	mux.HandleFunc("PUT /v1/offloads/{name}", n.putOffloads)
 	mux.HandleFunc("POST /v1/upgrade", n.upgrade)
 	mux.HandleFunc("GET /v1/doctor", n.examine)

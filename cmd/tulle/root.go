@@ -126,7 +126,7 @@ func marked(run func(*cobra.Command, []string) error) func(*cobra.Command, []str
 
 func flagError(cmd *cobra.Command, err error) error {
 	// An unknown command with flags: cobra reads them as its parent's own.
-	if args := cmd.Flags().Args(); cmd.HasSubCommands() && len(args) > 0 {
+	if args := cmd.Flags().Args(); cmd.HasSubCommands() && len(args) > 0 && cmd.ValidateArgs(args) != nil {
 		return unknownCommand(cmd, args)
 	}
 	return fmt.Errorf("%w; see `%s --help`", err, cmd.CommandPath())

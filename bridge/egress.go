@@ -80,7 +80,12 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 		b.tunnel.drops.add(DropBadSource)
 		return
 	}
+	if (dst == loopGroup || p.blocked.Load()) && p.guarded(f.B, l.now) {
+		return
+	}
 	switch b.fdb.learn(src, p.at, l.now) {
+	case fresh, moved:
+		p.stranger(l.now)
 	case fixed: // the MAC of another of our ports
 		b.tunnel.drops.add(DropOwnFrame)
 		return
@@ -93,7 +98,9 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 	}
 	switch {
 	case to == nil:
-		p.floodFrame(l, f)
+		if !dst.IsMulticast() || !p.multicast(l, f) {
+			p.floodFrame(l, f)
+		}
 	case to == p.at:
 		b.tunnel.drops.add(DropSamePort)
 	case to.port != nil:
@@ -117,6 +124,12 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 			other.WriteFrame(f.Meta, l.parts[:])
 		}
 	}
+	p.floodTunnel(l, f)
+}
+
+// floodTunnel sends a BUM frame to the flood list, unless the port is local.
+func (p *Port) floodTunnel(l *lane, f *tap.Frame) {
+	b := p.bridge
 	if p.local {
 		return
 	}

@@ -257,6 +257,9 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		return
 	}
 	dst, src := ether.MACFrom(frame), ether.MACFrom(frame[6:])
+	if dst == loopGroup && in.probe(frame) {
+		return
+	}
 	if src != in.lastSrc {
 		if !in.learn(src) {
 			return
@@ -293,6 +296,8 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 	ports := *in.b.ports.Load()
 	if len(ports) == 0 {
 		in.t.drops.add(DropNoPort)
+	} else if dst.IsMulticast() && in.multicast(frame, m) {
+		return
 	}
 	for _, p := range ports {
 		if !p.local {

@@ -206,6 +206,8 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 		PortLost: func() { ring(n.portLost) },
 		Sealed:   ov.sealed(),
 		ClampMSS: o.ClampMSS,
+		Snooping: true,
+		Loop:     n.loopFound,
 	}
 	switch o.Flood {
 	case "multicast":

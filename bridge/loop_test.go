@@ -258,6 +258,21 @@ func TestLoopByVTEP(t *testing.T) {
 	})
 }
 
+// A LAN that sends back what it gets is a loop of one port.
+func TestLoopOfOnePort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := loopMesh(t, 1)
+		defer end(l.n)
+		l.n[0].dev.Inject(frame(stranger, ether.Broadcast, "hello"), ether.Meta{})
+		time.Sleep(time.Second)
+		for _, f := range l.n[0].got() {
+			l.n[0].dev.Inject(f, ether.Meta{})
+		}
+		synctest.Wait()
+		l.wants(LoopEvent{Port: "blue0", Other: "port blue0", Blocked: true})
+	})
+}
+
 // What is no probe of ours blocks nothing.
 func TestForgedProbes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

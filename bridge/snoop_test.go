@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -13,7 +14,9 @@ import (
 
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
+	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/tap/taptest"
+	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/underlay/underlaytest"
 )
 
@@ -498,5 +501,125 @@ func TestLocalMember(t *testing.T) {
 		c.want("data from there", c.reaches(c.n[1].dev, toGroup(macOf(2), group4, "x")), "")
 		c.reaches(c.more[0], join4(macOf(101), netip.MustParseAddr("239.7.7.7")))
 		c.want("its data", c.reaches(gate, toGroup(macOf(200), netip.MustParseAddr("239.7.7.7"), "x")), "m0")
+	})
+}
+
+// Ports come and go, stations join and leave, peers tell, and frames pass, all at once.
+func TestSnoopConcurrently(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := castMesh(t, 2, 3, Config{})
+		defer end(c.n)
+		b := c.n[0].bridge
+		var wg sync.WaitGroup
+		for i, d := range c.more {
+			wg.Go(func() {
+				for j := range 200 {
+					g := netip.AddrFrom4([4]byte{239, 1, 1, byte(j % 7)})
+					d.Inject(join4(macOf(101+i), g), ether.Meta{})
+					d.Inject(toGroup(macOf(101+i), g, "x"), ether.Meta{})
+					d.Inject(leave4(macOf(101+i), g), ether.Meta{})
+					d.TryNext()
+					time.Sleep(time.Duration(j%13) * 100 * time.Millisecond)
+				}
+			})
+		}
+		wg.Go(func() {
+			for j := range 200 {
+				g := netip.AddrFrom4([4]byte{239, 1, 1, byte(j % 7)})
+				b.SetGroups(map[netip.Addr][]Peer{g: {{VTEP: vtepOf(2)}}}, nil)
+				b.SetSnooped([]Peer{{VTEP: vtepOf(2)}}[:j%2])
+				c.n[1].dev.Inject(toGroup(macOf(2), g, "y"), ether.Meta{})
+				time.Sleep(500 * time.Millisecond)
+			}
+		})
+		wg.Go(func() {
+			for range 50 {
+				d := taptest.New("brief", macOf(150), 1450, 1)
+				p, err := b.AddPort(d)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				d.Inject(join4(macOf(150), netip.AddrFrom4([4]byte{239, 1, 1, 3})), ether.Meta{})
+				time.Sleep(time.Second)
+				if err := b.RemovePort(p); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		wg.Wait()
+		b.SetGroups(nil, nil)
+		time.Sleep(300 * time.Second)
+		if n, count := b.snoop.groups.Size(), b.snoop.count; n != 0 || count != 0 {
+			t.Errorf("%d groups are kept and %d counted after everybody left", n, count)
+		}
+	})
+}
+
+// The way of multicast to a peer with a member allocates nothing, nor does that from one.
+func TestMulticastNoAllocs(t *testing.T) {
+	tunnel, p, f := hotCast(t)
+	l := &lane{tx: &nullSender{}}
+	if n := testing.AllocsPerRun(200, func() { p.forward(l, &f) }); n != 0 {
+		t.Errorf("forward: %v allocations, want 0", n)
+	}
+	in := newIngress(tunnel)
+	b := slices.Clone(f.B)
+	macOf(2).Put(b[6:])
+	in.batch.Slots = []underlay.Slot{{Src: vtepOf(2), B: datagram(testVNI, b)}}
+	in.handle()
+	if n := testing.AllocsPerRun(200, in.handle); n != 0 {
+		t.Errorf("deliver: %v allocations, want 0", n)
+	}
+}
+
+// hotCast is a bridge with a port and a peer that have joined a group, and a frame to it.
+func hotCast(tb testing.TB) (*Tunnel, *Port, tap.Frame) {
+	tunnel, b, p := hotBridge(tb)
+	b.snoop.on = true
+	b.SetSnooped([]Peer{{VTEP: vtepOf(2)}})
+	b.SetGroups(map[netip.Addr][]Peer{group4: {{VTEP: vtepOf(2)}}}, nil)
+	b.snoop.mu.Lock()
+	b.snoop.join(p, group4, 0)
+	b.snoop.mu.Unlock()
+	return tunnel, p, tap.Frame{B: toGroup(macOf(1), group4, strings.Repeat("x", 64))}
+}
+
+func BenchmarkForwardMulticast(b *testing.B) {
+	_, p, f := hotCast(b)
+	l := &lane{tx: &nullSender{}}
+	b.SetBytes(int64(len(f.B)))
+	b.ReportAllocs()
+	for b.Loop() {
+		p.forward(l, &f)
+	}
+}
+
+// BenchmarkAttend is a round of 500 idle ports in which each is asked, which comes every
+// 1,250 s, and one in which none is.
+func BenchmarkAttend(b *testing.B) {
+	_, br, _ := hotBridge(b)
+	br.snoop.on = true
+	for i := range 500 {
+		if _, err := br.AddPort(&nullDevice{mac: macOf(1000 + i)}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	now := int64(0)
+	for range startupQueries {
+		now += br.snoop.times.idle
+		br.snoop.attend(now)
+	}
+	b.Run("asked", func(b *testing.B) {
+		for b.Loop() {
+			now += br.snoop.times.idle
+			br.snoop.attend(now)
+		}
+	})
+	b.Run("not", func(b *testing.B) {
+		for b.Loop() {
+			br.snoop.due.Store(now)
+			br.snoop.attend(now)
+		}
 	})
 }

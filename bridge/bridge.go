@@ -181,7 +181,7 @@ func newBridge(t *Tunnel, cfg Config) *Bridge {
 		remotes: xsync.NewMap[netip.Addr, *place](),
 		peers:   xsync.NewMap[string, *place](),
 	}
-	b.snoop, b.loops = newSnoop(b, cfg), &loops{b: b}
+	b.snoop, b.loops = newSnoop(b, cfg), newLoops(b)
 	b.clamp.Store(cfg.ClampMSS)
 	b.ports.Store(&[]*Port{})
 	b.refused.Store(&map[netip.Addr]struct{}{})

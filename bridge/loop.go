@@ -81,6 +81,12 @@ type loops struct {
 	mu sync.Mutex // of what ports have in portLoop
 }
 
+func newLoops(b *Bridge) *loops {
+	l := &loops{b: b}
+	l.due.Store(never)
+	return l
+}
+
 // portLoop is what a port has of it.
 type portLoop struct {
 	number uint32       // from 1 on: a younger port has a larger one

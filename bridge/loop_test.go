@@ -258,6 +258,33 @@ func TestLoopByVTEP(t *testing.T) {
 	})
 }
 
+// An overlay that comes later, when nothing else is to be done, is looked after at once.
+func TestLaterOverlay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := loopMesh(t, 1)
+		defer end(l.n)
+		time.Sleep(time.Minute)
+		b, err := l.n[0].tunnel.Add(Config{Name: "red", VNI: 200, Snooping: true, Loop: func(LoopEvent) {}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.Close()
+		d := taptest.New("red0", macOf(9), 1450, 1)
+		if _, err := b.AddPort(d); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(50 * time.Millisecond)
+		if n := len(drain(d)); n != 2 {
+			t.Errorf("a new port got %d queries, want one of each family", n)
+		}
+		d.Inject(frame(stranger, ether.Broadcast, "hello"), ether.Meta{})
+		time.Sleep(50 * time.Millisecond)
+		if f := drain(d); len(f) != 1 || ether.MACFrom(f[0]) != loopGroup {
+			t.Errorf("after a stranger came there are %x, want a probe", f)
+		}
+	})
+}
+
 // A LAN that sends back what it gets is a loop of one port.
 func TestLoopOfOnePort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

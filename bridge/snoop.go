@@ -125,6 +125,7 @@ func newSnoop(b *Bridge, cfg Config) *snoop {
 	s := &snoop{b: b, on: cfg.Snooping, times: timesOf(cfg.QueryInterval), groups: xsync.NewMap[netip.Addr, *group]()}
 	s.unknown.Store(uint32(cfg.UnknownMulticast))
 	s.takers.Store(&[]*Port{})
+	s.due.Store(never)
 	return s
 }
 

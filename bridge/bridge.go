@@ -56,6 +56,22 @@ type Config struct {
 	// FloodGossip, if set, is offered each BUM frame first; it returns false
 	// when the flood list must take it. The frame is borrowed.
 	FloodGossip func(vni vxlan.VNI, frame []byte) bool
+	// Snooping has multicast go to members only (Groups, SetGroups), and has the node
+	// ask for them at its ports. Without it, multicast goes where broadcasts go.
+	Snooping bool
+	// UnknownMulticast says what becomes of frames for a group that nobody is known to
+	// have joined.
+	UnknownMulticast UnknownMulticast
+	// QueryInterval is between two questions to a port where a group is joined, from
+	// which the other times of the protocol follow; default 125 s (RFC 3376, section 8.2).
+	QueryInterval time.Duration
+	// GroupsChanged, if set, is called when what Groups returns has changed. It must
+	// not block.
+	GroupsChanged func()
+	// Loop, if set, is told when a port is blocked because of a loop, and when it is
+	// tried again; without it nobody looks for loops. It must not block, nor call the
+	// Bridge.
+	Loop func(LoopEvent)
 	// PortLost, if set, is called when a port's device has gone by itself (see
 	// Port.Lost). It must not block, nor call the Bridge.
 	PortLost func()
@@ -97,6 +113,9 @@ type Bridge struct {
 	dir     directory
 	storm   atomic.Pointer[Storm]
 	bum     meter // of all ports
+	snoop   *snoop
+	loops   *loops
+	names   atomic.Pointer[[]string] // of peers, in an overlay that is not sealed
 
 	mu      sync.Mutex // serialises changes of the above
 	members []netip.AddrPort
@@ -189,6 +208,7 @@ func newBridge(t *Tunnel, cfg Config) *Bridge {
 	b.fdb.strange, b.fdb.froze = cfg.Stranger, cfg.Froze
 	b.dir = newDirectory(cfg.UnknownUnicast)
 	b.storm.Store(&cfg.Storm)
+	b.snoop, b.loops = newSnoop(b, cfg), newLoops(b)
 	b.clamp.Store(cfg.ClampMSS)
 	b.ports.Store(&[]*Port{})
 	b.refused.Store(&map[netip.Addr]struct{}{})
@@ -221,6 +241,10 @@ type Port struct {
 	local      bool
 	limits     *portLimits // nil: none
 	neighbours meter       // ARP and ND that the tables do not answer
+	// blocked: there is a loop, and nothing passes, either way.
+	blocked atomic.Bool
+	loop    portLoop
+	cast    portCast
 }
 
 // AddPort attaches a device and starts a worker per queue. The bridge closes
@@ -245,6 +269,8 @@ func (b *Bridge) addPort(dev tap.Device, local bool, l Limits) (*Port, error) {
 	}
 	p := &Port{bridge: b, dev: dev, queues: dev.Queues(), local: local, gone: make(chan struct{})}
 	p.limits = newPortLimits(l, p.gone)
+	p.loop.number = b.tunnel.prover.ports.Add(1)
+	p.loop.probed.Store(-probeEvery)
 	p.at = &place{port: p}
 	if mac := dev.MAC(); mac.IsValid() {
 		if e, ok := b.fdb.entries.Load(mac); ok && e.static {
@@ -254,6 +280,7 @@ func (b *Bridge) addPort(dev tap.Device, local bool, l Limits) (*Port, error) {
 	}
 	ports := append(slices.Clone(*b.ports.Load()), p)
 	b.ports.Store(&ports)
+	b.snoop.addPort(p)
 	for _, q := range p.queues {
 		p.done.Add(1)
 		go p.run(q)
@@ -276,6 +303,7 @@ func (b *Bridge) RemovePort(p *Port) error {
 	b.fdb.forget(p.at)
 	b.unpinned(p.dev.MAC())
 	b.mu.Unlock()
+	b.snoop.removePort(p)
 	err := p.dev.Close()
 	p.done.Wait()
 	return err
@@ -308,6 +336,10 @@ func (p *Port) Device() tap.Device { return p.dev }
 
 // WriteFrame hands a frame to the port's device: the Port is an ether.Sink.
 func (p *Port) WriteFrame(m ether.Meta, parts [][]byte) {
+	if p.blocked.Load() {
+		p.bridge.tunnel.drops.add(DropPortBlocked)
+		return
+	}
 	if w := p.watch.Load(); w != nil {
 		w.see(parts[0])
 	}

@@ -87,6 +87,17 @@ const (
 	DropPortLimit
 	// DropVTEPLimit: a datagram of a learnt VTEP beyond MaxVTEPs.
 	DropVTEPLimit
+	// DropGroupLimit: not a lost frame but a group that a port has joined beyond
+	// MaxGroupsPerPort or MaxGroups; the port is given all multicast.
+	DropGroupLimit
+	// DropUnknownMulticast: a frame for a group that nobody is known to have joined, in
+	// an overlay that drops those (MulticastDrop).
+	DropUnknownMulticast
+	// DropPortBlocked: a frame to or from a port that is blocked because of a loop.
+	DropPortBlocked
+	// DropLoopProbe: a probe for loops that contradicts itself, or is a forged one of
+	// this node.
+	DropLoopProbe
 
 	numDrops
 )
@@ -128,6 +139,10 @@ var dropNames = [numDrops]string{
 	DropMACLimit:         "mac_limit",
 	DropPortLimit:        "port_limit",
 	DropVTEPLimit:        "vtep_limit",
+	DropGroupLimit:       "group_limit",
+	DropUnknownMulticast: "unknown_multicast",
+	DropPortBlocked:      "bridge_port_blocked",
+	DropLoopProbe:        "loop_probe",
 }
 
 // String returns the snake_case name that `tulle status` shows.

@@ -120,7 +120,9 @@ func (p *Port) flood(addrs []netip.Addr, who reach, frameOf func(netip.Addr) []b
 	defer p.bridge.tunnel.lanes.Put(l)
 	l.now, l.from = p.bridge.tunnel.now(), p
 	for _, a := range addrs {
-		p.floodFrame(l, &tap.Frame{B: frameOf(a)}, who)
+		if f := (tap.Frame{B: frameOf(a)}); !p.multicast(l, &f, who) {
+			p.floodFrame(l, &f, who)
+		}
 	}
 	l.tx.Flush()
 }

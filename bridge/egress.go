@@ -80,7 +80,12 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 		b.tunnel.drops.add(DropBadSource)
 		return
 	}
+	if (dst == loopGroup || p.blocked.Load()) && p.guarded(f.B, l.now) {
+		return
+	}
 	switch b.fdb.learn(src, p.at, l.now) {
+	case fresh, moved:
+		p.stranger(l.now)
 	case fixed: // the MAC of another of our ports
 		b.tunnel.drops.add(DropOwnFrame)
 		return
@@ -99,7 +104,9 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 	}
 	switch {
 	case to == nil:
-		if who := p.flooded(l, f, dst.IsMulticast()); who != nobody {
+		if dst.IsMulticast() {
+			p.toGroup(l, f)
+		} else if who := p.unknownUnicast(); p.mayFlood(f, l.now) {
 			p.floodFrame(l, f, who)
 		}
 	case to == p.at:
@@ -135,13 +142,20 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame, who reach) {
 		b.tunnel.drops.add(DropUnknownUnicast)
 		return
 	}
+	p.floodTunnel(l, f, who)
+}
+
+// floodTunnel sends a BUM frame to those of the flood list that who says, unless the
+// port is local.
+func (p *Port) floodTunnel(l *lane, f *tap.Frame, who reach) {
+	b := p.bridge
 	if p.local {
 		return
 	}
 	// Before the list is looked at: whoever joins it in between may get the frame
 	// twice, as broadcasts may, but not never.
 	b.early.remember(l, f)
-	list = *b.flood.Load()
+	list := *b.flood.Load()
 	n := len(list)
 	if who != everyone {
 		n = incomplete(list)

@@ -40,28 +40,29 @@ func (m *meter) take(now int64, frames, perSecond, burst int) bool {
 	}
 }
 
-// mayFlood takes it from the bounds that a frame of this port is flooded.
+// mayFlood takes it from the bounds that a frame of this port is flooded; one that is not
+// is counted.
 func (p *Port) mayFlood(f *tap.Frame, now int64) bool {
 	s, n := p.bridge.storm.Load(), 1
 	if f.Meta.GSO != ether.GSONone && f.Meta.SegmentLen > 0 {
 		n = max(len(f.B)-int(f.Meta.HeaderLen)-1, 0)/int(f.Meta.SegmentLen) + 1
 	}
-	if s.Port > 0 && !p.at.bum.take(now, n, s.Port, s.Port) {
+	if s.Port > 0 && !p.at.bum.take(now, n, s.Port, s.Port) || s.Overlay > 0 && !p.bridge.bum.take(now, n, s.Overlay, s.Overlay) {
+		p.bridge.tunnel.drops.add(DropBUMLimit)
 		return false
 	}
-	return s.Overlay == 0 || p.bridge.bum.take(now, n, s.Overlay, s.Overlay)
+	return true
 }
 
 // mayFlood takes it from the sender's bound that a frame from the tunnel goes to all
 // ports, and says whether it does: to those with strangers alone, if only is true.
-func (in *ingress) mayFlood(frame []byte, group bool) (only, ok bool) {
+func (in *ingress) mayFlood(group bool) (only, ok bool) {
 	b := in.b
 	if s := b.storm.Load(); s.Overlay > 0 && !in.from.bum.take(in.now, 1, s.Overlay, s.Overlay) {
 		in.t.drops.add(DropBUMLimit)
 		return false, false
 	}
 	if group {
-		b.overhear(frame, in.now)
 		return false, true
 	}
 	ports := *b.ports.Load()

@@ -34,21 +34,22 @@ const (
 	nobody
 )
 
-// flooded says who gets a frame from the port whose destination has no place; to nobody
-// goes what was answered, or dropped, and counted.
-func (p *Port) flooded(l *lane, f *tap.Frame, group bool) reach {
-	to := everyone
-	switch {
-	case group:
-		to = p.neighbour(l, f)
-	case p.bridge.dir.certain.Load():
-		to = strangers
+// toGroup switches a frame to a group: what is about addresses is answered where that is
+// possible, multicast goes to members, and the rest to everybody, within the bounds on that.
+func (p *Port) toGroup(l *lane, f *tap.Frame) {
+	who := p.neighbour(l, f)
+	if who == nobody || p.multicast(l, f, who) || !p.mayFlood(f, l.now) {
+		return
 	}
-	if to != nobody && !p.mayFlood(f, l.now) {
-		p.bridge.tunnel.drops.add(DropBUMLimit)
-		return nobody
+	p.floodFrame(l, f, who)
+}
+
+// unknownUnicast says who gets a frame whose destination has no place.
+func (p *Port) unknownUnicast() reach {
+	if p.bridge.dir.certain.Load() {
+		return strangers
 	}
-	return to
+	return everyone
 }
 
 // neighbour says who gets a group-addressed frame, which may be about addresses. What

@@ -42,7 +42,7 @@ func FuzzNeighbour(f *testing.F) {
 		}
 		b.SetEndpoint(at(2, tabled))
 		l := &lane{tx: &nullSender{}}
-		to := p.flooded(l, &tap.Frame{B: frame}, true)
+		to := p.neighbour(l, &tap.Frame{B: frame})
 		b.overhear(frame, tunnel.now())
 		if len(dev.last) > 0 {
 			ethertest.Check(t, dev.last)

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/doctor"
 	"github.com/tulle-net/tulle/ether"
@@ -112,6 +113,8 @@ type OverlayStatus struct {
 	Complete int `json:"complete"`
 	// Gateway is how its endpoints here reach other networks; absent: not by this node.
 	Gateway *GatewayStatus `json:"gateway,omitempty"`
+	// Blocked are ports that are connected with others behind the overlay's back.
+	Blocked []bridge.BlockedPort `json:"blocked,omitempty"`
 }
 
 // GatewayStatus is this node as the gateway of its endpoints in an overlay.

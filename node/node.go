@@ -178,6 +178,7 @@ func (n *Node) openUnderlay(ctx context.Context) (err error) {
 		Self:       []netip.Addr{n.addr()},
 		Port:       n.cfg.Listen.Port(),
 		Unfinished: unfinishedChecksums(n.cfg.UnfinishedChecksums, n.addr()),
+		Node:       n.cfg.Name,
 	}
 	if n.secure != nil {
 		if err := n.secure.listen(ctx, n); err != nil {

@@ -211,6 +211,8 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 		UnknownUnicast: o.FloodsUnknownUnicast(),
 		Storm:          stormOf(o),
 		Froze:          n.freezes(o.Name),
+		Snooping:       true,
+		Loop:           n.loopFound,
 	}
 	switch o.Flood {
 	case "multicast":

@@ -91,7 +91,7 @@ func (n *Node) overlayStatus() []OverlayStatus {
 			MACs:    o.br.MACs(), FloodList: o.br.FloodList(),
 			TxFrames: o.br.TxFrames.Load(), TxBytes: o.br.TxBytes.Load(),
 			RxFrames: o.br.RxFrames.Load(), RxBytes: o.br.RxBytes.Load(),
-			Flooded: o.br.Flooded.Load(), Complete: o.br.Complete(), Gateway: o.gatewayStatus(),
+			Flooded: o.br.Flooded.Load(), Complete: o.br.Complete(), Gateway: o.gatewayStatus(), Blocked: o.br.Blocked(),
 		}
 		if a := o.live(); a != nil {
 			s.MTU, s.Up = a.dev.MTU(), true

@@ -115,6 +115,9 @@ func aNode() fakeAPI {
 		TxFrames:  12_345, TxBytes: 18_446_744_073_709_551_615, RxFrames: 9_999, RxBytes: 999_999, Flooded: 7,
 	}
 	red := node.OverlayStatus{Name: "red", VNI: 70_000, Subnets: []netip.Prefix{}, Encryption: "none", Flood: "gossip", Tap: "red", MAC: 0x1234_5610_2030, MTU: 1400, FloodList: []netip.AddrPort{}}
+	if err := json.Unmarshal([]byte(`[{"port":"red\u001b","other":"node n2","since":"2026-12-01T12:30:15Z"}]`), &red.Blocked); err != nil {
+		panic(err)
+	}
 	s := node.Status{
 		Node: node.NodeStatus{
 			Name: "n1", Version: "v0.1.0", Cluster: "open", VTEP: ap("192.0.2.1:4789"), Listen: []string{"[::]:4789"}, Gossip: ap("192.0.2.1:7946"),

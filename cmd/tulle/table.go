@@ -196,8 +196,12 @@ func overlaysTable(w io.Writer, o *node.Overlays) {
 	}
 	t.flush()
 	for i := range o.Overlays {
-		if s := &o.Overlays[i]; s.Gateway != nil && !s.Gateway.Up {
+		s := &o.Overlays[i]
+		if s.Gateway != nil && !s.Gateway.Up {
 			fmt.Fprintf(w, "overlay %s has no gateway here: %s\n", clean(s.Name), clean(s.Gateway.Error))
+		}
+		for _, b := range s.Blocked {
+			fmt.Fprintf(w, "overlay %s: %s is blocked: it is connected with %s behind the overlay's back; take one of the two away\n", clean(s.Name), clean(b.Port), clean(b.Other))
 		}
 	}
 }

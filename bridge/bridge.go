@@ -85,7 +85,11 @@ type Config struct {
 	// a second for a peer, when frames came from it whose source is an Endpoint elsewhere.
 	// In a plain overlay it gets the VTEP of a peer of which neither SetEndpoint nor
 	// SetComplete has told the name. They must not block, nor call the Bridge.
-	Stranger     func()
+	Stranger func()
+	// Readdressed, if set, is called when the station of a port says that an address
+	// which the tables say is the port's is at another MAC than they say: it has changed
+	// its MAC. At most once a second a port; it must not block, nor call the Bridge.
+	Readdressed  func(was, is ether.MAC)
 	Froze        func(mac ether.MAC)
 	Contradicted func(peer string)
 	// AgeAfter is how long a MAC stays without being seen; default 300 s.
@@ -239,8 +243,9 @@ type Port struct {
 	gone   chan struct{}         // closed by RemovePort
 	// local: nothing passes between this port and the tunnel, either way.
 	local      bool
-	limits     *portLimits // nil: none
-	neighbours meter       // ARP and ND that the tables do not answer
+	limits     *portLimits  // nil: none
+	neighbours meter        // ARP and ND that the tables do not answer
+	readdress  atomic.Int64 // tick from which Config.Readdressed may be called again
 	// blocked: there is a loop, and nothing passes, either way.
 	blocked atomic.Bool
 	loop    portLoop

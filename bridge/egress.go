@@ -117,6 +117,7 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 		to.port.WriteFrame(f.Meta, l.parts[:])
 	case p.local:
 		b.tunnel.drops.add(DropLocalOnly)
+	case len(f.B) <= maxNeighbour && p.verified(l, f.B, dst):
 	default:
 		b.encap(l, to, f, ether.FlowHash(f.B), true)
 	}

@@ -72,6 +72,7 @@ func (p *Port) arp(l *lane, frame []byte) reach {
 	if err != nil {
 		return everyone
 	}
+	p.heardOf(a.SenderIP(), a.SenderMAC(), l.now)
 	switch ip, mac, target := a.SenderIP(), a.SenderMAC(), a.TargetIP(); {
 	case a.Op() == ether.ARPRequest && ip != target:
 		// A question, or with 0.0.0.0 a probe (RFC 5227, section 2.1.1).
@@ -98,8 +99,10 @@ func (p *Port) nd(l *lane, frame []byte) reach {
 		link = src
 	}
 	if n.IsAdvertisement() {
+		p.heardOf(target, link, l.now)
 		return p.told(l, target, link)
 	}
+	p.heardOf(ip.Src(), link, l.now)
 	c, to := p.asked(l, target, link)
 	if c != nil {
 		asker := ip.Src()
@@ -150,13 +153,58 @@ func (p *Port) told(l *lane, ip netip.Addr, mac ether.MAC) reach {
 	switch {
 	case !ok:
 		return p.unanswered(l)
+	case c.asked.Load() > l.now: // somebody defends the address against who looks for duplicates
+		return everyone
 	case c.mac != mac:
 		p.bridge.tunnel.drops.add(DropSpoofedNeighbour)
 		return nobody
-	case c.asked.Load() > l.now: // it defends its address against another node's station
-		return everyone
 	}
 	return untold
+}
+
+// heardOf notes where a station here says that an address is: if that is the port's own,
+// at another MAC than the tables say, the station has changed its MAC.
+func (p *Port) heardOf(ip netip.Addr, mac ether.MAC, now int64) {
+	b := p.bridge
+	c, ok := b.dir.index.Load(ip)
+	if !ok || !c.local || c.mac == mac || b.cfg.Readdressed == nil || !mac.IsValid() || b.fdb.lookup(c.mac) != p.at || b.fdb.lookup(mac) != p.at {
+		return
+	}
+	if next := p.readdress.Load(); now >= next && p.readdress.CompareAndSwap(next, now+second) {
+		b.cfg.Readdressed(c.mac, mac)
+	}
+}
+
+// maxNeighbour is the longest frame that asks for one neighbour, in bytes.
+const maxNeighbour = 14 + 40 + 24 + 8
+
+// verified answers a station that asks whether a neighbour is still there, which it does
+// by unicast (RFC 1122, section 2.3.2.1; RFC 4861, section 7.3.3), if the tables say so.
+func (p *Port) verified(l *lane, frame []byte, dst ether.MAC) bool {
+	switch binary.BigEndian.Uint16(frame[12:]) {
+	case ether.EtherTypeARP:
+		a, err := ether.ParseARP(frame[ethernetHeader:])
+		if err != nil || a.Op() != ether.ARPRequest {
+			return false
+		}
+		if c, ok := p.bridge.dir.index.Load(a.TargetIP()); !ok || c.mac != dst {
+			return false
+		}
+		l.answer = ether.AppendARP(l.answer[:0], ether.MACFrom(frame[6:]), ether.ARPReply, dst, a.TargetIP(), a.SenderMAC(), a.SenderIP())
+	case ether.EtherTypeIPv6:
+		ip, n := parseND(frame)
+		if n == nil || n.IsAdvertisement() || ip.Src().IsUnspecified() {
+			return false
+		}
+		if c, ok := p.bridge.dir.index.Load(n.Target()); !ok || c.mac != dst {
+			return false
+		}
+		l.answer = ether.AppendAdvertisement(l.answer[:0], ether.MACFrom(frame[6:]), dst, ip.Src(), n.Target())
+	default:
+		return false
+	}
+	p.answer(l)
+	return true
 }
 
 // unanswered takes it from the port's bound that the tables do not know the address.
@@ -183,7 +231,8 @@ func (b *Bridge) overhear(frame []byte, now int64) {
 		return
 	}
 	if ip, n := parseND(frame); n != nil && n.IsSolicitation() && ip.Src().IsUnspecified() {
-		if c, ok := b.dir.index.Load(n.Target()); ok && c.local {
+		// Or its own, which somebody here has whom no table names.
+		if c, ok := b.dir.index.Load(n.Target()); ok && (c.local || c.mac == ether.MACFrom(frame[6:])) {
 			c.asked.Store(now + askedFor)
 		}
 	}

@@ -48,7 +48,8 @@ func TestSuppression(t *testing.T) {
 		"question for nobody":              {frame: ethertest.ARPRequest(me, own4, free4), heard: all},
 		"question with a VLAN tag":         {frame: ethertest.ARP{SenderMAC: me, SenderIP: own4, TargetIP: tabled4, VLANs: []uint16{5}}.Frame(), heard: all},
 		"question that is cut":             {frame: ethertest.ARPRequest(me, own4, tabled4)[:40], heard: all},
-		"question to the target":           {frame: ethertest.ARP{SenderMAC: me, SenderIP: own4, TargetIP: tabled4, DstMAC: tabled}.Frame(), heard: known},
+		"question to the target":           {frame: ethertest.ARP{SenderMAC: me, SenderIP: own4, TargetIP: tabled4, DstMAC: tabled}.Frame(), answer: ethertest.ARPReply(tabled, tabled4, me, own4)},
+		"question to another than it":      {frame: ethertest.ARP{SenderMAC: me, SenderIP: own4, TargetIP: free4, DstMAC: tabled}.Frame(), heard: known},
 		"answer":                           {frame: ethertest.ARPReply(me, own4, tabled, tabled4), heard: known},
 		"probe of another's":               {frame: ethertest.ARPRequest(me, zero4, tabled4), answer: ethertest.ARPReply(tabled, tabled4, me, zero4)},
 		"probe of its own":                 {frame: ethertest.ARPRequest(me, zero4, own4), heard: but2},
@@ -63,7 +64,7 @@ func TestSuppression(t *testing.T) {
 		"solicitation for nobody":          {frame: ethertest.Solicit(me, own6, free6), heard: all},
 		"solicitation, broken":             {frame: broken, heard: all},
 		"solicitation with a VLAN tag":     {frame: ethertest.NS{Src: own6, SrcMAC: me, Target: tabled6, LinkLayer: me, VLANs: []uint16{5}}.Frame(), heard: all},
-		"solicitation to the target":       {frame: ethertest.NS{Src: own6, SrcMAC: me, Dst: tabled6, DstMAC: tabled, Target: tabled6}.Frame(), heard: known},
+		"solicitation to the target":       {frame: ethertest.NS{Src: own6, SrcMAC: me, Dst: tabled6, DstMAC: tabled, Target: tabled6}.Frame(), answer: ethertest.Advertise(tabled, tabled6, me, own6)},
 		"duplicate detection of another's": {frame: ether.AppendSolicitation(nil, 0, me, zero6, tabled6), answer: na(tabled, tabled6)},
 		"duplicate detection of its own":   {frame: ether.AppendSolicitation(nil, 0, me, zero6, own6), heard: but2},
 		"duplicate detection of a free":    {frame: ether.AppendSolicitation(nil, 0, me, zero6, free6), heard: all},
@@ -347,4 +348,39 @@ func TestSuppressionNoAllocs(t *testing.T) {
 	if n := testing.AllocsPerRun(200, func() { in.deliver(all, ether.Meta{}); in.merge.Flush() }); n != 0 {
 		t.Errorf("a broadcast from the tunnel: %v allocations, want 0", n)
 	}
+}
+
+// A station that changes its MAC says so; another's address at another MAC is no such.
+func TestReaddressed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		type change struct{ was, is ether.MAC }
+		told := make(chan change, 10)
+		n := mesh(t, underlaytest.NewNet(1), 2, Config{Readdressed: func(was, is ether.MAC) { told <- change{was, is} }})
+		defer end(n)
+		const fresh ether.MAC = 0x0200_0000_0077
+		b, me := n[0].bridge, macOf(1)
+		own4, own6 := netip.MustParseAddr("10.32.0.1"), netip.MustParseAddr("fd00::1")
+		b.SetEndpoint(Endpoint{MAC: me, IPs: []netip.Addr{own4, own6}})
+		b.SetEndpoint(at(2, tabled))
+		for _, frame := range [][]byte{
+			ethertest.ARPRequest(fresh, tabled4, tabled4),
+			ethertest.ARPRequest(me, own4, tabled4),
+			ethertest.ARPRequest(fresh, own4, tabled4),
+			ethertest.Solicit(fresh, own6, tabled6), // within the same second
+		} {
+			n[0].dev.Inject(frame, ether.Meta{})
+			synctest.Wait()
+		}
+		time.Sleep(2 * time.Second)
+		n[0].dev.Inject(ethertest.Solicit(fresh, own6, tabled6), ether.Meta{})
+		synctest.Wait()
+		for range 2 {
+			if got := <-told; got != (change{me, fresh}) {
+				t.Errorf("told of %v", got)
+			}
+		}
+		if len(told) > 0 {
+			t.Errorf("told of %v too", <-told)
+		}
+	})
 }

@@ -116,7 +116,7 @@ func TestSharedOverlay(t *testing.T) {
 		}
 		a.refuses([]string{"in overlay blue already", "tulle unexpose blue"}, "expose", "blue", "--ip", "10.32.9.9")
 		a.refuses([]string{"in overlay blue already", "tulle unexpose blue"}, "expose", "blue", "--tap", "other")
-		if list := get[node.Endpoints](a, "/v1/endpoints").Endpoints; len(list) != 1 {
+		if list := get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints; len(list) != 1 {
 			t.Errorf("a has %d endpoints, want 1: %+v", len(list), list)
 		}
 		a.refuses([]string{"no shared overlay green", "tulle overlay ls"}, "expose", "green")

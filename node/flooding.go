@@ -40,5 +40,13 @@ func stormOf(o config.Overlay) bridge.Storm {
 // adjustFlooding has the bridge flood as its settings say now.
 func (o *overlay) adjustFlooding() {
 	o.br.SetUnknownUnicast(o.cfg.FloodsUnknownUnicast())
+	o.br.SetUnknownMulticast(unknownMulticast(o.cfg))
 	o.br.SetStorm(stormOf(o.cfg))
+}
+
+func unknownMulticast(o config.Overlay) bridge.UnknownMulticast {
+	if o.UnknownMulticast == "drop" {
+		return bridge.MulticastDrop
+	}
+	return bridge.MulticastFlood
 }

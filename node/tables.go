@@ -14,6 +14,7 @@ import (
 
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/discovery"
+	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/peer"
 	"github.com/tulle-net/tulle/table"
 	"github.com/tulle-net/tulle/vxlan"
@@ -143,7 +144,7 @@ func (t *tables) answer(request []byte) []byte {
 
 // put tells of a device that is there.
 func (t *tables) put(ov *overlay, d *device, a *attachment) {
-	r := table.Record{Key: keyOwn, Name: t.n.cfg.Name, MAC: a.dev.MAC()}
+	r := table.Record{Key: keyOwn, Name: t.n.cfg.Name, MAC: cmp.Or(d.mac, a.dev.MAC())}
 	for _, p := range d.cfg.Addresses {
 		r.IPs = append(r.IPs, p.Addr())
 	}
@@ -154,6 +155,22 @@ func (t *tables) put(ov *overlay, d *device, a *attachment) {
 	if err := t.dir.Put(ov.cfg.Name, r, ov.shared != nil); err != nil {
 		t.n.log.Error("the others are not told of an endpoint", "overlay", ov.cfg.Name, "port", a.dev.Name(), "err", err)
 	}
+}
+
+// readdressed takes that the station at a port has another MAC than its device was made
+// with, as a container may have that changes it.
+func (t *tables) readdressed(overlay string, was, is ether.MAC) {
+	_ = t.n.do(context.Background(), func() error { // fails when the node ends
+		for _, ov := range t.n.list() {
+			for _, d := range ov.list() {
+				if a := d.live.Load(); a != nil && ov.cfg.Name == overlay && cmp.Or(d.mac, a.dev.MAC()) == was {
+					d.mac = is
+					t.put(ov, d, a)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // remove tells that a device is not there any more.
@@ -233,8 +250,13 @@ func (t *tables) followVersions(members []discovery.Member) {
 // settle tells of what this node's bridges know, and them of what others' do.
 func (t *tables) settle() {
 	for _, ov := range t.n.list() {
-		t.dir.SetTraits(ov.cfg.Name, table.Traits{Open: ov.br.Strangers() > 0})
-		var complete []bridge.Peer
+		groups, router := ov.br.Groups()
+		t.dir.SetTraits(ov.cfg.Name, table.Traits{
+			Open:   ov.cfg.FloodsUnknownUnicast() || ov.br.Strangers() > 0,
+			Router: router, Snooped: true, Groups: groups,
+		})
+		var complete, snooped, routers []bridge.Peer
+		members := map[netip.Addr][]bridge.Peer{}
 		for _, p := range t.peers[ov.cfg.VNI] {
 			traits := t.dir.Traits(p.Name, ov.cfg.Name)
 			if traits == nil || !t.pull.Known(p.Name, ov.cfg.Name) {
@@ -243,8 +265,20 @@ func (t *tables) settle() {
 			if !traits.Open {
 				complete = append(complete, p)
 			}
+			if !traits.Snooped {
+				continue
+			}
+			snooped = append(snooped, p)
+			if traits.Router {
+				routers = append(routers, p)
+			}
+			for _, g := range traits.Groups {
+				members[g] = append(members[g], p)
+			}
 		}
 		ov.br.SetComplete(complete)
+		ov.br.SetGroups(members, routers)
+		ov.br.SetSnooped(snooped)
 	}
 }
 

@@ -99,6 +99,13 @@ func (n *tabled) plug(c *lab.Host, i int) bridge.Endpoint {
 	if _, err := n.AddPort(dev); err != nil {
 		n.t.Fatal(err)
 	}
+	// By default a kernel asks again whom it knows after 15 s, and alone that one: on a
+	// slow machine that would be taken for a question that was not suppressed.
+	for _, family := range []string{"ipv4", "ipv6"} {
+		if err := c.Sysctl("net/"+family+"/neigh/eth0/base_reachable_time_ms", "3600000"); err != nil {
+			n.t.Fatal(err)
+		}
+	}
 	return e
 }
 

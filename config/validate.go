@@ -123,8 +123,8 @@ func (v *validator) node() {
 	} else if (s.Cert == "") != (s.Key == "") {
 		v.fault("store: cert and key belong together: give both or none")
 	}
-	if d := c.DNS; d.IsValid() && (d.Port() == 0 || d.Addr().IsMulticast()) {
-		v.fault("dns %s: want an address of this host and a port from 1 to 65535", d)
+	if d := c.DNS; d.IsValid() && (d.Port() == 0 || d.Addr().IsMulticast() || d.Addr().IsUnspecified()) {
+		v.fault("dns %s: want one address of this host and a port from 1 to 65535", d)
 	}
 	if a := c.DNSAddress; !a.Is4() || !a.IsLinkLocalUnicast() || a == metadataAddress {
 		v.fault("dns-address %s: want a link-local address of IPv4 that nothing else has, as in %s, or none", a, defaultDNSAddress)

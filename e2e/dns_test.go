@@ -217,6 +217,46 @@ func TestDNS(t *testing.T) {
 	part(t, "its life", nodes, func(t *testing.T) { resolverLife(t, a, h[0], web1, both) })
 }
 
+// TestDNSOpen: in an open cluster the hosts have names, for who asks on a host.
+func TestDNSOpen(t *testing.T) {
+	t.Parallel()
+	l, sw, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4})
+	a := up(t, l, h[0], "--overlay", overlay(1), "--dns", "127.0.0.1")
+	b := up(t, l, h[1], "--overlay", overlay(2), "--join", seed(sw.Addr(h[0])))
+	meet(t, 15*time.Second, a, b)
+	ask := func(args ...string) string {
+		return strings.TrimSpace(runIn(t, h[0], "dig", append([]string{"@127.0.0.1", "+short", "+tries=1", "+time=5"}, args...)...))
+	}
+	a.eventually(10*time.Second, "b has a name", func() bool { return ask("b.blue.tulle") == address(2).String() })
+	if got := ask("-x", address(1).String()); got != "a.blue.tulle." {
+		t.Errorf("the name of a's address is %q", got)
+	}
+	if out := a.do("dns", "lookup", "b"); out != address(2).String()+"\n" {
+		t.Errorf("dns lookup b: %q", out)
+	}
+	// Who is in the overlay may ask at the host's address there, who is not may not.
+	at := func(addr netip.Addr) {
+		t.Helper()
+		a.proc.Kill()
+		<-a.proc.Done()
+		a.args[slices.Index(a.args, "--dns")+1] = addr.String()
+		a.start()
+	}
+	at(address(1))
+	b.eventually(10*time.Second, "b asks a through the overlay", func() bool {
+		out, _ := h[1].Run(t.Context(), "dig", "@"+address(1).String(), "+short", "+tries=1", "+time=1", "b.blue.tulle")
+		return strings.TrimSpace(out) == address(2).String()
+	})
+	at(sw.Addr(h[0]))
+	was := a.status().Drops["dns_source"]
+	if out, err := h[1].Run(t.Context(), "dig", "@"+sw.Addr(h[0]).String(), "+short", "+tries=1", "+time=1", "b.blue.tulle"); err == nil {
+		t.Errorf("who asks from the underlay is answered: %s", out)
+	}
+	if now := a.status().Drops["dns_source"]; now == was {
+		t.Error("a query from the underlay was not dropped as dns_source")
+	}
+}
+
 // resolved waits until a name has an address, or there is none, and reports how long that took.
 func resolved(t *testing.T, in *lab.Host, name string, want bool) time.Duration {
 	t.Helper()

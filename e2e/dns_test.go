@@ -214,6 +214,20 @@ func TestDNS(t *testing.T) {
 	part(t, "short names", nodes, func(t *testing.T) { shortNames(t, a, web1, both) })
 	part(t, "records", nodes, func(t *testing.T) { records(t, a, b, web1, red) })
 	part(t, "on the host", nodes, func(t *testing.T) { hostNames(t, a, h[0]) })
+	part(t, "a node leaves and is back", nodes, func(t *testing.T) {
+		untoken(b)
+		far := containers(t, l, "away")[0]
+		b.do("attach", "blue", "--netns", far.Path(), "--name", "away")
+		resolved(t, web1, "away.blue.tulle.", true)
+		if err := b.proc.Stop(10 * time.Second); err != nil {
+			t.Fatal(err)
+		}
+		gone := resolved(t, web1, "away.blue.tulle.", false)
+		b.start()
+		back := resolved(t, web1, "away.blue.tulle.", true)
+		t.Logf("its names are gone %v after it has left, and there %v after its API answers again", gone.Round(time.Millisecond), back.Round(time.Millisecond))
+		b.do("detach", "blue", "--netns", far.Path())
+	})
 	part(t, "its life", nodes, func(t *testing.T) { resolverLife(t, a, h[0], web1, both) })
 }
 

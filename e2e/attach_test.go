@@ -380,7 +380,9 @@ func TestRun(t *testing.T) {
 	}
 	left := func(what string) {
 		t.Helper()
-		a.eventually(2*time.Second, what+": nothing is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints) == 1 && a.used("blue") == 1 })
+		a.eventually(2*time.Second, what+": nothing is left", func() bool {
+			return len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints) == 1 && a.used("blue") == 1
+		})
 	}
 
 	for _, tt := range []struct {

@@ -21,7 +21,7 @@ import (
 func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, error) {
 	e := &endpoint{
 		Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: newKey(), DefaultRoute: r.DefaultRoute,
-		Driver: r.Driver, NoDNS: r.NoDNS, Routes: r.Routes, Container: r.Container, Limits: r.Limits,
+		Driver: r.Driver, NoDNS: r.NoDNS, Routes: r.Routes, Container: r.Container, Limits: r.Limits, Services: r.Services,
 	}
 	err := checkExtras(r)
 	if err != nil {

@@ -109,6 +109,8 @@ type endpoint struct {
 	Routes    []Route   `json:"routes,omitempty"`
 	Container string    `json:"container,omitempty"`
 	Limits    *Limits   `json:"limits,omitempty"`
+	// Services are ports of it that have names.
+	Services []Service `json:"services,omitempty"`
 
 	reserved     bool   // its ports of the host are; New's and Run's goroutine's
 	fault        string // why its device is not there
@@ -310,7 +312,10 @@ func (h *endpoints) setFault(e *endpoint, err error) {
 
 // expose makes this host an endpoint of a shared overlay.
 func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, error) {
-	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap, Driver: r.Driver}
+	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap, Driver: r.Driver, Services: r.Services}
+	if err := checkServices(r.Services); err != nil {
+		return nil, err
+	}
 	defer h.claim(e.place())()
 	def, err := h.n.mayJoin(ctx, r.Overlay)
 	if err != nil {
@@ -330,6 +335,9 @@ func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, err
 		}
 		if r.Driver != "" && r.Driver != cmp.Or(e.Driver, tap.DriverAuto) {
 			return nil, tellf(errExists, "this host is in overlay %s already, with the driver %s: `tulle unexpose %s` first", def.Name, cmp.Or(e.Driver, tap.DriverAuto), def.Name)
+		}
+		if len(r.Services) > 0 && !slices.Equal(r.Services, e.Services) {
+			return nil, tellf(errExists, "this host is in overlay %s already, with other services: `tulle unexpose %s` first", def.Name, def.Name)
 		}
 		return e, nil
 	}
@@ -504,7 +512,7 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
 		Netns: e.Netns, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
-		Routes: e.Routes, Container: e.Container, Limits: e.Limits,
+		Routes: e.Routes, Container: e.Container, Limits: e.Limits, Services: e.Services, DNS: h.n.names.statusOf(e),
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
 		if d := ov.deviceOf(e); d != nil {

@@ -109,6 +109,8 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("GET /v1/history", n.showHistory)
 	mux.HandleFunc("GET /v1/trace", n.showTrace)
 	mux.HandleFunc("DELETE /v1/endpoints", n.detach)
+	mux.HandleFunc("GET /v1/dns", n.listNames)
+	mux.HandleFunc("GET /v1/dns/lookup", n.lookupName)
 	mux.HandleFunc("POST /v1/exposed", n.expose)
 	mux.HandleFunc("DELETE /v1/exposed/{overlay}", n.unexpose)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {

@@ -52,6 +52,7 @@ driver, netns, queues, tso, uso, gro.`,
 	placeFlags(cmd)
 	f := cmd.Flags()
 	f.String("name", "", "name of the node (default: the host's)")
+	f.String("dns", "", "where the host itself, and who has an address in its overlays, may ask for names, ADDRESS[:PORT] (default nowhere)")
 	f.String("token", "", "what tulle token create printed, to join a secure cluster with; once joined it may be left out")
 	f.StringArray("overlay", nil, "an overlay, name=…,vni=…,address=…,tap=…,encryption=…,peer=…; again for more")
 	level := addChoice(cmd, "log-level", "", "what to log", "info", "debug", "warn", "error")
@@ -105,7 +106,7 @@ func settings(cmd *cobra.Command) (config.Config, error) {
 		}
 	}
 	var faults []error
-	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir"} {
+	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir", "dns"} {
 		if f.Changed(key) {
 			faults = append(faults, cfg.Set(key, f.Lookup(key).Value.String()))
 		}

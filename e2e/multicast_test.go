@@ -512,3 +512,43 @@ func TestMulticastSharedPort(t *testing.T) {
 		})
 	}
 }
+
+// Of a stream that nobody has joined, nobody gets anything where the overlay says so; and
+// of one that somebody on another node has joined, that node gets it.
+func TestMulticastUnknown(t *testing.T) {
+	t.Parallel()
+	l, _, h := hosts(t, 3, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
+	nodes := joined(t, l, h, nil)
+	a := nodes[0]
+	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16", "--unknown-multicast", "drop")
+	known(t, 5*time.Second, "blue", true, nodes...)
+	cs := containers(t, l, "a1", "b1", "c1")
+	for i, n := range nodes {
+		n.attaches("blue", "--netns", cs[i].Path())
+	}
+	settled(t, "blue", nodes...)
+	joinedGroup, none := netip.MustParseAddr("239.7.7.7"), netip.MustParseAddr("239.7.7.8")
+	member := listen(t, cs[1], joinedGroup)
+	defer member.close()
+	atC := groupFrames(t, cs[2], joinedGroup)
+	noneB, noneC := groupFrames(t, cs[1], none), groupFrames(t, cs[2], none)
+	const count = 200
+	a.eventually(20*time.Second, "the member gets the stream", func() bool {
+		before := member.got.Load()
+		rtp(t, cs[0], joinedGroup, count)
+		return eventuallyGot(&member.got, before+count)
+	})
+	was := atC.Load() // from before all had told
+	rtp(t, cs[0], joinedGroup, count)
+	dropped := a.status().Drops["unknown_multicast"]
+	rtp(t, cs[0], none, count)
+	a.eventually(5*time.Second, "what nobody has joined is dropped", func() bool { return a.status().Drops["unknown_multicast"] >= dropped+count })
+	if b, c, d := noneB.Load(), noneC.Load(), atC.Load()-was; b != 0 || c != 0 || d != 0 {
+		t.Errorf("%d and %d frames for nobody arrived, and %d of the stream where nobody joined", b, c, d)
+	}
+	a.do("overlay", "set", "blue", "--unknown-multicast", "flood")
+	a.eventually(10*time.Second, "it is flooded when the overlay says so", func() bool {
+		rtp(t, cs[0], none, 10)
+		return noneB.Load() > 0 && noneC.Load() > 0
+	})
+}

@@ -125,12 +125,12 @@ func (t *tables) ask(ctx context.Context, name string, request []byte) ([]byte, 
 	if s := t.n.secure; s != nil {
 		return s.endpoint.Request(ctx, name, peer.KindTables, request)
 	}
-	for _, m := range t.n.disc.Load().Members() {
-		if m.Name == name {
-			return discovery.AskTables(ctx, m.Gossip, request)
-		}
+	disc := t.n.disc.Load()
+	m, ok := disc.Member(name)
+	if !ok {
+		return nil, errNoMember
 	}
-	return nil, errNoMember
+	return disc.AskTables(ctx, m.Gossip, request)
 }
 
 // answer tells whoever asks, in an open cluster.
@@ -232,11 +232,6 @@ func (t *tables) follow(v *view, members []discovery.Member) {
 			}
 		}
 	}
-	t.followVersions(members)
-}
-
-// followVersions has the tables of those pulled who say that they have news.
-func (t *tables) followVersions(members []discovery.Member) {
 	var sources []table.Source
 	for _, m := range members {
 		if overlays := t.shared[m.Name]; len(overlays) > 0 {
@@ -245,6 +240,13 @@ func (t *tables) followVersions(members []discovery.Member) {
 	}
 	t.pull.SetSources(sources)
 	t.settle()
+}
+
+// followVersions has the tables of those pulled who say that they have news.
+func (t *tables) followVersions(versions map[string]uint64) {
+	for name, v := range versions {
+		t.pull.SetVersion(name, table.Version(v))
+	}
 }
 
 // settle tells of what this node's bridges know, and them of what others' do.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"maps"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -225,10 +224,17 @@ func (t *tables) follow(v *view, members []discovery.Member) {
 			t.shared[p.Name] = append(t.shared[p.Name], ov.cfg.Name)
 		}
 	}
-	if old := *t.vteps.Swap(&vteps); !maps.Equal(old, vteps) {
+	old := *t.vteps.Swap(&vteps)
+	var moved []string
+	for name, at := range vteps {
+		if old[name] != at {
+			moved = append(moved, name)
+		}
+	}
+	if len(moved) > 0 {
 		for _, ov := range t.n.list() {
 			if !ov.sealed() { // in others the name says where it is
-				t.dir.Replay(ov.cfg.Name)
+				t.dir.Replay(ov.cfg.Name, moved...)
 			}
 		}
 	}

@@ -1,4 +1,4 @@
-# Targets: build demo test race soak ci bench lint cross fuzz tools clean
+# Targets: build demo test race soak ci bench scale lint cross fuzz tools clean
 # Everything but Go, gcc, git and make is installed by `make tools` (Debian packages; needs root).
 
 SHELL      := /bin/bash
@@ -14,7 +14,7 @@ PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qem
               ndisc6 iputils-arping bind9-dnsutils musl-tools
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test race soak ci bench lint cross fuzz tools clean
+.PHONY: build demo test race soak ci bench scale lint cross fuzz tools clean
 
 build: bin/tulle
 
@@ -62,6 +62,12 @@ ci: tools
 bench: tools bin/tulle
 	$(BUILD) -o bin/bench ./bench
 	$(SUDO) bin/bench -write docs/performance.md $(BENCHFLAGS)
+
+# A cluster of a thousand nodes, simulated: without root or a network, in some 6 GB;
+# docs/scale.md says what SCALEFLAGS can be.
+SCALEFLAGS ?= -nodes 1000 -overlays 50 -each 3
+scale:
+	GOGC=$(or $(GOGC),200) go test ./bench/scale -run TestMeasure -v -count 1 -timeout 6h -args -progress $(SCALEFLAGS)
 
 clean:
 	rm -rf bin

@@ -127,13 +127,13 @@ type reply struct {
 
 // ask asks the node at q.at whether it is the one that the tags describe, and
 // for its list unless that is known.
-func ask(ctx context.Context, q question) (reply, error) {
+func ask(ctx context.Context, dial dialer, q question) (reply, error) {
 	fail := func(err error) (reply, error) {
 		return reply{}, fmt.Errorf("discovery: ask %s at %s: %w", q.name, q.at, err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, exchangeTimeout)
 	defer cancel()
-	c, err := new(net.Dialer).DialContext(ctx, "tcp", q.at.String())
+	c, err := dial(ctx, q.at.String())
 	if err != nil {
 		return fail(err)
 	}

@@ -30,6 +30,8 @@ const (
 	// hundred pairs miss each other's record, which push/pull would show them
 	// only after up to pushPullInterval; a node that moved should be found sooner.
 	repeatAfter = 2 * time.Second
+	// gatherFor is how long changes of the members are gathered.
+	gatherFor = 200 * time.Millisecond
 	// remindEvery is how often a join that still fails is logged again.
 	remindEvery = time.Minute
 	// knockTimeout and maxKnocks bound the look whether an address answers.
@@ -152,9 +154,24 @@ func (d *Discovery) keepJoined(ctx context.Context, s *serf.Serf) {
 		select {
 		case <-t.C:
 		case <-d.kick:
+			j.gather(ctx)
 		case <-ctx.Done():
 		}
 		t.Stop()
+	}
+}
+
+// gather waits for more changes where nobody is missed: each look goes through all
+// members, and when many start their changes come by the hundred.
+func (j *joiner) gather(ctx context.Context) {
+	if j.was != settled || j.d.hurry.Load() {
+		return
+	}
+	t := time.NewTimer(gatherFor)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
 	}
 }
 
@@ -284,7 +301,7 @@ func (d *Discovery) unlike(ctx context.Context, at []string) error {
 		if err != nil {
 			continue
 		}
-		if secure, err := Probe(ctx, a); err == nil && !secure {
+		if secure, err := probe(ctx, d.port.dial, a); err == nil && !secure {
 			errs = append(errs, d.seen.note(d.otherKind(s)))
 		}
 	}
@@ -302,8 +319,9 @@ func (d *Discovery) knock(ctx context.Context, targets []netip.AddrPort) ([]stri
 		slot <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slot }()
-			dialer := net.Dialer{Timeout: knockTimeout}
-			c, err := dialer.DialContext(ctx, "tcp", a.String())
+			connect, cancel := context.WithTimeout(ctx, knockTimeout)
+			defer cancel()
+			c, err := d.port.dial(connect, a.String())
 			if err != nil {
 				errs[i] = err
 				return
@@ -399,7 +417,7 @@ func (d *Discovery) isSelf(a netip.AddrPort) bool {
 }
 
 // members returns the other members.
-func (j *joiner) members() []serf.Member { return j.d.others(j.s) }
+func (j *joiner) members() []serf.Member { return j.d.others(j.s, nil) }
 
 func knownOf(members []serf.Member) []known {
 	out := make([]known, 0, len(members))

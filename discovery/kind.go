@@ -33,9 +33,13 @@ const (
 // of the former release, which had no such, is open. The error says that nobody
 // is there, or no tulle.
 func Probe(ctx context.Context, addr netip.AddrPort) (secure bool, err error) {
+	return probe(ctx, dialHost, addr)
+}
+
+func probe(ctx context.Context, dial dialer, addr netip.AddrPort) (secure bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, knockTimeout)
 	defer cancel()
-	c, err := new(net.Dialer).DialContext(ctx, "tcp", addr.String())
+	c, err := dial(ctx, addr.String())
 	if err != nil {
 		return false, fmt.Errorf("discovery: probe %s: %w", addr, err)
 	}

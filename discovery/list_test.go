@@ -292,13 +292,13 @@ func TestPullIsBounded(t *testing.T) {
 	defer ln.Close() // it never accepts: the kernel does
 	addr := ln.Addr().(*net.TCPAddr).AddrPort()
 	begin := time.Now()
-	if _, err := ask(t.Context(), question{at: addr}); err == nil || time.Since(begin) > exchangeTimeout+time.Second {
+	if _, err := ask(t.Context(), dialHost, question{at: addr}); err == nil || time.Since(begin) > exchangeTimeout+time.Second {
 		t.Errorf("ask ended with %v after %v", err, time.Since(begin))
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(50*time.Millisecond, cancel)
 	begin = time.Now()
-	if _, err := ask(ctx, question{at: addr}); err == nil || time.Since(begin) > time.Second {
+	if _, err := ask(ctx, dialHost, question{at: addr}); err == nil || time.Since(begin) > time.Second {
 		t.Errorf("cancelled ask ended with %v after %v", err, time.Since(begin))
 	}
 }

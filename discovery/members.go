@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/serf/serf"
@@ -18,8 +19,11 @@ import (
 const (
 	// maxPeers bounds how many other members are listed.
 	maxPeers = 4096
-	// refreshEvery looks at Serf's members even if no event came.
-	refreshEvery = time.Second
+	// refreshEvery looks at Serf's members even if no event came: at a thousand of
+	// them that takes a millisecond, so for each refreshMembers it is done that much
+	// more seldom.
+	refreshEvery   = time.Second
+	refreshMembers = 128
 )
 
 // peer is another node, alive or not. Discovery.mu guards it.
@@ -58,17 +62,67 @@ func (p *peer) due(now time.Time) bool { return !now.Before(p.recheck) }
 // follow keeps peers up to date until stop is closed, and starts pulls until
 // ctx ends.
 func (d *Discovery) follow(ctx context.Context, s *serf.Serf, stop <-chan struct{}) {
-	tick := time.NewTicker(refreshEvery)
-	defer tick.Stop()
+	var next time.Time
 	for {
-		d.refresh(ctx, s)
+		only := d.sighted.take()
+		if now := time.Now(); only == nil || !now.Before(next) {
+			only = nil
+			next = now.Add(refreshEvery * time.Duration(1+s.NumNodes()/refreshMembers))
+		}
+		d.refresh(ctx, s, only)
+		t := time.NewTimer(time.Until(next))
 		select {
 		case <-d.moved:
-		case <-tick.C:
+		case <-t.C:
 		case <-stop:
+			t.Stop()
 			return
 		}
+		t.Stop()
 	}
+}
+
+// sighted are the records of which Serf has told that they are others now.
+type sighted struct {
+	mu    sync.Mutex
+	names map[string]struct{}
+	all   bool
+}
+
+func (s *sighted) note(e serf.MemberEvent) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e.Type == serf.EventMemberReap {
+		s.all = true // they are not among Serf's members any more
+	}
+	if s.names == nil {
+		s.names = make(map[string]struct{})
+	}
+	for _, m := range e.Members {
+		s.names[m.Name] = struct{}{}
+	}
+}
+
+// everybody has all be looked at.
+func (s *sighted) everybody() {
+	s.mu.Lock()
+	s.all = true
+	s.mu.Unlock()
+}
+
+// take returns those since the last call; nil: all.
+func (s *sighted) take() map[string]struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out, all := s.names, s.all
+	s.names, s.all = nil, false
+	if all {
+		return nil
+	}
+	if out == nil {
+		out = map[string]struct{}{}
+	}
+	return out
 }
 
 // takeEvents takes Serf's events until stop is closed. It asks Serf nothing:
@@ -96,14 +150,18 @@ func (d *Discovery) take(e serf.Event) {
 	case serf.UserEvent:
 		d.takeFlood(e.Name, e.Payload)
 	case serf.MemberEvent:
+		d.sighted.note(e)
 		ring(d.moved)
 	}
 }
 
-// refresh brings peers up to what Serf knows. Events are only a bell for it:
-// one that was lost does no harm.
-func (d *Discovery) refresh(ctx context.Context, s *serf.Serf) {
-	news := d.update(ctx, d.others(s))
+// refresh brings peers up to what Serf knows, those of some records or of all (nil).
+// Events only say which ones to look at: one that was lost does no harm for long.
+func (d *Discovery) refresh(ctx context.Context, s *serf.Serf, only map[string]struct{}) {
+	if only != nil && len(only) == 0 {
+		return
+	}
+	news := d.update(ctx, d.others(s, only), only == nil)
 	for name, extra := range news {
 		d.cfg.Secure.OnExtra(name, []byte(extra))
 	}
@@ -111,9 +169,18 @@ func (d *Discovery) refresh(ctx context.Context, s *serf.Serf) {
 
 // others returns the other members as Serf knows them, whatever version they
 // speak; of a secure cluster those whose passport verifies, under their own
-// names.
-func (d *Discovery) others(s *serf.Serf) []serf.Member {
+// names. They are those of some records, or all (nil).
+func (d *Discovery) others(s *serf.Serf, only map[string]struct{}) []serf.Member {
 	members := s.Members()
+	if only != nil {
+		some := make([]serf.Member, 0, len(only))
+		for i := range members {
+			if _, ok := only[members[i].Name]; ok {
+				some = append(some, members[i])
+			}
+		}
+		members = some
+	}
 	if d.passports == nil {
 		return slices.DeleteFunc(members, func(m serf.Member) bool { return m.Name == d.cfg.Name })
 	}
@@ -131,12 +198,15 @@ func (d *Discovery) others(s *serf.Serf) []serf.Member {
 			out = append(out, m)
 		}
 	}
-	d.passports.forget(listed)
+	if only == nil {
+		d.passports.forget(listed)
+	}
 	return out
 }
 
-// update brings peers up to members, and returns what OnExtra has to be told.
-func (d *Discovery) update(ctx context.Context, members []serf.Member) map[string]string {
+// update brings peers up to members, which are all or some, and returns what OnExtra
+// has to be told.
+func (d *Discovery) update(ctx context.Context, members []serf.Member, all bool) map[string]string {
 	now := time.Now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -159,6 +229,7 @@ func (d *Discovery) update(ctx context.Context, members []serf.Member) map[strin
 		seen[m.Name] = struct{}{}
 		if p.tables != sight.tables {
 			p.tables, newer = sight.tables, true
+			d.newest[m.Name] = p.tables
 		}
 		if d.become(m.Name, p, sight) {
 			changed = true
@@ -174,8 +245,9 @@ func (d *Discovery) update(ctx context.Context, members []serf.Member) map[strin
 		}
 	}
 	for name := range d.peers {
-		if _, ok := seen[name]; !ok {
+		if _, ok := seen[name]; !ok && all {
 			delete(d.peers, name)
+			delete(d.newest, name)
 			changed = true
 		}
 	}
@@ -263,8 +335,11 @@ func samePassport(a, b *crypto.Passport) bool {
 		bytes.Equal(a.Extra[headBytes:], b.Extra[headBytes:])
 }
 
-// renew makes anew what Members shows. d.mu is held.
-func (d *Discovery) renew() {
+// renew has Members be made anew. d.mu is held.
+func (d *Discovery) renew() { d.members.Store(nil) }
+
+// list returns what Members shows. d.mu is held.
+func (d *Discovery) list() []Member {
 	members := make([]Member, 0, len(d.peers)+1)
 	self := Member{
 		Name: d.cfg.Name, Self: true, Status: Alive, Confirmed: true, VTEP: d.cfg.VTEP, Gossip: d.self,
@@ -276,15 +351,20 @@ func (d *Discovery) renew() {
 		if p.refused != "" {
 			continue
 		}
-		m := Member{Name: name, Status: p.status, Confirmed: p.confirmed, VTEP: p.card.vtep, Gossip: p.gossip, Tables: p.tables}
-		m.show(p.passport)
-		if p.list != nil && (p.confirmed || p.status != Alive) {
-			m.Overlays = p.list.overlays
-		}
-		members = append(members, m)
+		members = append(members, p.member(name))
 	}
 	slices.SortFunc(members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
-	d.members.Store(&members)
+	return members
+}
+
+// member shows p, of that name.
+func (p *peer) member(name string) Member {
+	m := Member{Name: name, Status: p.status, Confirmed: p.confirmed, VTEP: p.card.vtep, Gossip: p.gossip, Tables: p.tables}
+	m.show(p.passport)
+	if p.list != nil && (p.confirmed || p.status != Alive) {
+		m.Overlays = p.list.overlays
+	}
+	return m
 }
 
 // show fills in what p says, which may be nil.

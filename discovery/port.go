@@ -27,7 +27,8 @@ const (
 // port is the gossip port: memberlist's transport, with a second protocol on
 // its TCP side, told apart by a stream's first byte.
 type port struct {
-	*memberlist.NetTransport
+	transport
+	dial    dialer
 	serve   func(net.Conn) // the second protocol; must end by the deadline it sets
 	streams chan net.Conn  // for memberlist
 	done    chan struct{}  // closed when the listeners are
@@ -48,9 +49,39 @@ type port struct {
 
 var _ memberlist.NodeAwareTransport = (*port)(nil)
 
-// openPort listens at listen, TCP and UDP; sealed: memberlist gets sealed
+// openPort listens as c says, TCP and UDP; of a secure cluster memberlist gets sealed
 // gossip only, see sealed.go. It gets nothing before begin.
-func openPort(listen netip.AddrPort, advertise netip.Addr, sealed bool, serve func(net.Conn), l *slog.Logger) (*port, error) {
+func openPort(c *Config, serve func(net.Conn)) (*port, error) {
+	p := &port{
+		dial:    dialHost,
+		serve:   serve,
+		streams: make(chan net.Conn),
+		done:    make(chan struct{}),
+		ready:   make(chan struct{}),
+		open:    make(map[*stream]struct{}),
+		perPeer: make(map[netip.Addr]int),
+	}
+	var err error
+	if c.Network != nil {
+		p.dial = dialOver(c.Network)
+		p.transport, err = openSimulated(c.Network, c.Listen)
+	} else {
+		p.transport, err = listenOn(c.Listen, c.Advertise, c.Log)
+	}
+	if err != nil {
+		return nil, err
+	}
+	p.dials, p.hangUp = context.WithCancel(context.Background())
+	if c.Secure != nil {
+		p.packets = make(chan *memberlist.Packet) // before accept, which looks at it
+		p.wg.Go(p.sift)
+	}
+	p.wg.Go(p.accept)
+	return p, nil
+}
+
+// listenOn opens the host's ports.
+func listenOn(listen netip.AddrPort, advertise netip.Addr, l *slog.Logger) (*memberlist.NetTransport, error) {
 	// Go makes of 0.0.0.0 a socket for both families, and one for IPv4 where
 	// IPv6 is off; of :: it makes an error there.
 	bind := listen.Addr().String()
@@ -77,22 +108,7 @@ func openPort(listen netip.AddrPort, advertise netip.Addr, sealed bool, serve fu
 		}
 		return nil, fmt.Errorf("discovery: listen for gossip on %s: %w", listen, err)
 	}
-	p := &port{
-		NetTransport: nt,
-		serve:        serve,
-		streams:      make(chan net.Conn),
-		done:         make(chan struct{}),
-		ready:        make(chan struct{}),
-		open:         make(map[*stream]struct{}),
-		perPeer:      make(map[netip.Addr]int),
-	}
-	p.dials, p.hangUp = context.WithCancel(context.Background())
-	if sealed {
-		p.packets = make(chan *memberlist.Packet) // before accept, which looks at it
-		p.wg.Go(p.sift)
-	}
-	p.wg.Go(p.accept)
-	return p, nil
+	return nt, nil
 }
 
 // begin lets memberlist have what arrives.
@@ -105,7 +121,7 @@ func (p *port) number() uint16 { return uint16(p.GetAutoBindPort()) }
 func (p *port) accept() {
 	for {
 		select {
-		case c := <-p.NetTransport.StreamCh():
+		case c := <-p.transport.StreamCh():
 			if s := p.admit(c); s != nil {
 				p.wg.Go(func() { p.sort(s) })
 			} else {
@@ -175,8 +191,9 @@ func (p *port) DialTimeout(addr string, timeout time.Duration) (net.Conn, error)
 
 // DialAddressTimeout opens a stream, which hangUp ends.
 func (p *port) DialAddressTimeout(a memberlist.Address, timeout time.Duration) (net.Conn, error) {
-	dialer := net.Dialer{Timeout: timeout}
-	c, err := dialer.DialContext(p.dials, "tcp", a.Addr)
+	ctx, cancel := context.WithTimeout(p.dials, timeout)
+	defer cancel()
+	c, err := p.dial(ctx, a.Addr)
 	if err != nil {
 		return nil, err // as it is: memberlist looks at its type
 	}
@@ -195,13 +212,13 @@ func (p *port) Shutdown() error {
 		go func() {
 			for {
 				select {
-				case <-p.NetTransport.PacketCh():
+				case <-p.transport.PacketCh():
 				case <-drained:
 					return
 				}
 			}
 		}()
-		_ = p.NetTransport.Shutdown()
+		_ = p.transport.Shutdown()
 		close(drained)
 		close(p.done)
 		p.hangUp()

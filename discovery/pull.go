@@ -71,7 +71,7 @@ func (d *Discovery) ask(ctx context.Context, q question) (reply, error) {
 	if d.cfg.Secure != nil {
 		return d.askSecure(ctx, q)
 	}
-	return ask(ctx, q)
+	return ask(ctx, d.port.dial, q)
 }
 
 // wanted returns what to ask p, or false, and then p is no longer being pulled.

@@ -20,7 +20,7 @@ func (d *Discovery) Reach(ctx context.Context, name string, at netip.AddrPort) (
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		var c net.Conn
-		if c, tcp = new(net.Dialer).DialContext(ctx, "tcp", at.String()); tcp == nil {
+		if c, tcp = d.port.dial(ctx, at.String()); tcp == nil {
 			_ = c.Close()
 		}
 	})

@@ -44,7 +44,7 @@ func (p *port) sift() {
 	}
 	for {
 		select {
-		case m := <-p.NetTransport.PacketCh():
+		case m := <-p.transport.PacketCh():
 			if len(m.Buf) <= sealOverhead || m.Buf[0] != sealVersion {
 				continue
 			}
@@ -64,7 +64,7 @@ func (p *port) PacketCh() <-chan *memberlist.Packet {
 	if p.packets != nil {
 		return p.packets
 	}
-	return p.NetTransport.PacketCh()
+	return p.transport.PacketCh()
 }
 
 // sealedConn is a stream that reads as broken unless it begins as a sealed one.

@@ -121,6 +121,7 @@ func (d *Discovery) Reverify() {
 		d.renew()
 		d.tell()
 	}
+	d.sighted.everybody()
 	ring(d.moved)
 }
 

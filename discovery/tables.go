@@ -41,7 +41,7 @@ func (d *Discovery) SetTables(version uint64) error {
 }
 
 // AskTables asks the node whose gossip is at addr, of an open cluster, for its tables.
-func AskTables(ctx context.Context, addr netip.AddrPort, request []byte) ([]byte, error) {
+func (d *Discovery) AskTables(ctx context.Context, addr netip.AddrPort, request []byte) ([]byte, error) {
 	fail := func(err error) ([]byte, error) {
 		return nil, fmt.Errorf("discovery: ask %s for its tables: %w", addr, err)
 	}
@@ -50,7 +50,7 @@ func AskTables(ctx context.Context, addr netip.AddrPort, request []byte) ([]byte
 	}
 	ctx, cancel := context.WithTimeout(ctx, exchangeTimeout)
 	defer cancel()
-	c, err := new(net.Dialer).DialContext(ctx, "tcp", addr.String())
+	c, err := d.port.dial(ctx, addr.String())
 	if err != nil {
 		return fail(err)
 	}

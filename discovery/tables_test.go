@@ -36,19 +36,31 @@ func TestTables(t *testing.T) {
 	if m := b.member("a"); m.Tables != 7 || !m.Confirmed {
 		t.Errorf("b sees %+v", m)
 	}
+	if m, ok := b.Member("a"); !ok || m.Tables != 7 || !m.Confirmed || m.Gossip != a.Gossip() {
+		t.Errorf("b finds %+v, %v", m, ok)
+	}
+	if _, ok := b.Member("nobody"); ok {
+		t.Error("b finds nobody")
+	}
+	if news := b.NewTables(); len(news) != 1 || news["a"] != 7 {
+		t.Errorf("b has the news %v", news)
+	}
+	if news := b.NewTables(); len(news) != 0 {
+		t.Errorf("b has the news %v again", news)
+	}
 	ctx := context.Background()
 	long := bytes.Repeat([]byte("x"), 300<<10)
 	for _, request := range [][]byte{nil, []byte("this"), long} {
-		answer, err := AskTables(ctx, a.Gossip(), request)
+		answer, err := a.AskTables(ctx, a.Gossip(), request)
 		if err != nil || string(answer) != "you asked "+string(request) {
 			t.Errorf("a answers %d bytes, %v", len(answer), err)
 		}
 	}
 	for what, ask := range map[string]func() ([]byte, error){
-		"a refusal":          func() ([]byte, error) { return AskTables(ctx, a.Gossip(), []byte("go away")) },
-		"one without tables": func() ([]byte, error) { return AskTables(ctx, b.Gossip(), []byte("this")) },
-		"too long":           func() ([]byte, error) { return AskTables(ctx, a.Gossip(), make([]byte, maxTablesRequest+1)) },
-		"nobody":             func() ([]byte, error) { return AskTables(ctx, netip.MustParseAddrPort("127.0.0.1:1"), nil) },
+		"a refusal":          func() ([]byte, error) { return a.AskTables(ctx, a.Gossip(), []byte("go away")) },
+		"one without tables": func() ([]byte, error) { return a.AskTables(ctx, b.Gossip(), []byte("this")) },
+		"too long":           func() ([]byte, error) { return a.AskTables(ctx, a.Gossip(), make([]byte, maxTablesRequest+1)) },
+		"nobody":             func() ([]byte, error) { return a.AskTables(ctx, netip.MustParseAddrPort("127.0.0.1:1"), nil) },
 	} {
 		if answer, err := ask(); err == nil {
 			t.Errorf("%s: %q", what, answer)

@@ -334,7 +334,7 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.reverify()
 			n.sync()
 		case <-n.disc.Load().TablesChanged():
-			n.tables.followVersions(n.members())
+			n.tables.followVersions(n.disc.Load().NewTables())
 		case <-n.tables.told:
 			n.tables.settle()
 		case <-n.redefined:

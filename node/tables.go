@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"maps"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -125,12 +124,12 @@ func (t *tables) ask(ctx context.Context, name string, request []byte) ([]byte, 
 	if s := t.n.secure; s != nil {
 		return s.endpoint.Request(ctx, name, peer.KindTables, request)
 	}
-	for _, m := range t.n.disc.Load().Members() {
-		if m.Name == name {
-			return discovery.AskTables(ctx, m.Gossip, request)
-		}
+	disc := t.n.disc.Load()
+	m, ok := disc.Member(name)
+	if !ok {
+		return nil, errNoMember
 	}
-	return nil, errNoMember
+	return disc.AskTables(ctx, m.Gossip, request)
 }
 
 // answer tells whoever asks, in an open cluster.
@@ -228,18 +227,20 @@ func (t *tables) follow(v *view, members []discovery.Member) {
 			t.shared[p.Name] = append(t.shared[p.Name], ov.cfg.Name)
 		}
 	}
-	if old := *t.vteps.Swap(&vteps); !maps.Equal(old, vteps) {
+	old := *t.vteps.Swap(&vteps)
+	var moved []string
+	for name, at := range vteps {
+		if old[name] != at {
+			moved = append(moved, name)
+		}
+	}
+	if len(moved) > 0 {
 		for _, ov := range t.n.list() {
 			if !ov.sealed() { // in others the name says where it is
-				t.dir.Replay(ov.cfg.Name)
+				t.dir.Replay(ov.cfg.Name, moved...)
 			}
 		}
 	}
-	t.followVersions(members)
-}
-
-// followVersions has the tables of those pulled who say that they have news.
-func (t *tables) followVersions(members []discovery.Member) {
 	var sources []table.Source
 	for _, m := range members {
 		if overlays := t.shared[m.Name]; len(overlays) > 0 {
@@ -248,6 +249,13 @@ func (t *tables) followVersions(members []discovery.Member) {
 	}
 	t.pull.SetSources(sources)
 	t.settle()
+}
+
+// followVersions has the tables of those pulled who say that they have news.
+func (t *tables) followVersions(versions map[string]uint64) {
+	for name, v := range versions {
+		t.pull.SetVersion(name, table.Version(v))
+	}
 }
 
 // settle tells of what this node's bridges know, and them of what others' do.

@@ -371,16 +371,29 @@ func (d *Directory) Traits(node, overlay string) *Traits {
 	return nil
 }
 
-// Replay calls DirectoryConfig.Station with every MAC of an overlay.
-func (d *Directory) Replay(overlay string) {
+// Replay calls DirectoryConfig.Station with every MAC of an overlay, or with those of
+// some nodes.
+func (d *Directory) Replay(overlay string, nodes ...string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.views[overlay] == nil {
 		return
 	}
 	ch := d.change(overlay)
-	for mac := range ch.v.byMAC {
-		ch.station(mac)
+	if len(nodes) == 0 {
+		for mac := range ch.v.byMAC {
+			ch.station(mac)
+		}
+		return
+	}
+	for _, name := range nodes {
+		p := d.peers[name]
+		if p == nil || p.overlays[overlay] == nil {
+			continue
+		}
+		for _, e := range p.overlays[overlay].records {
+			ch.station(e.MAC)
+		}
 	}
 }
 

@@ -30,7 +30,8 @@ type PullerConfig struct {
 	Directory *Directory
 	// Ask has the node of a name answer a request (Directory.Answer).
 	Ask func(ctx context.Context, node string, request []byte) ([]byte, error)
-	// Pulled is called when a node has told all that it was asked for. It must not block.
+	// Pulled is called when a node has told all that it was asked for, if what Known or
+	// Directory.Traits say of it is another by that. It must not block.
 	Pulled func(node string)
 	// Log; default none.
 	Log *slog.Logger
@@ -65,6 +66,7 @@ type source struct {
 	overlays []string
 	pulled   Version // that was told when it was pulled last
 	forced   bool    // it has to be pulled, whatever it tells
+	settled  bool    // Pulled was called since what it tells of was another last
 	epoch    uint32
 	have     map[string]state
 	busy     bool
@@ -144,6 +146,17 @@ func (p *Puller) SetSources(list []Source) {
 	}
 }
 
+// SetVersion says that gossip tells another version of one of the sources.
+func (p *Puller) SetVersion(node string, v Version) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s := p.sources[node]; s != nil && s.version != v {
+		s.version = v
+		ring(s.wake)
+		p.start(s)
+	}
+}
+
 // Pull has a node asked at once, whatever gossip tells: something contradicts what is
 // known of it. More often than every 100 ms it is not.
 func (p *Puller) Pull(node string) {
@@ -202,7 +215,13 @@ func (p *Puller) follow(ctx context.Context, s *source) {
 			return
 		}
 		if err == nil {
-			p.cfg.Pulled(s.name)
+			p.mu.Lock()
+			news := !s.settled
+			s.settled = true
+			p.mu.Unlock()
+			if news {
+				p.cfg.Pulled(s.name)
+			}
 			wait = pullRetryMin
 			if forced && !pause(ctx, pullAgain, nil) {
 				return
@@ -316,15 +335,20 @@ func (p *Puller) take(s *source, epoch uint32, parts []part, asked []string) (le
 		if t.absent {
 			// By what gossip tells it is there: it comes or goes just now.
 			delete(s.have, t.overlay)
+			s.settled = false
 			p.cfg.Directory.ForgetIn(s.name, t.overlay)
 			err = fmt.Errorf("table: node %s does not tell of overlay %s", s.name, t.overlay)
 			continue
 		}
 		known := p.cfg.Directory.apply(s.name, t)
 		if !t.more && known != int(t.total) {
+			s.settled = false
 			delete(s.have, t.overlay) // something was missed on the way: all again
 			err = fmt.Errorf("table: node %s has %d endpoints in overlay %s, and told of %d", s.name, t.total, t.overlay, known)
 			continue
+		}
+		if t.traits != nil || s.have[t.overlay].known == t.more {
+			s.settled = false
 		}
 		s.have[t.overlay] = state{epoch: epoch, upto: t.upto, known: !t.more, on: t.more}
 		if !t.more {

@@ -332,6 +332,13 @@ func TestStations(t *testing.T) {
 	if s := got[other.MAC]; s.Node != "b" || len(s.IPs) != 2 {
 		t.Errorf("station %+v", s)
 	}
+	for _, nodes := range [][]string{{"a"}, {"b", "nobody"}, nil} {
+		clear(got)
+		d.Replay("blue", nodes...)
+		if (got[one.MAC].Node == "a") != (len(nodes) != 2) || (got[other.MAC].Node == "b") != (len(nodes) != 1) {
+			t.Errorf("Replay of %q tells %v", nodes, got)
+		}
+	}
 	d.Forget("b")
 	if s := got[other.MAC]; s.Node != "" {
 		t.Errorf("b is gone, and its MAC is at %q", s.Node)

@@ -32,6 +32,8 @@ var imports = map[string][]string{
 	"bridge":    {"tap", "underlay", "crypto", "vxlan", "ether"},
 	"discovery": {"crypto", "vxlan"},
 
+	"discovery/discoverytest": {},
+
 	"tap":                   {"ether", "internal/ready"},
 	"tap/taptest":           {"tap", "ether"},
 	"underlay":              {"internal/ready"},

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -351,6 +352,13 @@ func TestPackageImage(t *testing.T) {
 	image := filepath.Join(dir, "tulle-image.tar")
 	arch := script(t, nil, "go", "env", "GOARCH")
 	script(t, nil, "go", "run", "../packaging/image", "-arch", arch, "-version", "1.2", "-o", image, binary)
+	again := image + ".again"
+	script(t, nil, "go", "run", "../packaging/image", "-arch", arch, "-version", "1.2", "-o", again, binary)
+	one, err := os.ReadFile(image)
+	two, err2 := os.ReadFile(again)
+	if err != nil || err2 != nil || !bytes.Equal(one, two) {
+		t.Errorf("the same binary makes images of %d and %d bytes that differ (%v, %v)", len(one), len(two), err, err2)
+	}
 	a := up(t, l, h[0], "--overlay", overlay(1))
 	c := startContainerd(t, h[1], dir)
 	if out := c.ctr("images", "import", image); !strings.Contains(out, "docker.io/library/tulle:latest") || !strings.Contains(out, "docker.io/library/tulle:1.2") {

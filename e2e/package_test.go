@@ -318,14 +318,30 @@ func (d debian) use(b *tulle, deb string) {
 			works(t, how.same)
 		})
 	}
-	if n, err := strconv.Atoi(strings.TrimPrefix(strings.TrimSpace(m.do("systemctl", "show", "tulle", "--property", "NFileDescriptorStore")), "NFileDescriptorStore=")); err != nil || n < 4 {
-		t.Errorf("systemd stores %d descriptors (%v)", n, err)
+	// The node is a child of the main process now, and systemd listens to it.
+	before := m.stored()
+	m.do("ip", "netns", "add", "c3")
+	b.attaches("blue", "--netns", "/run/netns/c3")
+	b.eventually(5*time.Second, "systemd stores the new device", func() bool { return m.stored() > before })
+	if text := m.do("ip", "netns", "exec", "c3", "cat", "/etc/resolv.conf"); !strings.Contains(text, "nameserver ") || !m.has("/etc/netns/c3/resolv.conf") {
+		t.Errorf("c3 has no resolver: %s", text)
 	}
 	// Whom it sees by the holder's descriptor it also sees go.
 	holder.Kill()
 	if took := b.gone("c2"); took > 2*time.Second {
 		t.Errorf("c2 has no holder and stays for %v", took)
 	}
+}
+
+// stored is how many descriptors systemd has of the service.
+func (m *machine) stored() int {
+	m.t.Helper()
+	out := m.do("systemctl", "show", "tulle", "--property", "NFileDescriptorStore", "--value")
+	n, err := strconv.Atoi(strings.TrimSpace(out))
+	if err != nil {
+		m.t.Fatalf("%v: %s", err, out)
+	}
+	return n
 }
 
 // hostAddress is the machine's own in the underlay.

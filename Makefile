@@ -1,4 +1,4 @@
-# Targets: build demo test race soak ci bench scale lint cross fuzz tools clean
+# Targets: build demo test race soak ci bench scale lint cross fuzz deb image tools clean
 # Everything but Go, gcc, git and make is installed by `make tools` (Debian packages; needs root).
 
 SHELL      := /bin/bash
@@ -11,10 +11,10 @@ FUZZTIME   ?= 20000x
 # Foreign software that the privileged tests run against.
 PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qemu-user-static nftables \
               containerd runc podman conmon netavark aardvark-dns containernetworking-plugins busybox-static iptables curl \
-              ndisc6 iputils-arping bind9-dnsutils musl-tools
+              ndisc6 iputils-arping bind9-dnsutils musl-tools systemd man-db
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test race soak ci bench scale lint cross fuzz tools clean
+.PHONY: build demo test race soak ci bench scale lint cross fuzz deb image tools clean
 
 build: bin/tulle
 
@@ -51,6 +51,16 @@ cross:
 	@for a in amd64 arm64 arm riscv64; do echo "build linux/$$a"; \
 	  GOARCH=$$a GOARM=7 $(BUILD) -o bin/tulle-linux-$$a ./cmd/tulle || exit 1; done
 
+# Packages for Debian and its like, of four machines; in dist/.
+deb: cross
+	@packaging/share dist/share
+	@for a in amd64:amd64 arm64:arm64 arm:armhf riscv64:riscv64; do packaging/deb $${a#*:} bin/tulle-linux-$${a%:*} dist/share dist || exit 1; done
+
+# Container images, for docker load, podman load and ctr image import; no daemon is needed.
+image: cross
+	@mkdir -p dist
+	@for a in amd64 arm64; do go run ./packaging/image -arch $$a -version $(VERSION) -o dist/tulle-image-$$a.tar bin/tulle-linux-$$a || exit 1; done
+
 fuzz:
 	./.ci/fuzz $(FUZZTIME)
 
@@ -70,4 +80,4 @@ scale:
 	GOGC=$(or $(GOGC),200) go test ./bench/scale -run TestMeasure -v -count 1 -timeout 6h -args -progress $(SCALEFLAGS)
 
 clean:
-	rm -rf bin
+	rm -rf bin dist

@@ -86,6 +86,7 @@ func newRoot() *cobra.Command {
 		tokenCommand(), nodeCommand(), gossipCommand(), caCommand(), overlayCommand(),
 		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), dnsCommand(), traceCommand(), historyCommand(), cniCommand(), ipamCommand(), storeCommand(), doctorCommand(),
 		offloadCommand(), upgradeCommand(), waitCommand(), versionCommand(), completionCommand())
+	root.AddCommand(manCommands()...)
 	root.SetHelpCommand(helpCommand())
 	for _, cmd := range root.Commands() {
 		markAll(cmd)

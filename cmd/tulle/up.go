@@ -17,6 +17,9 @@ import (
 	"github.com/tulle-net/tulle/handover"
 )
 
+// tokenVariable is where --token may be as well: arguments are seen by everybody on the host.
+const tokenVariable = "TULLE_TOKEN"
+
 func upCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "up",
@@ -53,7 +56,7 @@ driver, netns, queues, tso, uso, gro.`,
 	f := cmd.Flags()
 	f.String("name", "", "name of the node (default: the host's)")
 	f.String("dns", "", "where the host itself, and who has an address in its overlays, may ask for names, ADDRESS[:PORT] (default nowhere)")
-	f.String("token", "", "what tulle token create printed, to join a secure cluster with; once joined it may be left out")
+	f.String("token", "", "what tulle token create printed, to join a secure cluster with (or set "+tokenVariable+"); once joined it may be left out")
 	f.StringArray("overlay", nil, "an overlay, name=…,vni=…,address=…,tap=…,encryption=…,peer=…; again for more")
 	level := addChoice(cmd, "log-level", "", "what to log", "info", "debug", "warn", "error")
 	format := addChoice(cmd, "log-format", "", "how to log", "text", "json")
@@ -114,6 +117,9 @@ func settings(cmd *cobra.Command) (config.Config, error) {
 	if f.Changed("join") {
 		seeds, _ := f.GetStringSlice("join")
 		faults = append(faults, cfg.Set("join", seeds...))
+	}
+	if t := os.Getenv(tokenVariable); t != "" && !f.Changed("token") {
+		faults = append(faults, cfg.Set("token", t))
 	}
 	if f.Changed("socket") || os.Getenv("TULLE_SOCKET") != "" {
 		faults = append(faults, cfg.Set("socket", f.Lookup("socket").Value.String()))

@@ -61,6 +61,13 @@ func TestFlagsWinOverTheFile(t *testing.T) {
 	if c, err = settingsOf(t, "--config", path); err != nil || c.Socket != "/tmp/env.sock" {
 		t.Errorf("TULLE_SOCKET does not win over the file: %s, %v", c.Socket, err)
 	}
+	t.Setenv("TULLE_TOKEN", "of-the-environment")
+	if c, err = settingsOf(t, "--config", path); err != nil || string(c.Token) != "of-the-environment" {
+		t.Errorf("TULLE_TOKEN is not the token: %v", err)
+	}
+	if c, err = settingsOf(t, "--config", path, "--token", "of-the-flag"); err != nil || string(c.Token) != "of-the-flag" {
+		t.Errorf("--token does not win over TULLE_TOKEN: %v", err)
+	}
 }
 
 func TestTokenIsNotShown(t *testing.T) {

@@ -54,6 +54,8 @@ var imports = map[string][]string{
 
 	"examples/embed": {"bridge", "tap", "underlay"},
 	"bench":          {"internal/lab"},
+
+	"packaging/image": {},
 }
 
 // thirdParty says which packages may import a module of somebody else: its

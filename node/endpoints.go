@@ -311,6 +311,9 @@ func (h *endpoints) setFault(e *endpoint, err error) {
 // expose makes this host an endpoint of a shared overlay.
 func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, error) {
 	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap, Driver: r.Driver}
+	if err := h.n.notRootless(r.Overlay); err != nil {
+		return nil, err
+	}
 	defer h.claim(e.place())()
 	def, err := h.n.mayJoin(ctx, r.Overlay)
 	if err != nil {

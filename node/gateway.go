@@ -43,6 +43,9 @@ type exit struct {
 
 // openGateways takes what an earlier run left on this host.
 func (n *Node) openGateways() (err error) {
+	if n.cfg.Rootless {
+		return nil // it changes nothing on the host
+	}
 	dir, err := filepath.Abs(n.cfg.StateDir)
 	if err != nil {
 		return fmt.Errorf("node: %w", err)
@@ -119,6 +122,9 @@ func (n *Node) exitOf(overlay string) []string {
 // roomForExit returns an error if the host reaches an overlay's addresses by other
 // means, or another overlay here that overlaps it has an exit. Safe for concurrent use.
 func (n *Node) roomForExit(def *store.Overlay) error {
+	if n.cfg.Rootless {
+		return nil // the host's routes are not in the way of one that has no device
+	}
 	own := n.exitOf(def.Name)
 	for _, o := range n.list() {
 		if o.cfg.Name == def.Name {
@@ -151,6 +157,10 @@ func (n *Node) roomForExit(def *store.Overlay) error {
 // overlays and endpoints of now.
 func (n *Node) followGateways() {
 	if n.restoring {
+		return
+	}
+	if n.cfg.Rootless {
+		n.followOutward()
 		return
 	}
 	want := gateway.Want{Tunnels: n.tunnelPorts()}

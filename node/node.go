@@ -121,6 +121,9 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 			return nil, err
 		}
 	}
+	if err := n.checkRootless(); err != nil {
+		return nil, err
+	}
 	at, err := n.advertise(ctx)
 	if err != nil {
 		return nil, err
@@ -147,6 +150,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 		return nil, err
 	}
 	n.storeUnderlay()
+	n.tellRootless()
 	if n.endpoints != nil {
 		n.restoring = true
 		n.endpoints.restore()
@@ -322,7 +326,9 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.sync()
 		case <-resync.C:
 			n.mendPorts()
-			n.gateways.Check()
+			if n.gateways != nil {
+				n.gateways.Check()
+			}
 			n.checkExits()
 			n.endpoints.follow()
 			n.reverify()

@@ -20,7 +20,7 @@ func (n *Node) status() Status {
 			Name: n.cfg.Name, Version: version.String(), Cluster: ClusterOpen,
 			VTEP:    n.vtep(),
 			Gossip:  n.disc.Load().Gossip(),
-			Started: n.started,
+			Started: n.started, Rootless: n.cfg.Rootless,
 		},
 		Overlays: n.overlayStatus(),
 		Offloads: n.offloads(),

@@ -295,7 +295,7 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	n.log.Info("node is up", "name", n.cfg.Name, "vtep", n.vtep())
 	if n.secure != nil && n.secure.created {
-		n.log.Info("another machine joins with: " + invitation(n.addr(), n.cfg.Socket))
+		n.log.Info("another machine joins with: " + invitation(n.addr(), n.cfg.Socket, n.cfg.Rootless))
 	}
 	close(n.ready)
 	err = n.follow(ctx, changes, gossip)

@@ -75,7 +75,11 @@ func openIn(ns netns.NsHandle, o opening) (fd int, err error) {
 		return -1, err // it is no descendant of this process's own
 	}
 	defer unix.Close(user)
-	return openAsChild(0, user, int(ns), o)
+	fd, e = openAsChild(0, user, int(ns), o)
+	if errors.Is(e, errEnter) {
+		return -1, err // EINVAL from the child: it is this process's own user namespace
+	}
+	return fd, e
 }
 
 // openNew opens something in a user and a network namespace that are made for it and

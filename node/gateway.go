@@ -288,6 +288,9 @@ func (n *Node) openExit(ov *overlay, name string, want gateway.Want) {
 // somebody has removed them, the kernel has with the device's IPv6, or another was in
 // the way.
 func (n *Node) checkExits() {
+	if n.cfg.Rootless {
+		return // there are no routes
+	}
 	for _, ov := range n.list() {
 		x := ov.exit.Load()
 		if x == nil || x.live == nil {
@@ -403,7 +406,7 @@ func (p patient) Gateways() *doctor.Gateways {
 	if len(g.Devices)+len(g.Faults) == 0 {
 		return nil
 	}
-	if len(g.Devices) > 0 {
+	if len(g.Devices) > 0 && p.n.gateways != nil {
 		g.Blocked = p.n.gateways.Blocked()
 	}
 	return g

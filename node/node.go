@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -57,8 +56,8 @@ type Node struct {
 	endpoints *endpoints    // in shared overlays; nil in an open cluster
 	tables    *tables
 	gateways  *gateway.Gateway
-	restoring bool                     // endpoints: gateways follow when all are there
-	ports     map[*endpoint][]*os.File // of the host, that lead to endpoints; New's and Run's goroutine's
+	restoring bool                 // endpoints: gateways follow when all are there
+	ports     map[*endpoint][]held // of the host, that lead to endpoints; New's and Run's goroutine's
 
 	host    Host
 	run     discovery.Run // that of the process before; zero: a new one

@@ -9,6 +9,7 @@ import (
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/internal/version"
+	"github.com/tulle-net/tulle/outward"
 	"github.com/tulle-net/tulle/tap"
 )
 
@@ -71,9 +72,11 @@ func (n *Node) drops() map[string]uint64 {
 	d["tap_overflow"] = 0
 	count := func(name string, count uint64) { d[name] += count }
 	tap.EachDrop(nil, count) // every name is there
+	outward.EachDrop(nil, count)
 	for _, l := range n.labelled() {
 		d["tap_overflow"] += l.dev.Dropped()
 		tap.EachDrop(bare(l.dev), count)
+		outward.EachDrop(l.dev, count)
 	}
 	g := n.disc.Load().Stats()
 	d["passports_refused"] = g.PassportsRefused

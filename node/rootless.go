@@ -61,12 +61,3 @@ func (n *Node) notOwned(path string, err error) error {
 	}
 	return tellf(errDenied, "%s is not in a user namespace of this user's own: a rootless node attaches rootless containers of its user and what `tulle run` starts (%s)", path, oneLine(err))
 }
-
-// followOutward brings the ways out of overlays in step with the endpoints of now.
-func (n *Node) followOutward() {
-	for _, ov := range n.list() {
-		if name, wants := ov.wantsExit(); wants {
-			n.failExit(ov, name, errors.New("a rootless node is no gateway"))
-		}
-	}
-}

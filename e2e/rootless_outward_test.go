@@ -28,12 +28,6 @@ func serve(t *testing.T, h *lab.Host, pid int) {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.Kill)
-	eventually(t, 10*time.Second, "iperf3 listens", func() bool {
-		if pid != 0 {
-			return strings.Contains(enter(t, h, pid, "ss", "-Hltn"), ":5201")
-		}
-		return strings.Contains(runIn(t, h, "ss", "-Hltn"), ":5201")
-	})
 }
 
 func TestRootlessOutward(t *testing.T) {
@@ -56,6 +50,7 @@ func TestRootlessOutward(t *testing.T) {
 		{"-c", b4, "-n", "16M"}, {"-c", b4, "-n", "16M", "-R"}, {"-c", b6, "-n", "4M"}, {"-c", b6, "-n", "4M", "-R"},
 		{"-c", b4, "-u", "-b", "20M", "-n", "1M"}, {"-c", b4, "-u", "-b", "20M", "-n", "1M", "-R"},
 	} {
+		listens(t, h[1], 0)
 		out := in(append([]string{"iperf3", "--connect-timeout", "5000"}, args...)...)
 		if strings.Contains(strings.Join(args, " "), "16M") {
 			for line := range strings.Lines(out) {
@@ -123,11 +118,17 @@ func TestRootlessOutward(t *testing.T) {
 
 	// In by published ports.
 	serve(t, h[0], pid)
-	for _, args := range [][]string{{"-n", "8M"}, {"-n", "8M", "-R"}, {"-u", "-b", "20M", "-n", "1M"}, {"-u", "-b", "20M", "-n", "1M", "-R"}} {
-		runIn(t, h[1], "iperf3", append([]string{"--connect-timeout", "5000", "-c", "192.168.77.1", "-p", "18080"}, args...)...)
+	for _, x := range []struct {
+		from *lab.Host
+		args []string
+	}{
+		{h[1], []string{"-c", "192.168.77.1", "-n", "8M"}}, {h[1], []string{"-c", "192.168.77.1", "-n", "8M", "-R"}},
+		{h[1], []string{"-c", "192.168.77.1", "-u", "-b", "20M", "-n", "1M"}}, {h[1], []string{"-c", "192.168.77.1", "-u", "-b", "20M", "-n", "1M", "-R"}},
+		{h[1], []string{"-c", "fd77::1", "-n", "4M"}}, {h[0], []string{"-c", "127.0.0.1", "-n", "4M"}},
+	} {
+		listens(t, h[0], pid)
+		runIn(t, x.from, "iperf3", append([]string{"--connect-timeout", "5000", "-p", "18080"}, x.args...)...)
 	}
-	runIn(t, h[1], "iperf3", "--connect-timeout", "5000", "-c", "fd77::1", "-p", "18080", "-n", "4M")
-	runIn(t, h[0], "iperf3", "--connect-timeout", "5000", "-c", "127.0.0.1", "-p", "18080", "-n", "4M")
 
 	if list := get[node.Endpoints](a, "/v1/endpoints").Endpoints; len(list) != 1 || list[0].PublishError != "" || len(list[0].Publish) != 2 {
 		t.Errorf("endpoints: %+v", list)

@@ -114,7 +114,7 @@ func (u *ordinary) run(args ...string) (status int, stdout, stderr string) {
 	if err != nil {
 		u.t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(u.t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second) // also for what cleans up
 	defer cancel()
 	defer context.AfterFunc(ctx, p.Kill)()
 	_ = p.Wait() // the status says it
@@ -189,6 +189,17 @@ func pings(t *testing.T, h *lab.Host, pid int, to netip.Addr) {
 	enter(t, h, pid, "ping", "-c", "1", "-W", "10", "-w", "10", to.String())
 }
 
+// listens waits for iperf3, which listens anew after each client.
+func listens(t *testing.T, h *lab.Host, pid int) {
+	t.Helper()
+	eventually(t, 10*time.Second, "iperf3 listens", func() bool {
+		if pid != 0 {
+			return strings.Contains(enter(t, h, pid, "ss", "-Hltn"), ":5201")
+		}
+		return strings.Contains(runIn(t, h, "ss", "-Hltn"), ":5201")
+	})
+}
+
 // rates has a process's container send to another's and take from it by TCP.
 func rates(t *testing.T, from *lab.Host, pid int, to *lab.Host, toPID int, at netip.Addr) {
 	t.Helper()
@@ -197,10 +208,8 @@ func rates(t *testing.T, from *lab.Host, pid int, to *lab.Host, toPID int, at ne
 		t.Fatal(err)
 	}
 	defer server.Kill()
-	eventually(t, 10*time.Second, "iperf3 listens", func() bool {
-		return strings.Contains(enter(t, to, toPID, "ss", "-Hltn"), ":5201")
-	})
 	for _, way := range [][]string{nil, {"-R"}} {
+		listens(t, to, toPID)
 		enter(t, from, pid, append([]string{"iperf3", "-c", at.String(), "-n", "8M"}, way...)...)
 	}
 }
@@ -375,4 +384,31 @@ func TestRootlessLacks(t *testing.T) {
 			t.Errorf("tulle doctor --rootless: status %d, want %q:\n%s", status, word, stdout)
 		}
 	}
+}
+
+// TestExampleRootless runs the script as an ordinary user.
+func TestExampleRootless(t *testing.T) {
+	t.Parallel()
+	_, _, h := hosts(t, 1, lab.Underlay{Prefix4: underlay4})
+	u := ordinaryUser(t, h[0], "", "0666")
+	command(t, "cp", "../examples/rootless/rootless.sh", u.dir+"/bin/rootless.sh")
+	out := u.does("env", "ADVERTISE=192.168.77.1", u.dir+"/bin/rootless.sh", u.tulle())
+	for _, want := range []string{"0\n", "10.32.", "3 received, 0% packet loss"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the script does not print %q:\n%s", want, out)
+		}
+	}
+	status, _, stderr := runScript(t, "../examples/rootless/rootless.sh", binary)
+	if status != 1 || !strings.Contains(stderr, "as an ordinary user") {
+		t.Errorf("run by root: status %d, %s", status, stderr)
+	}
+}
+
+func runScript(t *testing.T, path string, args ...string) (status int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	cmd := exec.CommandContext(t.Context(), path, args...)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	_ = cmd.Run() // the status says it
+	return cmd.ProcessState.ExitCode(), out.String(), errs.String()
 }

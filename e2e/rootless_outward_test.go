@@ -133,6 +133,24 @@ func TestRootlessOutward(t *testing.T) {
 	if list := get[node.Endpoints](a, "/v1/endpoints").Endpoints; len(list) != 1 || list[0].PublishError != "" || len(list[0].Publish) != 2 {
 		t.Errorf("endpoints: %+v", list)
 	}
+
+	// Without a gateway nothing leads out or in; with one again, and after a crash, all does.
+	out := func() error {
+		_, err := h[0].Run(t.Context(), "nsenter", "-t", fmt.Sprint(pid), "-n", "timeout", "2", "bash", "-c", "exec 3<>/dev/tcp/"+b4+"/5201")
+		return err
+	}
+	listens(t, h[1], 0)
+	u.does(u.tulle(), "overlay", "set", "blue", "--gateway", "false")
+	a.eventually(10*time.Second, "the overlay has no gateway", func() bool { return out() != nil })
+	u.does(u.tulle(), "overlay", "set", "blue", "--gateway", "true")
+	a.eventually(10*time.Second, "the overlay has a gateway again", func() bool { return out() == nil })
+	a.proc.Kill()
+	_ = a.proc.Wait()
+	a.start()
+	a.eventually(10*time.Second, "the gateway is there after kill -9 and a start", func() bool { return out() == nil })
+	listens(t, h[0], pid)
+	runIn(t, h[1], "iperf3", "--connect-timeout", "5000", "-c", "192.168.77.1", "-p", "18080", "-n", "1M")
+
 	c.Kill()
 	_ = c.Wait()
 	a.eventually(3*time.Second, "its ports are free again", func() bool { return !strings.Contains(runIn(t, h[0], "ss", "-Hltun"), ":18080") })

@@ -291,6 +291,17 @@ func TestRootless(t *testing.T) {
 		both("after kill -9 and a start")
 	})
 
+	t.Run("upgrade", func(t *testing.T) {
+		ua.t = t
+		ua.does(ua.tulle(), "upgrade")
+		a.eventually(10*time.Second, "its endpoints are there still", func() bool {
+			list := get[node.Endpoints](a, "/v1/endpoints").Endpoints
+			return len(list) == 2 && list[0].Up && list[1].Up
+		})
+		both("after an upgrade")
+	})
+	ua.t = t
+
 	t.Run("end", func(t *testing.T) {
 		for _, x := range []struct {
 			n *tulle

@@ -272,6 +272,15 @@ func TestRootless(t *testing.T) {
 		ua.fails([]string{"driver tun"}, "attach", "blue", "--pid", fmt.Sprint(c1.Pid()), "--ifname", "eth7", "--driver", "tun")
 		ua.fails([]string{"static", "overlay create red"}, "up", "--rootless", "--state-dir", ua.dir+"/other", "--overlay", "name=red,vni=7")
 		ua.fails([]string{"tulle up --rootless"}, "--socket", ua.dir+"/other.sock", "up", "--state-dir", "/var/lib/other")
+		foreign := filepath.Join(t.TempDir(), "sock")
+		ln, err := net.Listen("unix", foreign)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		command(t, "chown", "77", foreign)
+		command(t, "chmod", "777", foreign, filepath.Dir(foreign), filepath.Dir(filepath.Dir(foreign)))
+		ua.fails([]string{"the socket of user 77", "neither yours nor root's"}, "--socket", foreign, "status")
 		status, _, stderr := ub.run(ub.tulle(), "--socket", a.sock, "status")
 		if status != 1 || !strings.Contains(stderr, "no permission to ask the node") {
 			t.Errorf("another user asks: status %d, %s", status, stderr)

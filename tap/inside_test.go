@@ -311,11 +311,11 @@ func TestInsideOften(t *testing.T) {
 	const workers, each = 4, 50
 	for range workers {
 		go func() {
-			var garbage [][]byte
+			var garbage []byte
 			for i := range each {
-				garbage = append(garbage, make([]byte, 64<<10))
+				garbage = append(garbage, make([]byte, 64<<10)...)
 				if i%10 == 0 {
-					garbage = nil
+					garbage = garbage[:0:0]
 					runtime.GC()
 				}
 				if ns, err := NamespaceAt(path); err != nil || ns != want {

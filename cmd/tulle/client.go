@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"time"
 
@@ -222,6 +223,9 @@ func (c *client) explain(err error) error {
 	case errors.Is(err, context.Canceled):
 		return err
 	case errors.Is(err, errForeign):
+		if request, is := errors.AsType[*url.Error](err); is {
+			err = request.Err // without what was asked for
+		}
 		return fmt.Errorf("%w: give the --socket of your own node", err)
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ENOTDIR):
 		return fmt.Errorf("%w: nothing answers at %s; start one with `tulle up`, or give --socket PATH", errNoNode, c.socket)

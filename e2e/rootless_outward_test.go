@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/lab"
-	"github.com/tulle-net/tulle/node"
 )
 
 //	c ── a ──[ul]── b        a: an ordinary user's node, the gateway of its container c by that user's sockets
@@ -130,7 +129,7 @@ func TestRootlessOutward(t *testing.T) {
 		runIn(t, x.from, "iperf3", append([]string{"--connect-timeout", "5000", "-p", "18080"}, x.args...)...)
 	}
 
-	if list := get[node.Endpoints](a, "/v1/endpoints").Endpoints; len(list) != 1 || list[0].PublishError != "" || len(list[0].Publish) != 2 {
+	if list := a.has(); len(list) != 1 || list[0].PublishError != "" || len(list[0].Publish) != 2 {
 		t.Errorf("endpoints: %+v", list)
 	}
 

@@ -5,13 +5,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/lab"
-	"github.com/tulle-net/tulle/node"
 )
 
 //	web ── a ──[ul]── b ── db      Podman's containers of an ordinary user, one on each host
@@ -25,7 +26,14 @@ func userNamed(t *testing.T) string {
 	name := fmt.Sprintf("tulletest%d", os.Getpid())
 	command(t, "useradd", "--no-create-home", "--home-dir", "/nonexistent", name)
 	t.Cleanup(func() {
-		eventually(t, 10*time.Second, "the user's processes have ended", func() bool { return exec.Command("pgrep", "-u", name).Run() != nil })
+		id, _ := strconv.Atoi(strings.TrimSpace(command(t, "id", "-u", name)))
+		eventually(t, 10*time.Second, "the user's processes have ended", func() bool {
+			list, err := filepath.Glob("/proc/[0-9]*")
+			return err == nil && !slices.ContainsFunc(list, func(proc string) bool {
+				i, err := os.Stat(proc)
+				return err == nil && int(i.Sys().(*syscall.Stat_t).Uid) == id
+			})
+		})
 		command(t, "userdel", name)
 	})
 	for _, x := range [][2]string{{"/etc/subuid", "--add-subuids"}, {"/etc/subgid", "--add-subgids"}} {
@@ -132,10 +140,10 @@ func TestRootlessPodman(t *testing.T) {
 
 	ub.podman("rm", "--force", "--time", "0", "db")
 	took := b.eventually(3*time.Second, "the endpoint of a container that was removed is gone", func() bool {
-		return len(b.attached(isNamed("db"))) == 0
+		return !slices.ContainsFunc(b.has(), isNamed("db"))
 	})
 	t.Logf("gone %v after podman rm", took.Round(time.Millisecond))
-	if list := get[node.Endpoints](b, "/v1/endpoints").Endpoints; len(list) != 1 || list[0].Name != "slirp" || !list[0].Up {
+	if list := b.has(); len(list) != 1 || list[0].Name != "slirp" || !list[0].Up {
 		t.Errorf("endpoints that are left: %+v", list)
 	}
 }

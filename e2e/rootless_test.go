@@ -184,6 +184,13 @@ func (u *ordinary) fails(words []string, args ...string) {
 	wantRefusal(u.t, status, stderr, words...)
 }
 
+// has returns the node's own endpoints.
+func (n *tulle) has() []node.Endpoint {
+	n.t.Helper()
+	list := get[node.Endpoints](n, "/v1/endpoints").Endpoints
+	return slices.DeleteFunc(list, func(e node.Endpoint) bool { return e.Node != n.name })
+}
+
 func pings(t *testing.T, h *lab.Host, pid int, to netip.Addr) {
 	t.Helper()
 	enter(t, h, pid, "ping", "-c", "1", "-W", "10", "-w", "10", to.String())
@@ -293,7 +300,7 @@ func TestRootless(t *testing.T) {
 		_ = a.proc.Wait()
 		a.start()
 		a.eventually(10*time.Second, "its endpoints are there again", func() bool {
-			list := get[node.Endpoints](a, "/v1/endpoints").Endpoints
+			list := a.has()
 			return len(list) == 2 && list[0].Up && list[1].Up
 		})
 		meet(t, 15*time.Second, a, b)
@@ -304,7 +311,7 @@ func TestRootless(t *testing.T) {
 		ua.t = t
 		ua.does(ua.tulle(), "upgrade")
 		a.eventually(10*time.Second, "its endpoints are there still", func() bool {
-			list := get[node.Endpoints](a, "/v1/endpoints").Endpoints
+			list := a.has()
 			return len(list) == 2 && list[0].Up && list[1].Up
 		})
 		both("after an upgrade")
@@ -316,11 +323,11 @@ func TestRootless(t *testing.T) {
 			n *tulle
 			p *lab.Process
 		}{{a, c1}, {b, d1}} { // attached to again, and made by this run
-			before := len(get[node.Endpoints](x.n, "/v1/endpoints").Endpoints)
+			before := len(x.n.has())
 			x.p.Kill()
 			_ = x.p.Wait()
 			took := x.n.eventually(3*time.Second, "the endpoint of a container that has ended is gone", func() bool {
-				return len(get[node.Endpoints](x.n, "/v1/endpoints").Endpoints) == before-1
+				return len(x.n.has()) == before-1
 			})
 			t.Logf("%s: gone after %v", x.n.name, took.Round(time.Millisecond))
 		}
@@ -346,7 +353,7 @@ func TestRootlessRun(t *testing.T) {
 	at := u.attaches("blue", c.Pid())
 	left := func(what string) {
 		t.Helper()
-		a.eventually(3*time.Second, what+": nothing is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints").Endpoints) == 1 })
+		a.eventually(3*time.Second, what+": nothing is left", func() bool { return len(a.has()) == 1 })
 	}
 	for _, tt := range []struct {
 		args   []string

@@ -132,7 +132,7 @@ func TestInside(t *testing.T) {
 	if !d.Pinned() {
 		t.Error("a device that was made inside does not say that it keeps the namespace alive")
 	}
-	if o := dev.Offloads(); o.Driver != DriverOffload || o.Checksum != "on" || o.TSO4 != "on" || o.TSO6 != "on" || o.GRO != "on" {
+	if o := dev.Offloads(); o.Driver != DriverOffload || o.Checksum != "on" || o.TSO4 != "on" || o.TSO6 != "on" || !strings.HasPrefix(o.GRO, "on") && !strings.HasPrefix(o.GRO, "TCPv4: on") {
 		t.Errorf("offloads: %+v", o)
 	}
 	if !found.known {

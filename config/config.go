@@ -85,6 +85,10 @@ type Config struct {
 	Token Secret
 	// StateDir; default /var/lib/tulle.
 	StateDir string
+	// Rootless: the node runs as an ordinary user, with devices inside the namespaces of
+	// this user's containers alone. So it has no Overlays here, whose devices would be
+	// the host's. The defaults of StateDir and Socket are this user's (UserStateDir, UserSocket).
+	Rootless bool
 	// Socket of the local API, at most 103 bytes; default /run/tulle/tulle.sock.
 	Socket string
 	// SourcePorts is the number of UDP source ports for data, 1 to 64; default 16.

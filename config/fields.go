@@ -65,6 +65,7 @@ var nodeFields = []field[Config]{
 	}},
 	{key: "token", set: func(c *Config, s string) error { c.Token = Secret(s); return nil }},
 	{key: "state-dir", set: text(func(c *Config) *string { return &c.StateDir })},
+	{key: "rootless", set: yesNo(func(c *Config) *bool { return &c.Rootless })},
 	{key: "socket", set: text(func(c *Config) *string { return &c.Socket })},
 	{key: "source-ports", set: positive(func(c *Config) *int { return &c.SourcePorts })},
 	{key: "unfinished-checksums", set: text(func(c *Config) *string { return &c.UnfinishedChecksums })},

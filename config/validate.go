@@ -26,6 +26,7 @@ func (c *Config) Validate() error {
 		v.overlay(i, &c.Overlays[i])
 	}
 	v.duplicates()
+	v.rootless()
 	return errors.Join(v.faults...)
 }
 
@@ -86,6 +87,18 @@ func macOfNames(node, overlay string) ether.MAC {
 
 // metadataAddress is where clouds tell a machine of itself.
 var metadataAddress = netip.AddrFrom4([4]byte{169, 254, 169, 254})
+
+// rootless has no device in the host's namespace.
+func (v *validator) rootless() {
+	v.within = ""
+	if !v.c.Rootless {
+		return
+	}
+	for _, o := range v.c.Overlays {
+		v.fault("overlay %s is a static one, whose device %s would be in the host's network namespace, where a rootless node can make none: "+
+			"`tulle overlay create %s` makes a shared one, for containers (`tulle attach`, `tulle run`)", o.Name, o.Tap, o.Name)
+	}
+}
 
 type validator struct {
 	c      *Config

@@ -45,6 +45,8 @@ type Settings struct {
 	Seeds []string
 	// StateDir may not exist yet.
 	StateDir string
+	// Rootless: the node is, or would be, an ordinary user's.
+	Rootless bool
 	// Running: a node runs with these settings, so it is the one that holds the ports.
 	Running bool
 }
@@ -56,9 +58,13 @@ func Local(ctx context.Context, s Settings) []Check {
 	if !s.Advertise.IsValid() && !source.IsLoopback() {
 		s.Advertise = source // as the node does
 	}
-	return []Check{
-		tun(tunPath),
-		rights(),
+	var allowed []Check
+	if s.Rootless {
+		allowed = rootless()
+	} else {
+		allowed = []Check{tun(tunPath), rights()}
+	}
+	return append(allowed,
 		kernel(release()),
 		ipv6("/proc"),
 		address(s.Advertise),
@@ -67,7 +73,7 @@ func Local(ctx context.Context, s Settings) []Check {
 		ports(ctx, "gossip_port", s.Gossip, s.Running, "UDP", "TCP"),
 		clock(time.Now(), crypto.BuildTime()),
 		stateDir(s.StateDir),
-	}
+	)
 }
 
 // tun opens the device that TAPs are made with. Opened alone it makes none.

@@ -84,6 +84,7 @@ type NodeStatus struct {
 	// CertificateExpires is when this node's certificate ends; absent in an open cluster.
 	CertificateExpires time.Time `json:"certificate_expires,omitzero"`
 	GossipEpoch        uint64    `json:"gossip_epoch"` // of the gossip key; 0 in an open cluster
+	Rootless           bool      `json:"rootless,omitempty"`
 }
 
 // ClusterOpen is NodeStatus.Cluster of a node that is in no secure cluster.

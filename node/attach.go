@@ -30,8 +30,11 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 	if e.Netns, err = netnsPath(r.Netns, r.PID); err != nil {
 		return nil, err
 	}
-	if e.Namespace, err = namespaceAt(e.Netns); err != nil {
+	if err := h.n.mayInside(r.Driver); err != nil {
 		return nil, err
+	}
+	if e.Namespace, err = namespaceAt(e.Netns); err != nil {
+		return nil, h.n.notOwned(e.Netns, err)
 	}
 	if h.selfErr != nil {
 		return nil, h.selfErr

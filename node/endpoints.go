@@ -316,6 +316,9 @@ func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, err
 	if err := checkServices(r.Services); err != nil {
 		return nil, err
 	}
+	if err := h.n.notRootless(r.Overlay); err != nil {
+		return nil, err
+	}
 	defer h.claim(e.place())()
 	def, err := h.n.mayJoin(ctx, r.Overlay)
 	if err != nil {

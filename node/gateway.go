@@ -44,6 +44,9 @@ type exit struct {
 
 // openGateways takes what an earlier run left on this host.
 func (n *Node) openGateways() (err error) {
+	if n.cfg.Rootless {
+		return nil // it changes nothing on the host
+	}
 	dir, err := filepath.Abs(n.cfg.StateDir)
 	if err != nil {
 		return fmt.Errorf("node: %w", err)
@@ -120,6 +123,9 @@ func (n *Node) exitOf(overlay string) []string {
 // roomForExit returns an error if the host reaches an overlay's addresses by other
 // means, or another overlay here that overlaps it has an exit. Safe for concurrent use.
 func (n *Node) roomForExit(def *store.Overlay) error {
+	if n.cfg.Rootless {
+		return nil // the host's routes are not in the way of one that has no device
+	}
 	own := n.exitOf(def.Name)
 	for _, o := range n.list() {
 		if o.cfg.Name == def.Name {
@@ -152,6 +158,10 @@ func (n *Node) roomForExit(def *store.Overlay) error {
 // overlays and endpoints of now.
 func (n *Node) followGateways() {
 	if n.restoring {
+		return
+	}
+	if n.cfg.Rootless {
+		n.followOutward()
 		return
 	}
 	want := gateway.Want{Tunnels: n.tunnelPorts()}
@@ -279,6 +289,9 @@ func (n *Node) openExit(ov *overlay, name string, want gateway.Want) {
 // somebody has removed them, the kernel has with the device's IPv6, or another was in
 // the way.
 func (n *Node) checkExits() {
+	if n.cfg.Rootless {
+		return // there are no routes
+	}
 	for _, ov := range n.list() {
 		x := ov.exit.Load()
 		if x == nil || x.live == nil {
@@ -397,7 +410,7 @@ func (p patient) Gateways() *doctor.Gateways {
 	if len(g.Devices)+len(g.Faults) == 0 {
 		return nil
 	}
-	if len(g.Devices) > 0 {
+	if len(g.Devices) > 0 && p.n.gateways != nil {
 		g.Blocked = p.n.gateways.Blocked()
 	}
 	return g

@@ -65,6 +65,7 @@ func (n *Node) roomFor(def *store.Overlay) error {
 // settingsOf are those of a shared overlay on this node, with an endpoint's device.
 func (n *Node) settingsOf(def *store.Overlay, e *endpoint) (config.Overlay, error) {
 	c := n.cfg
+	c.Rootless = false // it is no static overlay
 	c.Overlays = []config.Overlay{{
 		Name: def.Name, VNI: vxlan.VNI(def.VNI), Encryption: def.Encryption, Cipher: def.Cipher, MTU: def.MTU, Flood: def.Flood,
 		ClampMSS: def.ClampMSS, Tap: e.Tap, MAC: e.MAC, Driver: e.Driver,

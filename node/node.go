@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,8 +57,8 @@ type Node struct {
 	tables    *tables
 	gateways  *gateway.Gateway
 	names     *names
-	restoring bool                     // endpoints: gateways follow when all are there
-	ports     map[*endpoint][]*os.File // of the host, that lead to endpoints; New's and Run's goroutine's
+	restoring bool                 // endpoints: gateways follow when all are there
+	ports     map[*endpoint][]held // of the host, that lead to endpoints; New's and Run's goroutine's
 
 	host    Host
 	run     discovery.Run // that of the process before; zero: a new one
@@ -122,6 +121,9 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 			return nil, err
 		}
 	}
+	if err := n.checkRootless(); err != nil {
+		return nil, err
+	}
 	at, err := n.advertise(ctx)
 	if err != nil {
 		return nil, err
@@ -151,6 +153,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 		return nil, err
 	}
 	n.storeUnderlay()
+	n.tellRootless()
 	if n.endpoints != nil {
 		n.restoring = true
 		n.endpoints.restore()
@@ -297,7 +300,7 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	n.log.Info("node is up", "name", n.cfg.Name, "vtep", n.vtep())
 	if n.secure != nil && n.secure.created {
-		n.log.Info("another machine joins with: " + invitation(n.addr(), n.cfg.Socket))
+		n.log.Info("another machine joins with: " + invitation(n.addr(), n.cfg.Socket, n.cfg.Rootless))
 	}
 	close(n.ready)
 	err = n.follow(ctx, changes, gossip)
@@ -328,7 +331,9 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.sync()
 		case <-resync.C:
 			n.mendPorts()
-			n.gateways.Check()
+			if n.gateways != nil {
+				n.gateways.Check()
+			}
 			n.checkExits()
 			n.endpoints.follow()
 			n.reverify()

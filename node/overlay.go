@@ -189,7 +189,7 @@ func (n *Node) addStatic(o config.Overlay) error {
 func (n *Node) tapConfig(o config.Overlay) tap.Config {
 	return tap.Config{
 		Name: o.Tap, MAC: o.MAC, Queues: o.Queues, Driver: o.Driver, Log: n.log,
-		NoTSO: o.NoTSO, NoUSO: o.NoUSO, NoGRO: o.NoGRO,
+		NoTSO: o.NoTSO, NoUSO: o.NoUSO, NoGRO: o.NoGRO, Inside: n.cfg.Rootless,
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
 
 	"github.com/tulle-net/tulle/gateway"
@@ -115,7 +114,7 @@ func (n *Node) reserve(e *endpoint) error {
 	if len(e.Publish) == 0 || e.reserved {
 		return nil
 	}
-	var files []*os.File
+	var files []held
 	fail := func(err error) error {
 		for _, f := range files {
 			_ = f.Close()
@@ -144,7 +143,7 @@ func (n *Node) reserve(e *endpoint) error {
 			if !at.Addr().IsValid() {
 				at = netip.AddrPortFrom(unspecified(t.To.Addr()), at.Port())
 			}
-			f, err := gateway.Reserve(at, p.Protocol)
+			f, err := n.hold(at, p.Protocol)
 			switch {
 			case errors.Is(err, gateway.ErrPortTaken):
 				return fail(tellf(errExists, "publish %s: a program on this host has the port (`ss -lnp` shows which): end it, or take another port", p))
@@ -153,11 +152,11 @@ func (n *Node) reserve(e *endpoint) error {
 			case err != nil:
 				return fail(err)
 			}
-			files = append(files, f)
+			files = append(files, held{f, t.To})
 		}
 	}
 	if n.ports == nil {
-		n.ports = map[*endpoint][]*os.File{}
+		n.ports = map[*endpoint][]held{}
 	}
 	n.ports[e] = files
 	e.reserved = true

@@ -9,6 +9,7 @@ import (
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/internal/version"
+	"github.com/tulle-net/tulle/outward"
 	"github.com/tulle-net/tulle/tap"
 )
 
@@ -20,7 +21,7 @@ func (n *Node) status() Status {
 			Name: n.cfg.Name, Version: version.String(), Cluster: ClusterOpen,
 			VTEP:    n.vtep(),
 			Gossip:  n.disc.Load().Gossip(),
-			Started: n.started,
+			Started: n.started, Rootless: n.cfg.Rootless,
 		},
 		Overlays: n.overlayStatus(),
 		Offloads: n.offloads(),
@@ -71,9 +72,11 @@ func (n *Node) drops() map[string]uint64 {
 	d["tap_overflow"] = 0
 	count := func(name string, count uint64) { d[name] += count }
 	tap.EachDrop(nil, count) // every name is there
+	outward.EachDrop(nil, count)
 	for _, l := range n.labelled() {
 		d["tap_overflow"] += l.dev.Dropped()
 		tap.EachDrop(bare(l.dev), count)
+		outward.EachDrop(l.dev, count)
 	}
 	n.names.server.Stats.EachDrop(count)
 	g := n.disc.Load().Stats()

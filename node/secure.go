@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/user"
 	"slices"
 	"strings"
 	"sync"
@@ -255,12 +256,18 @@ func (s *secure) hook(n *Node, tc *bridge.TunnelConfig) {
 
 // invitation is the one command that another machine needs. A token is a secret
 // and this goes to the log, so the command makes one. Its characters need no quotes.
-func invitation(at netip.Addr, socket string) string {
-	create := "tulle token create"
-	if socket != config.Default().Socket {
+func invitation(at netip.Addr, socket string, rootless bool) string {
+	create, who, usual := "tulle token create", "root", config.Default().Socket
+	if rootless {
+		who, usual = "USER", config.UserSocket()
+		if u, err := user.Current(); err == nil && crypto.CheckName(u.Username) == nil {
+			who = u.Username
+		}
+	}
+	if socket != usual {
 		create += " --socket " + socket
 	}
-	return fmt.Sprintf("tulle up --token $(ssh root@%s %s)", at, create)
+	return fmt.Sprintf("tulle up --token $(ssh %s@%s %s)", who, at, create)
 }
 
 // tellSelf says where this node is.

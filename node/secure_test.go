@@ -26,7 +26,7 @@ func TestInvitation(t *testing.T) {
 		{"192.0.2.1", config.Default().Socket, "tulle up --token $(ssh root@192.0.2.1 tulle token create)"},
 		{"2001:db8::1", "/tmp/s", "tulle up --token $(ssh root@2001:db8::1 tulle token create --socket /tmp/s)"},
 	} {
-		if got := invitation(netip.MustParseAddr(c.at), c.socket); got != c.want {
+		if got := invitation(netip.MustParseAddr(c.at), c.socket, false); got != c.want {
 			t.Errorf("invitation(%s, %s) = %q, want %q", c.at, c.socket, got, c.want)
 		}
 	}

@@ -37,12 +37,19 @@ func (d *offloadDevice) openTun() (fd int, err error) {
 	if d.kept.inside == nil {
 		return openTun()
 	}
-	fd = -1
-	err = inNamespace(*d.kept.inside, func() (e error) {
-		fd, e = openTun()
-		return e
-	})
-	return fd, err
+	if fd, err = openIn(*d.kept.inside, openTunFile); err != nil {
+		return -1, explainOpen(err)
+	}
+	return fd, nil
+}
+
+// packetSocket returns one where the device is, or will be tested.
+func (d *offloadDevice) packetSocket() (int, error) {
+	what := opening{domain: unix.AF_PACKET, kind: unix.SOCK_RAW | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK}
+	if d.kept.inside == nil {
+		return what.here()
+	}
+	return openIn(*d.kept.inside, what)
 }
 
 func (d *offloadDevice) SetPersistent(on bool) error {
@@ -154,6 +161,7 @@ func takeHanded(cfg Config) Device {
 
 func newOffloadDevice(cfg Config) *offloadDevice {
 	d := &offloadDevice{log: cfg.Log}
+	d.link.inside = cfg.Inside
 	d.writers.New = func() any { return newWriter() }
 	return d
 }
@@ -277,6 +285,14 @@ func (d *offloadDevice) useFindings(cfg Config) error {
 	found.mu.Unlock()
 	if !known {
 		probe := newOffloadDevice(cfg)
+		if cfg.Inside { // it may be the only place where one can be made
+			ns, err := openNetns(cfg.Netns)
+			if err != nil {
+				return err
+			}
+			defer ns.Close()
+			probe.kept.inside = &ns
+		}
 		err := probe.attach(temporaryName(), unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_VNET_HDR|unix.IFF_TUN_EXCL)
 		if err == nil {
 			probe.link.file = probe.files[0]

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -32,12 +31,14 @@ type link struct {
 	gsoMaxSize int    // as configured, 0: by the MTU
 	netns      string // where it was moved to, or ""
 	file       *ready.File
-	addresses  []netip.Prefix // as configured
-	gateways   []netip.Addr   // as configured
-	routes     []Route        // as configured
-	mu         sync.Mutex     // held for a change
-	noIPv6     bool           // the MTU was too small for IPv6; guarded by mu
-	layer3     bool           // a TUN: it has no MAC but mac, which the kernel does not know
+	addresses  []netip.Prefix  // as configured
+	gateways   []netip.Addr    // as configured
+	routes     []Route         // as configured
+	mu         sync.Mutex      // held for a change
+	noIPv6     bool            // the MTU was too small for IPv6; guarded by mu
+	layer3     bool            // a TUN: it has no MAC but mac, which the kernel does not know
+	inside     bool            // it was made where it is, which this process may not be able to enter
+	stays      *netlink.Handle // of one that is inside; guarded by mu
 }
 
 func (l *link) Name() string   { return l.name }
@@ -132,11 +133,14 @@ func handleAt(ns netns.NsHandle) (*netlink.Handle, error) {
 	var h *netlink.Handle
 	if here.Equal(ns) {
 		h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
-	} else {
-		h, err = netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	} else if h, err = netlink.NewHandleAt(ns, unix.NETLINK_ROUTE); err != nil {
+		var fd int
+		if fd, err = openIn(ns, routeSocket); err == nil {
+			h, err = handleOn(fd)
+		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("netlink in the device's namespace (entering it takes CAP_SYS_ADMIN): %w", err)
+		return nil, fmt.Errorf("netlink in the device's namespace: %w", err)
 	}
 	return h, nil
 }
@@ -179,6 +183,46 @@ func (l *link) find() (*netlink.Handle, netlink.Link, error) {
 	return h, dev, nil
 }
 
+// findOften is find for who holds l.mu and asks again and again. Of a device that
+// was made inside a namespace, which takes a child to enter, it keeps the handle: the
+// device's descriptors keep the namespace alive anyway. Call done instead of closing it.
+func (l *link) findOften() (h *netlink.Handle, dev netlink.Link, done func(), err error) {
+	if !l.inside {
+		h, dev, err = l.find()
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		return h, dev, h.Close, nil
+	}
+	if l.stays == nil {
+		if l.stays, dev, err = l.find(); err != nil {
+			l.stays = nil
+			return nil, nil, nil, err
+		}
+		return l.stays, dev, func() {}, nil
+	}
+	var name string
+	if e := l.file.Control(func(fd uintptr) { name, err = deviceName(fd) }); e != nil {
+		return nil, nil, nil, ErrClosed
+	}
+	if err != nil {
+		return nil, nil, nil, deviceError("TUNGETIFF", err)
+	}
+	if dev, err = l.stays.LinkByName(name); err != nil {
+		l.letGo() // it may have been moved on
+		return nil, nil, nil, fmt.Errorf("find the device: %w", err)
+	}
+	return l.stays, dev, func() {}, nil
+}
+
+// letGo closes what findOften keeps. Called with l.mu.
+func (l *link) letGo() {
+	if l.stays != nil {
+		l.stays.Close()
+		l.stays = nil
+	}
+}
+
 // deviceError is ErrClosed if err says that the descriptor has no device any more.
 func deviceError(what string, err error) error {
 	if errors.Is(err, unix.EBADFD) || errors.Is(err, unix.EBADF) {
@@ -209,6 +253,10 @@ func deviceName(fd uintptr) (string, error) {
 // move hands the device, which is down, to the namespace of cfg, if there is one.
 func (l *link) move(cfg Config) error {
 	if cfg.Netns == "" {
+		return nil
+	}
+	if cfg.Inside {
+		l.netns = cfg.Netns // it was made there
 		return nil
 	}
 	ns, err := openNetns(cfg.Netns)
@@ -336,19 +384,18 @@ func (l *link) addLinkLocal(h *netlink.Handle, dev netlink.Link, mtu int) {
 // noSolicit does what Config.NoSolicit says, before the device is up. The files are
 // those of the thread's namespace.
 func (l *link) noSolicit() {
-	set := func() {
-		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+l.name+"/router_solicitations", []byte("0"), 0) // else it asks
-	}
-	if l.netns == "" {
-		set()
-		return
-	}
-	ns, err := openNetns(l.netns)
+	file := opening{path: "/proc/sys/net/ipv6/conf/" + l.name + "/router_solicitations", flags: unix.O_WRONLY | unix.O_CLOEXEC}
+	ns, err := openHere(l.netns)
 	if err != nil {
 		return
 	}
 	defer ns.Close()
-	_ = inNamespace(ns, func() error { set(); return nil })
+	fd, err := openIn(ns, file)
+	if err != nil {
+		return // it asks
+	}
+	defer unix.Close(fd)
+	_, _ = unix.Write(fd, []byte("0"))
 }
 
 // addDefault adds a default route through the device, which is up.
@@ -421,11 +468,11 @@ func (l *link) SetMTU(bytes int) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	h, dev, err := l.find()
+	h, dev, done, err := l.findOften()
 	if err != nil {
 		return l.wrap(err)
 	}
-	defer h.Close()
+	defer done()
 	l.noIPv6 = l.noIPv6 || dev.Attrs().MTU < minMTU6
 	if err := l.applyMTU(h, dev, bytes); err != nil {
 		return l.wrap(err)
@@ -475,11 +522,11 @@ func (l *link) restoreIPv6(h *netlink.Handle, dev netlink.Link, mtu int) error {
 func (l *link) Dropped() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	h, dev, err := l.find()
+	_, dev, done, err := l.findOften()
 	if err != nil {
 		return 0
 	}
-	defer h.Close()
+	defer done()
 	if s := dev.Attrs().Statistics; s != nil {
 		return s.TxDropped
 	}

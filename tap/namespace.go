@@ -74,10 +74,15 @@ func OwnNamespace() (Namespace, error) { return NamespaceAt("/proc/self/ns/net")
 
 // cookieOf returns what SO_NETNS_COOKIE says in ns; 0 before Linux 5.14.
 func cookieOf(ns netns.NsHandle) (cookie uint64, err error) {
-	err = inNamespace(ns, func() (e error) {
-		cookie, e = cookieHere() // a socket has to be made there
-		return e
-	})
+	fd, err := openIn(ns, opening{domain: unix.AF_UNIX, kind: unix.SOCK_DGRAM | unix.SOCK_CLOEXEC})
+	if err != nil {
+		return 0, fmt.Errorf("a socket in it: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if errors.Is(err, unix.ENOPROTOOPT) {
+		return 0, nil
+	}
 	return cookie, err
 }
 
@@ -96,7 +101,7 @@ func inNamespace(ns netns.NsHandle, f func() error) (err error) {
 		defer home.Close()
 		if !home.Equal(ns) {
 			if e := netns.Set(ns); e != nil {
-				err = fmt.Errorf("enter it (it takes CAP_SYS_ADMIN): %w", e)
+				err = fmt.Errorf("%w: %w", errEnter, e)
 				runtime.UnlockOSThread()
 				return
 			}
@@ -108,18 +113,4 @@ func inNamespace(ns netns.NsHandle, f func() error) (err error) {
 	}()
 	<-done
 	return err
-}
-
-// cookieHere returns the cookie of the thread's namespace.
-func cookieHere() (uint64, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("a socket in it: %w", err)
-	}
-	defer unix.Close(fd)
-	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-	if errors.Is(err, unix.ENOPROTOOPT) {
-		return 0, nil
-	}
-	return cookie, err
 }

@@ -58,7 +58,7 @@ var errInvalid error = unix.EINVAL
 
 func openOffload(cfg Config) (Device, error) {
 	name := cfg.Name
-	if cfg.Netns != "" {
+	if cfg.Netns != "" && !cfg.Inside {
 		name = temporaryName() // the wanted one may be in use here
 	}
 	flags := uint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
@@ -66,7 +66,17 @@ func openOffload(cfg Config) (Device, error) {
 		flags |= unix.IFF_MULTI_QUEUE
 	}
 	d := newOffloadDevice(cfg)
-	if err := d.setUpAll(cfg, name, flags); err != nil {
+	if cfg.Inside {
+		ns, err := openNetns(cfg.Netns)
+		if err != nil {
+			return nil, err
+		}
+		defer ns.Close()
+		d.kept.inside, d.kept.pinned = &ns, true
+	}
+	err := d.setUpAll(cfg, name, flags)
+	d.kept.inside = nil
+	if err != nil {
 		_ = d.Close()
 		return nil, err
 	}
@@ -183,6 +193,9 @@ func (d *offloadDevice) Close() error {
 	if d.closed.Swap(true) {
 		return nil
 	}
+	d.mu.Lock()
+	d.letGo()
+	d.mu.Unlock()
 	first := d.endPersistence()
 	for _, f := range d.files {
 		if err := f.Close(); err != nil && first == nil {

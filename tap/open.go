@@ -72,7 +72,7 @@ func open(cfg Config) (Device, error) {
 	}
 	switch cfg.Driver {
 	case DriverPlain:
-		return openPlain(cfg)
+		return openPlain(cfg) // never Inside: see validate
 	case DriverOffload:
 		return openOffload(cfg)
 	case DriverTun:
@@ -85,7 +85,7 @@ func open(cfg Config) (Device, error) {
 // fallBack is DriverAuto's answer to what openOffload returned.
 func fallBack(cfg Config, dev Device, err error) (Device, error) {
 	var refused *refusedError
-	if !errors.As(err, &refused) {
+	if !errors.As(err, &refused) || cfg.Inside {
 		return dev, err
 	}
 	cfg.Log.Warn("this kernel refuses TAP offloads: falling back to a frame a call", "port", cfg.Name, "err", err)
@@ -140,6 +140,12 @@ func validate(cfg Config) error {
 			fault("route to %v through %v: want an address that the device's addresses reach", r.Dst, r.Via)
 		}
 	}
+	switch {
+	case cfg.Inside && cfg.Netns == "":
+		fault("a device is made inside a namespace, and none is named")
+	case cfg.Inside && (cfg.Driver == DriverPlain || cfg.Driver == DriverTun):
+		fault("the driver %s makes devices in this process's own namespace only, where a rootless node can make none: choose %s or %s", cfg.Driver, DriverAuto, DriverOffload)
+	}
 	switch cfg.Driver {
 	case DriverAuto, DriverOffload, DriverPlain, DriverTun:
 	default:
@@ -184,6 +190,8 @@ func openTun() (int, error) {
 // explainOpen says what to do about an error of opening tunPath.
 func explainOpen(err error) error {
 	switch {
+	case errors.Is(err, errEnter):
+		return err
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("there is no %s: load the module (modprobe tun), or give the container the device (--device %s): %w", tunPath, tunPath, err)
 	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):

@@ -1,13 +1,12 @@
 package tap
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
-	"syscall"
+	"os"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -41,29 +40,51 @@ func listenInside(path string, want Namespace, at netip.AddrPort) (udp *net.UDPC
 	if err := addLoopback(ns, at.Addr()); err != nil {
 		return nil, nil, err
 	}
-	err = inNamespace(ns, func() error {
-		// A program there that serves names at all addresses may share the port, if it asks to.
-		c := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {
-			if e := raw.Control(func(fd uintptr) {
-				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
-			}); e != nil {
-				return e
-			}
-			return err
-		}}
-		u, err := c.ListenPacket(context.Background(), "udp4", at.String())
-		if err != nil {
-			return err
-		}
-		t, err := c.Listen(context.Background(), "tcp4", at.String())
-		if err != nil {
-			_ = u.Close()
-			return err
-		}
-		udp, tcp = u.(*net.UDPConn), t.(*net.TCPListener)
-		return nil
-	})
-	return udp, tcp, err
+	u, err := socketIn(ns, unix.SOCK_DGRAM, at)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer u.Close() // what is made of it has a copy
+	t, err := socketIn(ns, unix.SOCK_STREAM, at)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer t.Close()
+	pc, err := net.FilePacketConn(u)
+	if err != nil {
+		return nil, nil, err
+	}
+	l, err := net.FileListener(t)
+	if err != nil {
+		_ = pc.Close()
+		return nil, nil, err
+	}
+	return pc.(*net.UDPConn), l.(*net.TCPListener), nil
+}
+
+// listenBacklog connections wait to be accepted.
+const listenBacklog = 128
+
+// socketIn opens a socket in a namespace, at an address of IPv4, which listens if it is of TCP.
+func socketIn(ns netns.NsHandle, kind int, at netip.AddrPort) (*os.File, error) {
+	fd, err := openIn(ns, opening{domain: unix.AF_INET, kind: kind | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK})
+	if err != nil {
+		return nil, fmt.Errorf("open a socket: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "resolver")
+	// A program there that serves names at all addresses may share the port, if it asks to.
+	err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()})
+	}
+	if err == nil && kind == unix.SOCK_STREAM {
+		err = unix.Listen(fd, listenBacklog)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	return f, nil
 }
 
 // addLoopback gives the loopback of a namespace an address, and brings it up.

@@ -95,7 +95,7 @@ func (d *offloadDevice) warn() {
 // whether it is sure. Without a packet socket (CAP_NET_RAW) the kernel's word is
 // taken.
 func (d *offloadDevice) testOut(index int) (sure bool) {
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fd, err := d.packetSocket()
 	if err != nil {
 		return true
 	}

@@ -53,6 +53,10 @@ type Config struct {
 	// Netns is the path of the network namespace that the device is moved to
 	// after it was created in the caller's; empty: it stays.
 	Netns string
+	// Inside makes the device in Netns instead, which takes no rights where that is in
+	// a user namespace of this user's own: a rootless container. It keeps Netns alive: see
+	// Lasting.Pinned. For DriverAuto, which falls back on nothing then, and DriverOffload.
+	Inside bool
 	// Gateways get the default routes of the device's namespace, one a family, each
 	// inside one of Addresses. DriverTun sends them what is for none of its subnets.
 	Gateways []netip.Addr

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"time"
 
@@ -35,6 +36,7 @@ const (
 var (
 	errNoNode       = errors.New("no node is running here")
 	errNoPermission = errors.New("no permission to ask the node")
+	errForeign      = errors.New("neither yours nor root's, so it is not asked")
 )
 
 // client asks a node's local API. It keeps no connection open.
@@ -45,6 +47,9 @@ type client struct {
 
 func newClient(socket string) *client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		if err := checkOwner(socket); err != nil {
+			return nil, err
+		}
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", socket)
 	}
@@ -52,6 +57,16 @@ func newClient(socket string) *client {
 		Timeout:   apiTimeout,
 		Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true},
 	}}
+}
+
+// checkOwner refuses a socket that is neither this user's nor root's: somebody else may
+// have put it where a node's is to be. Root may ask everybody's.
+func checkOwner(socket string) error {
+	var st unix.Stat_t
+	if os.Geteuid() == 0 || unix.Stat(socket, &st) != nil || st.Uid == 0 || int(st.Uid) == os.Geteuid() {
+		return nil
+	}
+	return fmt.Errorf("%s is the socket of user %d: %w", socket, st.Uid, errForeign)
 }
 
 // get returns the body of path: JSON, if there is no error.
@@ -207,9 +222,17 @@ func (c *client) explain(err error) error {
 	switch {
 	case errors.Is(err, context.Canceled):
 		return err
+	case errors.Is(err, errForeign):
+		if request, is := errors.AsType[*url.Error](err); is {
+			err = request.Err // without what was asked for
+		}
+		return fmt.Errorf("%w: give the --socket of your own node", err)
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ENOTDIR):
 		return fmt.Errorf("%w: nothing answers at %s; start one with `tulle up`, or give --socket PATH", errNoNode, c.socket)
 	case errors.Is(err, os.ErrPermission):
+		if os.Geteuid() != 0 {
+			return fmt.Errorf("%w at %s: run this with sudo, or start a node of your own with `tulle up --rootless`", errNoPermission, c.socket)
+		}
 		return fmt.Errorf("%w at %s: run this with sudo", errNoPermission, c.socket)
 	case errors.As(err, &timeout) && timeout.Timeout():
 		return fmt.Errorf("the node at %s did not answer within %s: see its log", c.socket, c.http.Timeout)

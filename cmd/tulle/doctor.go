@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -23,10 +24,13 @@ func doctorCommand() *cobra.Command {
 one: device, rights, kernel, addresses, ports, clock, state; certificate, keeper, gossip,
 offloads, buffers, conflicts and MTUs. It changes nothing. Each finding says what to do.
 
+With --rootless it checks what an ordinary user's node needs instead of root's rights.
+
 Before the first ` + "`tulle up`" + ` give it the same --config or flags, where they are not the defaults.
 
 Exit status: 0 if nothing failed, also with warnings; 1 if something did.`,
 		Example: `  tulle doctor
+  tulle doctor --rootless
   tulle doctor --config /etc/tulle/tulle.yaml
   tulle doctor -o json | jq '.checks[] | select(.result != "ok")'`,
 		Args: noArgs,
@@ -38,6 +42,7 @@ Exit status: 0 if nothing failed, also with warnings; 1 if something did.`,
 		if err != nil {
 			return err
 		}
+		ownNode(&cfg)
 		checks := examine(cmd.Context(), cfg)
 		if err := cmd.Context().Err(); err != nil {
 			return err
@@ -61,10 +66,21 @@ Exit status: 0 if nothing failed, also with warnings; 1 if something did.`,
 	return cmd
 }
 
+// ownNode has an ordinary user's doctor look at the user's own node, where one is.
+func ownNode(cfg *config.Config) {
+	if cfg.Rootless || os.Geteuid() == 0 {
+		return
+	}
+	if _, err := os.Stat(config.UserSocket()); err == nil {
+		cfg.Rootless = true
+		cfg.ForUser()
+	}
+}
+
 // examine checks the machine, then asks the node that runs here for its part.
 func examine(ctx context.Context, cfg config.Config) []doctor.Check {
 	place := doctor.Settings{
-		Listen: cfg.Listen, Gossip: cfg.Gossip, Advertise: cfg.Advertise, StateDir: cfg.StateDir,
+		Rootless: cfg.Rootless, Listen: cfg.Listen, Gossip: cfg.Gossip, Advertise: cfg.Advertise, StateDir: cfg.StateDir,
 	}
 	for _, seed := range cfg.Join {
 		if host, _, err := config.ParseHostPort(seed, config.GossipPort); err == nil {
@@ -76,7 +92,7 @@ func examine(ctx context.Context, cfg config.Config) []doctor.Check {
 	n, err := running(ctx, c)
 	if err == nil {
 		// What the node does counts, not what it would do with these settings.
-		place.Running, place.Advertise = true, n.VTEP.Addr()
+		place.Running, place.Rootless, place.Advertise = true, n.Rootless, n.VTEP.Addr()
 		place.Listen = netip.AddrPortFrom(place.Listen.Addr(), n.VTEP.Port())
 		place.Gossip = netip.AddrPortFrom(place.Gossip.Addr(), n.Gossip.Port())
 	}

@@ -59,8 +59,24 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitUsage
 }
 
+// defaultSocket is where the node is that this user can ask: an ordinary user's own,
+// unless only the machine's is there.
+func defaultSocket() string {
+	own := config.UserSocket()
+	if os.Geteuid() == 0 || own == "" {
+		return config.DefaultSocket
+	}
+	if _, err := os.Stat(own); err == nil {
+		return own
+	}
+	if _, err := os.Stat(config.DefaultSocket); err == nil {
+		return config.DefaultSocket
+	}
+	return own
+}
+
 func newRoot() *cobra.Command {
-	socket := config.DefaultSocket
+	socket := defaultSocket()
 	if s := os.Getenv("TULLE_SOCKET"); s != "" {
 		socket = s
 	}

@@ -25,11 +25,10 @@ const (
 	exitSignal   = 128
 	// inNamespace is the hidden command that waits in the new namespace.
 	inNamespace = "in-namespace"
-	// startByte begins what the parent says when the namespace is on the overlay; a
-	// resolv.conf follows.
-	startByte = 1
-	// startFD is the pipe that it waits on.
+	// startFD is the pipe that it waits on, for what follows.
 	startFD = 3
+	startIt = 1 // the command can start; a resolv.conf follows
+	mapped  = 2 // the user namespace has its users
 )
 
 // exitStatus is an error whose status is not this program's to choose.
@@ -55,8 +54,11 @@ func runCommand() *cobra.Command {
 		Short: "Run a command in a network namespace of its own, on a shared overlay",
 		Long: `Makes a network namespace with the loopback and eth0, which is on the overlay, and runs the
 command in it, on this terminal. Over /etc/resolv.conf one is mounted, for the command alone,
-that has the names of the overlay found (--no-dns: none). It needs root, and no container runtime: files, processes
-and users are the host's.
+that has the names of the overlay found (--no-dns: none). It needs no container runtime:
+files, processes and users are the host's. An ordinary user, whose node is a rootless one
+(tulle up --rootless), needs no root either: then there is a user namespace as well, in which
+the command is root, and outside of it is this user; where newuidmap and ranges of this user
+in /etc/subuid and /etc/subgid are there, it has those users too.
 
 Ends with the command's status, or with 128 and the number of the signal that killed it;
 127 if there is no such command, 126 if it cannot be run. Signals are handed on; those of
@@ -111,10 +113,12 @@ func lookUp(name string) (string, error) {
 func runAttached(cmd *cobra.Command, want node.AttachRequest, path string, argv []string) error {
 	// The child is killed when the thread that made it ends, so this one stays.
 	runtime.LockOSThread()
-	child := exec.Command("/proc/self/exe", append([]string{inNamespace, path}, argv...)...)
+	ids := ownIDs()
+	child := exec.Command("/proc/self/exe", append(append([]string{inNamespace}, ids.flags()...), append([]string{path}, argv...)...)...)
 	child.Args[0] = os.Args[0]
 	child.Stdin, child.Stdout, child.Stderr = os.Stdin, cmd.OutOrStdout(), cmd.ErrOrStderr()
 	child.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: unix.SIGKILL}
+	ids.apply(child.SysProcAttr)
 	wait, start, err := os.Pipe()
 	if err != nil {
 		return err
@@ -126,6 +130,8 @@ func runAttached(cmd *cobra.Command, want node.AttachRequest, path string, argv 
 	err = child.Start()
 	wait.Close()
 	switch {
+	case err != nil && ids != nil:
+		return fmt.Errorf("make a user and a network namespace: %w: `tulle doctor --rootless` says what is missing", err)
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("make a network namespace: %w: run this with sudo", err)
 	case err != nil:
@@ -139,6 +145,11 @@ func runAttached(cmd *cobra.Command, want node.AttachRequest, path string, argv 
 		cancel()
 	}()
 	go deliver(ctx, signals, child.Process)
+	if err := ids.assign(child.Process.Pid, start); err != nil {
+		_ = child.Process.Kill()
+		<-ended
+		return err
+	}
 	want.PID = child.Process.Pid
 	e, err := attach(ctx, clusterClient(cmd), want)
 	if err != nil {
@@ -150,7 +161,7 @@ func runAttached(cmd *cobra.Command, want node.AttachRequest, path string, argv 
 		return statusOf(<-ended)
 	}
 	// An error: a signal has killed the child, which its status says.
-	_, _ = start.Write(append([]byte{startByte}, resolvConfOf(e)...))
+	_, _ = start.Write(append([]byte{startIt}, resolvConfOf(e)...))
 	_ = start.Close()
 	return statusOf(<-ended)
 }
@@ -216,6 +227,9 @@ func inNamespaceCommand() *cobra.Command {
 		Hidden:             true,
 		DisableFlagParsing: true,
 		RunE: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 && args[0] == idsFlag {
+				return becomeRoot(args[1:])
+			}
 			if len(args) < 2 {
 				return usageError{errors.New("this is for `tulle run` alone")}
 			}
@@ -226,6 +240,11 @@ func inNamespaceCommand() *cobra.Command {
 
 func become(path string, argv []string) error {
 	unix.CloseOnExec(startFD)
+	// It is the thread's, and is lost where a start has gained rights in a user namespace.
+	runtime.LockOSThread()
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+		return fmt.Errorf("end with the parent: %w", err)
+	}
 	// Nobody wants to see the runtime's answer to Ctrl-\.
 	quit := make(chan os.Signal, 1)
 	signal.Notify(quit, unix.SIGQUIT)
@@ -241,7 +260,7 @@ func become(path string, argv []string) error {
 	case <-quit:
 		return exitStatus{code: exitSignal + int(unix.SIGQUIT)}
 	case b := <-started:
-		if len(b) == 0 {
+		if len(b) == 0 || b[0] != startIt {
 			return exitStatus{code: exitFailed} // the parent says why
 		}
 		runtime.LockOSThread() // whose mounts become the command's

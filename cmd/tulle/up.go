@@ -38,6 +38,10 @@ A node all of whose overlays say encryption=none, without a token and without an
 in its state, makes an open cluster instead, or joins one with --join: no keys, no tokens,
 whoever reaches it is in. Secure and open nodes refuse each other.
 
+With --rootless it needs no right at all, and runs as the user whose containers are to be on
+overlays: tulle attach and tulle run work, tulle expose and --overlay do not. Its state is
+in ~/.local/state/tulle, its API in $XDG_RUNTIME_DIR/tulle, where this user's commands find it.
+
 Settings come from --config, a YAML file, and from the flags, which win; --overlay adds
 to the file's overlays. An overlay takes every key that it has in the file: name, vni,
 encryption, cipher, mss-clamp, address, gateway, tap, mac, mtu, peer, flood, group, group-ttl,
@@ -45,6 +49,7 @@ learn-vteps, unknown-unicast, unknown-multicast, bum-limit, age, max-macs, max-m
 driver, netns, queues, tso, uso, gro.`,
 		Example: `  tulle up                                                             # the first node
   tulle up --token TOKEN                                               # another one
+  tulle up --rootless --token TOKEN                                    # another one, of an ordinary user
   tulle up --overlay name=blue,vni=100,address=10.32.0.2/16 --token TOKEN
   tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.1/16                      # open
   tulle up --overlay name=blue,vni=100,encryption=none,address=10.32.0.2/16 --join 192.0.2.1     # open, another one
@@ -80,11 +85,19 @@ driver, netns, queues, tso, uso, gro.`,
 		l.service, l.stored = handover.FromService()
 		err = untilSignal(cmd.Context(), sigs, l.run)
 		if l.child == nil {
-			return err
+			return suggestRootless(cfg, err)
 		}
 		return l.follow(late)
 	}
 	return cmd
+}
+
+// suggestRootless says what an ordinary user can do who was refused.
+func suggestRootless(cfg config.Config, err error) error {
+	if os.Geteuid() == 0 || cfg.Rootless || !errors.Is(err, os.ErrPermission) {
+		return err
+	}
+	return fmt.Errorf("%w; an ordinary user runs `tulle up --rootless`", err)
 }
 
 // placeFlags are those that say where a node is and where it keeps what it has.
@@ -95,6 +108,7 @@ func placeFlags(cmd *cobra.Command) {
 	f.String("advertise", "", "IP address that others reach this node at (default: the source address of the route to the first --join)")
 	f.String("gossip", "", "where Serf listens, TCP and UDP (default [::]:7946)")
 	f.StringSlice("join", nil, "a node to join, HOST[:PORT] of its --listen, in an open cluster of its --gossip; again for more")
+	f.Bool("rootless", false, "run as an ordinary user: containers of this user can be attached, the host cannot")
 	f.String("state-dir", "", "what is kept over a restart (default "+config.DefaultStateDir+")")
 }
 
@@ -109,6 +123,12 @@ func settings(cmd *cobra.Command) (config.Config, error) {
 		}
 	}
 	var faults []error
+	if f.Changed("rootless") {
+		faults = append(faults, cfg.Set("rootless", f.Lookup("rootless").Value.String()))
+	}
+	if cfg.Rootless {
+		cfg.ForUser()
+	}
 	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir", "dns"} {
 		if f.Changed(key) {
 			faults = append(faults, cfg.Set(key, f.Lookup(key).Value.String()))

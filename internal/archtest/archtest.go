@@ -9,13 +9,14 @@ const module = "github.com/tulle-net/tulle/"
 var imports = map[string][]string{
 	"cmd/tulle": {"config", "node", "cni", "dns", "handover", "doctor", "internal/demo", "internal/version"},
 
-	"node":    {"config", "cluster", "keeper", "ipam", "dns", "table", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
+	"node":    {"config", "cluster", "keeper", "ipam", "dns", "table", "store", "doctor", "gateway", "outward", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
 	"cluster": {"keeper", "store", "peer", "crypto"},
 	"config":  {"tap", "vxlan", "ether"},
 	"cni":     {"tap", "ether"},
 	"doctor":  {"crypto", "tap", "underlay"},
 	"gateway": {},
 	"dns":     {},
+	"outward": {"tap", "ether"},
 
 	"keeper":            {"ipam", "store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
@@ -80,6 +81,7 @@ var thirdParty = map[string][]string{
 	"github.com/google/nftables":         {"gateway"},
 	"github.com/mdlayher/netlink":        {"gateway"},
 	"golang.org/x/sys/cpu":               {"ether", "crypto"},
-	"golang.org/x/sys/unix":              {"ipam", "tap", "underlay", "gateway", "handover", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
+	"golang.org/x/sys/unix":              {"ipam", "tap", "underlay", "gateway", "outward", "handover", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
 	"golang.org/x/net":                   {"internal/lab"},
+	"gvisor.dev/gvisor":                  {"outward"},
 }

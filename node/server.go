@@ -104,6 +104,9 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("GET /v1/endpoints", func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, n.listEndpoints()) })
 	mux.HandleFunc("POST /v1/endpoints", n.attach)
 	mux.HandleFunc("DELETE /v1/endpoints", n.detach)
+	mux.HandleFunc("PATCH /v1/endpoints", n.changeEndpoint)
+	mux.HandleFunc("POST /v1/addresses", n.lendAddress)
+	mux.HandleFunc("DELETE /v1/addresses", n.takeAddressBack)
 	mux.HandleFunc("POST /v1/exposed", n.expose)
 	mux.HandleFunc("DELETE /v1/exposed/{overlay}", n.unexpose)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {

@@ -129,6 +129,7 @@ func TestValidateNodeFaults(t *testing.T) {
 		{func(c *Config) { c.SourcePorts = 65 }, "config: source-ports 65: want 1 to 64"},
 		{func(c *Config) { c.SourcePorts = -1 }, "config: source-ports -1: want 1 to 64"},
 		{func(c *Config) { c.UnfinishedChecksums = "yes" }, `config: unfinished-checksums "yes": want auto, on or off`},
+		{func(c *Config) { c.Docker = "yes" }, `config: docker "yes": want auto, on or off`},
 		{func(c *Config) { c.Socket = "/" + strings.Repeat("s", 103) }, "config: socket: the path has 104 bytes, and may have 103: take a shorter one"},
 		{func(c *Config) { c.Join = []string{"ok", "a b"} }, `config: join "a b": want HOST or HOST:PORT`},
 		{func(c *Config) { c.Listen = ap("[::]:0") }, "config: listen [::]:0: want an address of this host and a port from 1 to 65535"},

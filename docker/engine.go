@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
 	"time"
 )
@@ -32,9 +34,7 @@ type engine struct {
 }
 
 func newEngine(host string) (*engine, error) {
-	if host == "" {
-		host = defaultEngine
-	}
+	host = cmp.Or(host, defaultEngine)
 	u, err := url.Parse(host)
 	if err != nil || u.Scheme != "unix" && u.Scheme != "tcp" && u.Scheme != "http" || u.Scheme == "unix" && u.Path == "" || u.Scheme != "unix" && u.Host == "" {
 		return nil, fmt.Errorf("docker: DOCKER_HOST %q: want unix:///PATH, or tcp://HOST:PORT of an API without TLS", host)
@@ -50,6 +50,17 @@ func newEngine(host string) (*engine, error) {
 	}
 	e.http.Transport = t
 	return e, nil
+}
+
+// There reports whether this host has Docker, as far as that can be told without
+// starting it; host is as Config.Engine.
+func There(host string) bool {
+	u, err := url.Parse(cmp.Or(host, defaultEngine))
+	if err != nil || u.Scheme != "unix" {
+		return err == nil
+	}
+	i, err := os.Stat(u.Path)
+	return err == nil && i.Mode()&os.ModeSocket != 0
 }
 
 // get reads one object.

@@ -30,6 +30,14 @@ func (d *Driver) ringNamed() {
 // followNames keeps endpoints called as Docker calls their containers, until ctx ends.
 // Docker need not be there: an endpoint works without its name.
 func (d *Driver) followNames(ctx context.Context) {
+	// Nobody is asked before there is a network: asking may start Docker.
+	for !d.hasNetworks() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.named:
+		}
+	}
 	var hearing sync.WaitGroup
 	hearing.Go(func() { d.listen(ctx) })
 	defer hearing.Wait()
@@ -44,6 +52,12 @@ func (d *Driver) followNames(ctx context.Context) {
 		}
 		d.nameAll(ctx)
 	}
+}
+
+func (d *Driver) hasNetworks() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.networks) > 0
 }
 
 // listen rings the bell at each of Docker's events that may change a name.

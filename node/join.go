@@ -253,6 +253,9 @@ func (h *endpoints) restore() {
 		err := h.remake(e, holders)
 		if errors.Is(err, errEnded) {
 			h.forget(e)
+			if e.Sandbox {
+				h.removeReturned(e)
+			}
 			ended = append(ended, e)
 			continue
 		}

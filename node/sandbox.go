@@ -214,8 +214,8 @@ func (h *endpoints) followSandbox(ctx context.Context, e *endpoint, late bool) {
 }
 
 // settleIn finds out where the device of an endpoint is that an earlier run made, which
-// ended before it knew. If it is in no sandbox, it is removed: the start of that
-// container fails, and nothing of it is left. For New, where nobody else is yet.
+// ended before it knew. If it is in no sandbox, the start of that container fails, and
+// removeReturned leaves nothing of it. For New, where nobody else is yet.
 func (h *endpoints) settleIn(e *endpoint) {
 	alias := h.n.aliasOf(e.Overlay)
 	if ns, err := tap.NamespaceAt(e.Netns); err == nil && ns != h.self {
@@ -224,10 +224,24 @@ func (h *endpoints) settleIn(e *endpoint) {
 			return
 		}
 	}
-	if err := tap.RemoveLeft("", e.Tap, alias); err != nil {
-		h.n.log.Warn("a device that nobody took to its container is left", "overlay", e.Overlay, "port", e.Name, "err", err)
+}
+
+// removeReturned removes the device of an endpoint that is no more, which the engine has
+// brought back here while no node was there to hear that the container had ended, or
+// has not taken away.
+func (h *endpoints) removeReturned(e *endpoint) {
+	alias := h.n.aliasOf(e.Overlay)
+	name, err := tap.FindLeft("", alias, e.MAC)
+	if err == nil && name != "" {
+		err = tap.RemoveLeft("", name, alias)
+	}
+	if err != nil {
+		h.n.log.Warn("a device of a container that has ended is left", "overlay", e.Overlay, "port", e.Name, "err", err)
 	}
 }
+
+// Shares reports whether the node can be on shared overlays: it is in a secure cluster.
+func (n *Node) Shares() bool { return n.secure != nil }
 
 // rename changes what an endpoint of a container engine is called.
 func (h *endpoints) rename(ctx context.Context, container string, c EndpointChange) (*endpoint, error) {

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -188,4 +189,39 @@ func (n dockerNode) Endpoints(ctx context.Context) ([]docker.Endpoint, error) {
 		out = append(out, dockerEndpoint(&list.Endpoints[i]))
 	}
 	return out, nil
+}
+
+const (
+	// dockerLook is how often it is looked whether this host has Docker by now, and
+	// dockerRetry the pause after the driver has failed.
+	dockerLook  = 2 * time.Second
+	dockerRetry = 10 * time.Second
+)
+
+// serveDocker serves Docker beside a node until ctx ends, as the settings say. shares:
+// the node can be on shared overlays.
+func serveDocker(ctx context.Context, cfg config.Config, log *slog.Logger, shares bool) {
+	if cfg.Docker == "off" || !shares {
+		return
+	}
+	for wait := time.Duration(0); ; {
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-t.C:
+		}
+		if wait = dockerLook; cfg.Docker == "auto" && !docker.There(os.Getenv("DOCKER_HOST")) {
+			continue
+		}
+		d, err := newDocker(cfg.Socket, "", cfg.StateDir, false, log)
+		if err == nil {
+			err = d.Run(ctx)
+		}
+		if err != nil {
+			log.Error("Docker is not served", "err", err)
+		}
+		wait = dockerRetry
+	}
 }

@@ -52,6 +52,8 @@ learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues, tso, uso, 
 	f := cmd.Flags()
 	f.String("name", "", "name of the node (default: the host's)")
 	f.String("token", "", "what tulle token create printed, to join a secure cluster with; once joined it may be left out")
+	f.String("docker", "", "serve Docker's network and IPAM driver API: auto, on or off (default auto: once this host has Docker)")
+	completeFlag(cmd, "docker", func(*cobra.Command) []string { return []string{"auto", "on", "off"} })
 	f.StringArray("overlay", nil, "an overlay, name=…,vni=…,address=…,tap=…,encryption=…,peer=…; again for more")
 	level := addChoice(cmd, "log-level", "", "what to log", "info", "debug", "warn", "error")
 	format := addChoice(cmd, "log-format", "", "how to log", "text", "json")
@@ -104,8 +106,8 @@ func settings(cmd *cobra.Command) (config.Config, error) {
 		}
 	}
 	var faults []error
-	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir"} {
-		if f.Changed(key) {
+	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir", "docker"} {
+		if l := f.Lookup(key); l != nil && l.Changed {
 			faults = append(faults, cfg.Set(key, f.Lookup(key).Value.String()))
 		}
 	}

@@ -28,15 +28,16 @@ const (
 type lent struct {
 	owner   string
 	overlay string
+	id      string // of the overlay's definition
 	prefix  netip.Prefix
 	since   time.Time // without an endpoint
 }
 
-// restoreLent takes up what an earlier run lent. Until it is New's last, nobody else is there.
+// restoreLent takes up what an earlier run lent.
 func (h *endpoints) restoreLent() {
 	for _, ep := range h.pool.Status().Endpoints {
 		if strings.HasPrefix(ep.Owner, ownerLent) && len(ep.Prefixes) > 0 {
-			h.lent = append(h.lent, lent{ep.Owner, ep.Overlay, ep.Prefixes[0], time.Now()})
+			h.lent = append(h.lent, lent{ep.Owner, ep.Overlay, ep.OverlayID, ep.Prefixes[0], time.Now()})
 		}
 	}
 }
@@ -48,6 +49,7 @@ func (h *endpoints) lend(ctx context.Context, overlay string, family int, want n
 	if err != nil {
 		return netip.Prefix{}, err
 	}
+	h.callIn(time.Now())
 	q := ipam.Request{Overlay: def, Owner: ownerLent + overlay + "/" + newKey(), Families: []int{family}}
 	if want.IsValid() {
 		if err := within(def, []netip.Addr{want}); err != nil {
@@ -70,7 +72,7 @@ func (h *endpoints) lend(ctx context.Context, overlay string, family int, want n
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.lent = append(h.lent, lent{q.Owner, overlay, a.Prefixes[0], time.Now()})
+	h.lent = append(h.lent, lent{q.Owner, overlay, def.ID, a.Prefixes[0], time.Now()})
 	return a.Prefixes[0], nil
 }
 
@@ -140,23 +142,25 @@ func (h *endpoints) takeBack(overlay string, ip netip.Addr) error {
 	return h.pool.Release(l.owner)
 }
 
-// callIn takes back what has been lent for too long without an endpoint.
+// callIn takes back what has been lent for too long without an endpoint, or is of an
+// overlay that was removed.
 func (h *endpoints) callIn(now time.Time) {
 	h.mu.Lock()
 	var over []lent
 	for i := range h.lent {
 		l := &h.lent[i]
-		switch {
+		switch def := h.n.secure.place.SharedOverlay(l.overlay); {
 		case h.borrower(l.owner) != nil:
 			l.since = now
-		case now.Sub(l.since) > lentFor:
+		case def != nil && def.ID != l.id, now.Sub(l.since) > lentFor:
 			over = append(over, *l)
 		}
 	}
+	h.lent = slices.DeleteFunc(h.lent, func(l lent) bool { return slices.Contains(over, l) })
 	h.mu.Unlock()
 	for _, l := range over {
-		h.n.log.Info("nobody made an endpoint of an address that was asked for: it is free again", "overlay", l.overlay, "ip", l.prefix.Addr())
-		if err := h.takeBack(l.overlay, l.prefix.Addr()); err != nil {
+		h.n.log.Info("a lent address has no endpoint, and is free again", "overlay", l.overlay, "ip", l.prefix.Addr())
+		if err := h.pool.Release(l.owner); err != nil {
 			h.n.log.Warn("an address that was lent is not given back", "overlay", l.overlay, "ip", l.prefix.Addr(), "err", err)
 		}
 	}

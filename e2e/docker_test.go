@@ -193,6 +193,42 @@ func TestDocker(t *testing.T) {
 		}
 	})
 
+	step("dockerd starts containers again", func(t *testing.T) {
+		db.do("update", "--restart", "always", "cb_1")
+		db.flags = nil // without --live-restore it ends what runs when it starts
+		db.restart(syscall.SIGKILL)
+		eventually(t, 10*time.Second, "cb_1 runs", func() bool {
+			out, err := db.try("exec", "cb_1", "ip", "-o", "link", "show", "eth0")
+			return err == nil && strings.Contains(out, "LOWER_UP")
+		})
+		atB = db.address("cb_1", "blue")
+		da.pings("ca", atB)
+		if list := b.attached(func(e node.Endpoint) bool { return true }); len(list) != 1 || list[0].IPs[0].Addr().String() != atB {
+			t.Errorf("endpoints of b: %+v, want one of %s", list, atB)
+		}
+		if list := db.returned(); len(list) != 0 {
+			t.Errorf("devices are left: %q", list)
+		}
+		db.do("update", "--restart", "no", "cb_1")
+	})
+
+	step("the overlay's gateway", func(t *testing.T) {
+		da.network("red", "red", "-o", "gateway=true")
+		da.refuses([]string{"-p 80:", "8080:80"}, "run", "--rm", "-p", "80", "--network", "red", "bb", "sleep", "0")
+		da.runs("out", "--network", "red", "-p", "8088:80")
+		o, _ := a.knows("red")
+		if out := da.do("exec", "out", "ip", "route"); !strings.Contains(out, "default via "+o.Gateways[0].String()+" dev eth0") || strings.Contains(out, "eth1") {
+			t.Errorf("routes of a container with the overlay's gateway: %s", out)
+		}
+		da.pings("out", "192.168.77.2")
+		da.do("exec", "out", "httpd", "-p", "80", "-h", "/")
+		runIn(t, h[1], "curl", "-sSf", "-m", "10", "-o", "/dev/null", "http://192.168.77.1:8088/bin/busybox")
+		a.named("out")
+		runIn(t, h[1], "curl", "-sSf", "-m", "10", "-o", "/dev/null", "http://192.168.77.1:8088/bin/busybox") // renamed, it has its ports
+		da.do("rm", "-f", "out")
+		da.do("network", "rm", "red")
+	})
+
 	step("network rm", func(t *testing.T) {
 		da.refuses([]string{"active endpoints"}, "network", "rm", "blue")
 		da.do("rm", "-f", "ca")

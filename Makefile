@@ -1,4 +1,4 @@
-# Targets: build demo test race soak ci bench lint cross fuzz tools clean
+# Targets: build demo test race soak ci bench lint cross docker-plugin fuzz tools clean
 # Everything but Go, gcc, git and make is installed by `make tools` (Debian packages; needs root).
 
 SHELL      := /bin/bash
@@ -49,6 +49,14 @@ lint:
 cross:
 	@for a in amd64 arm64 arm riscv64; do echo "build linux/$$a"; \
 	  GOARCH=$$a GOARM=7 $(BUILD) -o bin/tulle-linux-$$a ./cmd/tulle || exit 1; done
+
+# A folder for `docker plugin create tulle/net:1 bin/docker-plugin`: the binary is its whole root.
+.PHONY: docker-plugin
+docker-plugin: bin/tulle
+	rm -rf bin/docker-plugin
+	mkdir -p bin/docker-plugin/rootfs/run/docker/plugins bin/docker-plugin/rootfs/run/tulle bin/docker-plugin/rootfs/var/lib/tulle bin/docker-plugin/rootfs/var/run
+	cp bin/tulle bin/docker-plugin/rootfs/tulle
+	cp docker/plugin/config.json bin/docker-plugin/
 
 fuzz:
 	./.ci/fuzz $(FUZZTIME)

@@ -31,6 +31,9 @@ type dockerHost struct {
 	flags  []string
 }
 
+// dockerCLI is that of the package, beside which a machine may have another one.
+const dockerCLI = "/usr/bin/docker"
+
 const dockerMounts = `mkdir -p /run/docker && mount -t tmpfs t /run/docker && mkdir /run/docker/plugins && exec sleep 600`
 
 // dockers starts a dockerd on each host, with an image "bb" of busybox.
@@ -173,7 +176,7 @@ func (d *dockerHost) end() {
 func (d *dockerHost) try(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "docker", append([]string{"-H", d.engine()}, args...)...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, dockerCLI, append([]string{"-H", d.engine()}, args...)...).CombinedOutput()
 	return strings.TrimSpace(string(out)), err
 }
 

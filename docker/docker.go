@@ -124,6 +124,7 @@ func (d *Driver) Run(ctx context.Context) error {
 	go func() { failed <- s.Serve(ln) }()
 	var names sync.WaitGroup
 	names.Go(func() { d.followNames(ctx) })
+	defer d.engine.http.CloseIdleConnections()
 	defer names.Wait()
 	d.cfg.Log.Info("Docker is served", "socket", d.cfg.Socket)
 	select {

@@ -205,6 +205,18 @@ func (d *dockerHost) refuses(words []string, args ...string) {
 	}
 }
 
+// compose runs docker-compose with the example, and a file that is merged into it.
+func (d *dockerHost) compose(project, file string, args ...string) {
+	d.t.Helper()
+	ctx, cancel := context.WithTimeout(d.t.Context(), 40*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "docker-compose", append([]string{"-p", project, "-f", "../examples/compose/compose.yaml", "-f", file}, args...)...)
+	cmd.Env = append(os.Environ(), "DOCKER_HOST="+d.engine())
+	if out, err := cmd.CombinedOutput(); err != nil {
+		d.t.Fatalf("docker-compose %v: %v: %s", args, err, out)
+	}
+}
+
 // network creates a network on an overlay.
 func (d *dockerHost) network(name, overlay string, more ...string) {
 	d.t.Helper()

@@ -3,6 +3,8 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -227,6 +229,25 @@ func TestDocker(t *testing.T) {
 		runIn(t, h[1], "curl", "-sSf", "-m", "10", "-o", "/dev/null", "http://192.168.77.1:8088/bin/busybox") // renamed, it has its ports
 		da.do("rm", "-f", "out")
 		da.do("network", "rm", "red")
+	})
+
+	step("a Compose project on each host", func(t *testing.T) {
+		ours := filepath.Join(l.Dir(), "compose.yaml")
+		if err := os.WriteFile(ours, []byte("services:\n  web:\n    image: bb\n    init: true\n    command: sleep 600\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for i, d := range ds {
+			d.compose(fmt.Sprintf("shop%d", i), ours, "up", "-d")
+		}
+		e := b.named("shop1-web-1")
+		da.pings("shop0_web_1", e.IPs[0].Addr().String())
+		a.eventually(10*time.Second, "the service's name is an alias", func() bool { return slices.Contains(a.named("shop0-web-1").Aliases, "web") })
+		for i, d := range ds {
+			d.compose(fmt.Sprintf("shop%d", i), ours, "down", "-t", "0")
+		}
+		if _, there := a.knows("blue"); !there {
+			t.Error("Compose has removed the overlay of others")
+		}
 	})
 
 	step("network rm", func(t *testing.T) {

@@ -7,15 +7,16 @@ const module = "github.com/tulle-net/tulle/"
 // imports says, for each package, which of our packages it may import.
 // Tests may import more (a package's tests run it against fakes and the lab).
 var imports = map[string][]string{
-	"cmd/tulle": {"config", "node", "cni", "docker", "handover", "doctor", "internal/demo", "internal/version"},
+	"cmd/tulle": {"config", "node", "cni", "docker", "netavark", "handover", "doctor", "internal/demo", "internal/version"},
 
-	"node":    {"config", "cluster", "keeper", "ipam", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
-	"cluster": {"keeper", "store", "peer", "crypto"},
-	"config":  {"tap", "vxlan", "ether"},
-	"cni":     {"tap", "ether"},
-	"docker":  {"ether"},
-	"doctor":  {"crypto", "tap", "underlay"},
-	"gateway": {},
+	"node":     {"config", "cluster", "keeper", "ipam", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
+	"cluster":  {"keeper", "store", "peer", "crypto"},
+	"config":   {"tap", "vxlan", "ether"},
+	"cni":      {"tap", "ether"},
+	"docker":   {"ether"},
+	"netavark": {"ether"},
+	"doctor":   {"crypto", "tap", "underlay"},
+	"gateway":  {},
 
 	"keeper":            {"ipam", "store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},

@@ -56,9 +56,42 @@ type Config struct {
 	// FloodGossip, if set, is offered each BUM frame first; it returns false
 	// when the flood list must take it. The frame is borrowed.
 	FloodGossip func(vni vxlan.VNI, frame []byte) bool
+	// Snooping has multicast go to members only (Groups, SetGroups), and has the node
+	// ask for them at its ports. Without it, multicast goes where broadcasts go.
+	Snooping bool
+	// UnknownMulticast says what becomes of frames for a group that nobody is known to
+	// have joined.
+	UnknownMulticast UnknownMulticast
+	// QueryInterval is between two questions to a port where a group is joined, from
+	// which the other times of the protocol follow; default 125 s (RFC 3376, section 8.2).
+	QueryInterval time.Duration
+	// GroupsChanged, if set, is called when what Groups returns has changed. It must
+	// not block.
+	GroupsChanged func()
+	// Loop, if set, is told when a port is blocked because of a loop, and when it is
+	// tried again; without it nobody looks for loops. It must not block, nor call the
+	// Bridge.
+	Loop func(LoopEvent)
 	// PortLost, if set, is called when a port's device has gone by itself (see
 	// Port.Lost). It must not block, nor call the Bridge.
 	PortLost func()
+	// UnknownUnicast: unknown unicast goes to all, whatever SetComplete says.
+	UnknownUnicast bool
+	// Storm bounds what is flooded.
+	Storm Storm
+	// Stranger, if set, is called when a port has learnt a MAC that is neither its
+	// device's own nor an Endpoint of this node, Froze when a learnt MAC has moved too
+	// often and stays where it is (RFC 7432, section 15.1), and Contradicted, at most once
+	// a second for a peer, when frames came from it whose source is an Endpoint elsewhere.
+	// In a plain overlay it gets the VTEP of a peer of which neither SetEndpoint nor
+	// SetComplete has told the name. They must not block, nor call the Bridge.
+	Stranger func()
+	// Readdressed, if set, is called when the station of a port says that an address
+	// which the tables say is the port's is at another MAC than they say: it has changed
+	// its MAC. At most once a second a port; it must not block, nor call the Bridge.
+	Readdressed  func(was, is ether.MAC)
+	Froze        func(mac ether.MAC)
+	Contradicted func(peer string)
 	// AgeAfter is how long a MAC stays without being seen; default 300 s.
 	AgeAfter time.Duration
 	// MaxMACs bounds the FDB; default 65,536.
@@ -81,6 +114,12 @@ type Bridge struct {
 	peers   *xsync.Map[string, *place]     // by name; of a sealed overlay only
 	gossip  atomic.Pointer[floodKeys]
 	early   early
+	dir     directory
+	storm   atomic.Pointer[Storm]
+	bum     meter // of all ports
+	snoop   *snoop
+	loops   *loops
+	names   atomic.Pointer[[]string] // of peers, in an overlay that is not sealed
 
 	mu      sync.Mutex // serialises changes of the above
 	members []netip.AddrPort
@@ -92,6 +131,8 @@ type Bridge struct {
 	Counters
 	// Flooded counts frames that went to the flood list.
 	Flooded atomic.Uint64
+	// Answered counts ARP and ND questions that were answered here.
+	Answered atomic.Uint64
 }
 
 // Counters count inner frames and their bytes, by direction; super-frames
@@ -121,7 +162,13 @@ type place struct {
 	// listed: in Config.Peers; it stays when members come and go.
 	listed bool
 	macs   atomic.Int64 // FDB entries
-	gone   atomic.Bool
+	// strangers are those of them that are strangers' (Bridge.Strangers).
+	strangers atomic.Int64
+	// complete: the peer's tables name all its stations.
+	complete    atomic.Bool
+	contradicts atomic.Int64 // tick from which Config.Contradicted may be called again
+	bum         meter
+	gone        atomic.Bool
 	Counters
 
 	// Of a sealed overlay: whose place it is, in which bridge, the session to
@@ -162,6 +209,10 @@ func newBridge(t *Tunnel, cfg Config) *Bridge {
 		remotes: xsync.NewMap[netip.Addr, *place](),
 		peers:   xsync.NewMap[string, *place](),
 	}
+	b.fdb.strange, b.fdb.froze = cfg.Stranger, cfg.Froze
+	b.dir = newDirectory(cfg.UnknownUnicast)
+	b.storm.Store(&cfg.Storm)
+	b.snoop, b.loops = newSnoop(b, cfg), newLoops(b)
 	b.clamp.Store(cfg.ClampMSS)
 	b.ports.Store(&[]*Port{})
 	b.refused.Store(&map[netip.Addr]struct{}{})
@@ -191,8 +242,14 @@ type Port struct {
 	watch  atomic.Pointer[watch] // nil: nobody looks at what is written
 	gone   chan struct{}         // closed by RemovePort
 	// local: nothing passes between this port and the tunnel, either way.
-	local  bool
-	limits *portLimits // nil: none
+	local      bool
+	limits     *portLimits  // nil: none
+	neighbours meter        // ARP and ND that the tables do not answer
+	readdress  atomic.Int64 // tick from which Config.Readdressed may be called again
+	// blocked: there is a loop, and nothing passes, either way.
+	blocked atomic.Bool
+	loop    portLoop
+	cast    portCast
 }
 
 // AddPort attaches a device and starts a worker per queue. The bridge closes
@@ -217,6 +274,8 @@ func (b *Bridge) addPort(dev tap.Device, local bool, l Limits) (*Port, error) {
 	}
 	p := &Port{bridge: b, dev: dev, queues: dev.Queues(), local: local, gone: make(chan struct{})}
 	p.limits = newPortLimits(l, p.gone)
+	p.loop.number = b.tunnel.prover.ports.Add(1)
+	p.loop.probed.Store(-probeEvery)
 	p.at = &place{port: p}
 	if mac := dev.MAC(); mac.IsValid() {
 		if e, ok := b.fdb.entries.Load(mac); ok && e.static {
@@ -226,6 +285,7 @@ func (b *Bridge) addPort(dev tap.Device, local bool, l Limits) (*Port, error) {
 	}
 	ports := append(slices.Clone(*b.ports.Load()), p)
 	b.ports.Store(&ports)
+	b.snoop.addPort(p)
 	for _, q := range p.queues {
 		p.done.Add(1)
 		go p.run(q)
@@ -246,7 +306,9 @@ func (b *Bridge) RemovePort(p *Port) error {
 		close(p.gone)
 	}
 	b.fdb.forget(p.at)
+	b.unpinned(p.dev.MAC())
 	b.mu.Unlock()
+	b.snoop.removePort(p)
 	err := p.dev.Close()
 	p.done.Wait()
 	return err
@@ -279,6 +341,10 @@ func (p *Port) Device() tap.Device { return p.dev }
 
 // WriteFrame hands a frame to the port's device: the Port is an ether.Sink.
 func (p *Port) WriteFrame(m ether.Meta, parts [][]byte) {
+	if p.blocked.Load() {
+		p.bridge.tunnel.drops.add(DropPortBlocked)
+		return
+	}
 	if w := p.watch.Load(); w != nil {
 		w.see(parts[0])
 	}
@@ -366,7 +432,9 @@ func (b *Bridge) addPeer(a netip.AddrPort) {
 		if ok {
 			b.dropPlace(a.Addr(), p)
 		}
-		b.remotes.Store(a.Addr(), &place{vtep: a, path: &path{}, listed: true})
+		p = &place{vtep: a, path: &path{}, listed: true}
+		b.remotes.Store(a.Addr(), p)
+		b.arrived(whom{at: a.Addr()}, p)
 	}
 }
 
@@ -374,6 +442,7 @@ func (b *Bridge) dropPlace(src netip.Addr, p *place) {
 	b.remotes.Delete(src)
 	p.gone.Store(true)
 	b.fdb.forget(p)
+	b.departed(whom{at: src})
 }
 
 // remote returns the place of the VTEP behind source address src, making it if
@@ -387,6 +456,7 @@ func (b *Bridge) remote(src netip.Addr, vtep netip.AddrPort, member bool) *place
 	}
 	p := &place{vtep: vtep, path: &path{}, member: member}
 	b.remotes.Store(src, p)
+	b.arrived(whom{at: src}, p)
 	return p
 }
 

@@ -41,6 +41,10 @@ const (
 	DropOverlayConflict
 	// DropOwnFrame: a frame of this node that came back.
 	DropOwnFrame
+	// DropMovedSource: the frame's source is an Endpoint elsewhere.
+	DropMovedSource
+	// DropFrozen: the frame's source has moved too often, and this is not where it stays.
+	DropFrozen
 	// DropShortFrame: the inner frame is shorter than an Ethernet header.
 	DropShortFrame
 	// DropBadSource: the frame's source is zero or a group address.
@@ -52,6 +56,15 @@ const (
 	// DropLocalOnly: a frame from the tunnel for a local port (AddLocalPort), or from
 	// such a port for a MAC behind the tunnel.
 	DropLocalOnly
+	// DropUnknownUnicast: for a MAC that nobody can have, as the tables say.
+	DropUnknownUnicast
+	// DropBUMLimit: a frame to be flooded beyond Storm.
+	DropBUMLimit
+	// DropSpoofedNeighbour: it said that an address is its sender's which is an Endpoint's.
+	DropSpoofedNeighbour
+	// DropNeighbourLimit: an ARP or ND message that the tables do not answer, beyond
+	// what a port may flood of them.
+	DropNeighbourLimit
 	// DropMalformed: a super-frame whose headers contradict its metadata.
 	DropMalformed
 	// DropNoPort: from the tunnel, for an overlay without a device.
@@ -74,6 +87,17 @@ const (
 	DropPortLimit
 	// DropVTEPLimit: a datagram of a learnt VTEP beyond MaxVTEPs.
 	DropVTEPLimit
+	// DropGroupLimit: not a lost frame but a group that a port has joined beyond
+	// MaxGroupsPerPort or MaxGroups; the port is given all multicast.
+	DropGroupLimit
+	// DropUnknownMulticast: a frame for a group that nobody is known to have joined, in
+	// an overlay that drops those (MulticastDrop).
+	DropUnknownMulticast
+	// DropPortBlocked: a frame to or from a port that is blocked because of a loop.
+	DropPortBlocked
+	// DropLoopProbe: a probe for loops that contradicts itself, or is a forged one of
+	// this node.
+	DropLoopProbe
 
 	numDrops
 )
@@ -94,11 +118,17 @@ var dropNames = [numDrops]string{
 	DropNoSession:        "no_session",
 	DropOverlayConflict:  "overlay_conflict",
 	DropOwnFrame:         "own_frame",
+	DropMovedSource:      "moved_source",
+	DropFrozen:           "frozen",
 	DropShortFrame:       "short_frame",
 	DropBadSource:        "bad_source",
 	DropSplitHorizon:     "split_horizon",
 	DropSamePort:         "same_port",
 	DropLocalOnly:        "local_only",
+	DropUnknownUnicast:   "unknown_unicast",
+	DropBUMLimit:         "bum_limit",
+	DropSpoofedNeighbour: "spoofed_neighbour",
+	DropNeighbourLimit:   "neighbour_limit",
 	DropMalformed:        "malformed",
 	DropNoPort:           "no_port",
 	DropReceive:          "receive_failed",
@@ -109,6 +139,10 @@ var dropNames = [numDrops]string{
 	DropMACLimit:         "mac_limit",
 	DropPortLimit:        "port_limit",
 	DropVTEPLimit:        "vtep_limit",
+	DropGroupLimit:       "group_limit",
+	DropUnknownMulticast: "unknown_multicast",
+	DropPortBlocked:      "bridge_port_blocked",
+	DropLoopProbe:        "loop_probe",
 }
 
 // String returns the snake_case name that `tulle status` shows.

@@ -33,7 +33,8 @@ func (p *Port) Others() (here, away bool) {
 // Probe asks the overlay whose these addresses of the port's device are, by ARP
 // probes (RFC 5227, section 2.1.1) and neighbour solicitations for duplicates (RFC
 // 4862, section 5.4.2): at once, and then each time that much later. It returns
-// the first that is another station's, or false when ctx ends. Not another station's
+// the first that is another station's, or false when ctx ends; what the tables know is
+// not asked for. Not another station's
 // are the MACs that sibling says yes to: of the host's other devices in the overlay,
 // by which Linux answers for any address that it has. It must not block. One that has
 // our MAC as well is not found: its frames are dropped as our own. One Probe of a port
@@ -50,7 +51,10 @@ func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, sibling func(ether
 	again := time.NewTicker(every)
 	defer again.Stop()
 	for {
-		p.flood(addrs, func(a netip.Addr) []byte {
+		if d, found := p.known(addrs, w.own); found {
+			return d, true
+		}
+		p.flood(addrs, everyone, func(a netip.Addr) []byte {
 			if a.Is4() {
 				return ether.AppendARP(nil, ether.Broadcast, ether.ARPRequest, own, netip.IPv4Unspecified(), 0, a)
 			}
@@ -68,6 +72,16 @@ func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, sibling func(ether
 	}
 }
 
+// known returns the first of the addresses that the tables say is another station's.
+func (p *Port) known(addrs []netip.Addr, own func(ether.MAC) bool) (Duplicate, bool) {
+	for _, a := range addrs {
+		if c, ok := p.bridge.dir.index.Load(a); ok && !own(c.mac) {
+			return Duplicate{a, c.mac}, true
+		}
+	}
+	return Duplicate{}, false
+}
+
 // hold has RemovePort wait for p.done, unless the port has ended.
 func (p *Port) hold() bool {
 	p.bridge.mu.Lock()
@@ -80,24 +94,35 @@ func (p *Port) hold() bool {
 }
 
 // Announce tells the overlay that these addresses are the device's (RFC 5227,
-// section 2.3; RFC 4861, section 7.2.6): who had them elsewhere sends here.
+// section 2.3; RFC 4861, section 7.2.6): who had them elsewhere sends here. Nobody is
+// told what the tables say, when they are complete.
 func (p *Port) Announce(addrs []netip.Addr) {
 	own := p.dev.MAC()
-	p.flood(addrs, func(a netip.Addr) []byte {
+	said := func(a netip.Addr) bool {
+		c, ok := p.bridge.dir.index.Load(a)
+		return ok && c.mac == own
+	}
+	frameOf := func(a netip.Addr) []byte {
 		if a.Is4() {
 			return ether.AppendARP(nil, ether.Broadcast, ether.ARPRequest, own, a, 0, a)
 		}
 		return ether.AppendAdvertisement(nil, 0, own, netip.Addr{}, a)
-	})
+	}
+	p.flood(slices.DeleteFunc(slices.Clone(addrs), said), everyone, frameOf)
+	if incomplete(*p.bridge.flood.Load()) > 0 {
+		p.flood(slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return !said(a) }), untold, frameOf)
+	}
 }
 
 // flood sends a frame for each address, as if the device had.
-func (p *Port) flood(addrs []netip.Addr, frameOf func(netip.Addr) []byte) {
+func (p *Port) flood(addrs []netip.Addr, who reach, frameOf func(netip.Addr) []byte) {
 	l := p.bridge.tunnel.lanes.Get().(*lane)
 	defer p.bridge.tunnel.lanes.Put(l)
 	l.now, l.from = p.bridge.tunnel.now(), p
 	for _, a := range addrs {
-		p.floodFrame(l, &tap.Frame{B: frameOf(a)})
+		if f := (tap.Frame{B: frameOf(a)}); !p.multicast(l, &f, who) {
+			p.floodFrame(l, &f, who)
+		}
 	}
 	l.tx.Flush()
 }

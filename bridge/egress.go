@@ -80,9 +80,20 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 		b.tunnel.drops.add(DropBadSource)
 		return
 	}
+	if (dst == loopGroup || p.blocked.Load()) && p.guarded(f.B, l.now) {
+		return
+	}
 	switch b.fdb.learn(src, p.at, l.now) {
+	case fresh, moved:
+		p.stranger(l.now)
 	case fixed: // the MAC of another of our ports
 		b.tunnel.drops.add(DropOwnFrame)
+		return
+	case claimed:
+		b.tunnel.drops.add(DropMovedSource)
+		return
+	case frozen:
+		b.tunnel.drops.add(DropFrozen)
 		return
 	case limited:
 		b.tunnel.drops.add(DropMACLimit)
@@ -93,7 +104,11 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 	}
 	switch {
 	case to == nil:
-		p.floodFrame(l, f)
+		if dst.IsMulticast() {
+			p.toGroup(l, f)
+		} else if who := p.unknownUnicast(); p.mayFlood(f, l.now) {
+			p.floodFrame(l, f, who)
+		}
 	case to == p.at:
 		b.tunnel.drops.add(DropSamePort)
 	case to.port != nil:
@@ -102,21 +117,39 @@ func (p *Port) forward(l *lane, f *tap.Frame) {
 		to.port.WriteFrame(f.Meta, l.parts[:])
 	case p.local:
 		b.tunnel.drops.add(DropLocalOnly)
+	case len(f.B) <= maxNeighbour && p.verified(l, f.B, dst):
 	default:
 		b.encap(l, to, f, ether.FlowHash(f.B), true)
 	}
 }
 
 // floodFrame sends a BUM frame to every other port and, unless its own is local, to
-// the flood list.
-func (p *Port) floodFrame(l *lane, f *tap.Frame) {
+// the flood list: to those of them that who says.
+func (p *Port) floodFrame(l *lane, f *tap.Frame, who reach) {
 	b := p.bridge
 	l.parts[0] = f.B
+	left := 0
 	for _, other := range *b.ports.Load() {
-		if other != p {
+		if other != p && (who != strangers || other.at.strangers.Load() > 0) {
 			other.WriteFrame(f.Meta, l.parts[:])
+			left++
 		}
 	}
+	list := *b.flood.Load()
+	if who != everyone && !p.local {
+		left += incomplete(list)
+	}
+	if who == strangers && left == 0 {
+		b.tunnel.drops.add(DropUnknownUnicast)
+		return
+	}
+	p.floodTunnel(l, f, who)
+}
+
+// floodTunnel sends a BUM frame to those of the flood list that who says, unless the
+// port is local.
+func (p *Port) floodTunnel(l *lane, f *tap.Frame, who reach) {
+	b := p.bridge
 	if p.local {
 		return
 	}
@@ -124,21 +157,36 @@ func (p *Port) floodFrame(l *lane, f *tap.Frame) {
 	// twice, as broadcasts may, but not never.
 	b.early.remember(l, f)
 	list := *b.flood.Load()
-	if len(list) == 0 {
+	n := len(list)
+	if who != everyone {
+		n = incomplete(list)
+	}
+	if n == 0 {
 		return
 	}
 	b.Flooded.Add(1)
-	byGossip := f.Meta == (ether.Meta{}) && b.floodGossip(f.B)
+	// Gossip reaches all: what is not for all goes by itself.
+	byGossip := f.Meta == (ether.Meta{}) && n == len(list) && b.floodGossip(f.B)
 	if byGossip {
 		b.sent(1, len(f.B))
 	}
 	flow := ether.FlowHash(f.B)
 	for i, to := range list {
 		// A foreign VTEP hears no gossip.
-		if !byGossip || to.listed {
+		if (!byGossip || to.listed) && (who == everyone || !to.complete.Load()) {
 			b.encap(l, to, f, flow, i == len(list)-1)
 		}
 	}
+}
+
+// incomplete counts those whose tables do not name all their stations.
+func incomplete(list []*place) (n int) {
+	for _, p := range list {
+		if !p.complete.Load() {
+			n++
+		}
+	}
+	return n
 }
 
 // encap cuts a frame into what the wire takes and commits each piece, with its

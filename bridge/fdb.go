@@ -8,21 +8,41 @@ import (
 	"github.com/tulle-net/tulle/ether"
 )
 
+// A learnt MAC that has moved maxMoves times within movesWithin ticks of the first is
+// two stations': it stays where it is (RFC 7432, section 15.1).
+const (
+	maxMoves    = 5
+	movesWithin = 180 * second
+)
+
 // fdb is the forwarding database of one bridge: MAC → place. Look-ups and
 // refreshes take no lock; only a MAC that is new, moved or gone locks its bucket.
 type fdb struct {
-	entries *xsync.Map[ether.MAC, *entry]
-	size    atomic.Int64
-	moves   atomic.Uint64
-	max     int64 // entries in all
-	perPort int64 // entries of one place
+	entries   *xsync.Map[ether.MAC, *entry]
+	size      atomic.Int64 // without those that tables name
+	tables    atomic.Int64 // those
+	strangers atomic.Int64
+	frozen    atomic.Int64
+	moves     atomic.Uint64
+	max       int64 // entries in all
+	perPort   int64 // entries of one place
+	// own are the MACs of this node's endpoints, and so no strangers.
+	own *xsync.Map[ether.MAC, struct{}]
+	// strange is told when a port has learnt a stranger, froze when a MAC was frozen.
+	strange func()
+	froze   func(ether.MAC)
 }
 
 // entry is immutable but for seen: a move replaces it.
 type entry struct {
-	at     *place
-	static bool         // never moves, never ages
-	seen   atomic.Int64 // tick of the last frame from this MAC
+	at       *place
+	static   bool         // never moves, never ages: a port's own
+	table    *Endpoint    // never moves, never ages: as the tables say; nil: they do not
+	stranger bool         // learnt at a port, and no endpoint of this node
+	frozen   bool         // has moved too often: it does not move any more
+	moves    uint8        // within movesWithin from since
+	since    int64        // tick of the first of them
+	seen     atomic.Int64 // tick of the last frame from this MAC
 }
 
 type learned uint8
@@ -33,10 +53,15 @@ const (
 	moved                  // was elsewhere
 	limited                // not learnt: a bound is reached
 	fixed                  // not learnt: the MAC is static elsewhere
+	claimed                // not learnt: the tables say that the MAC is elsewhere
+	frozen                 // not learnt: the MAC was elsewhere too often
 )
 
 func newFDB(maxMACs, maxPerPort int) *fdb {
-	return &fdb{entries: xsync.NewMap[ether.MAC, *entry](), max: int64(maxMACs), perPort: int64(maxPerPort)}
+	return &fdb{
+		entries: xsync.NewMap[ether.MAC, *entry](), max: int64(maxMACs), perPort: int64(maxPerPort),
+		own: xsync.NewMap[ether.MAC, struct{}](),
+	}
 }
 
 // lookup returns where mac lives, or nil.
@@ -58,39 +83,63 @@ func (f *fdb) learn(mac ether.MAC, at *place, now int64) learned {
 		}
 		return known
 	}
-	if ok && e.static {
-		return fixed
+	if ok {
+		if why, held := e.held(); held {
+			return why
+		}
 	}
-	return f.put(mac, at, now, false)
+	return f.put(mac, at, now)
 }
 
-// pin makes mac static at its place, beyond the limits.
-func (f *fdb) pin(mac ether.MAC, at *place) { f.put(mac, at, 0, true) }
+// held says why the entry does not move, if it does not.
+func (e *entry) held() (learned, bool) {
+	switch {
+	case e.static:
+		return fixed, true
+	case e.table != nil:
+		return claimed, true
+	case e.frozen:
+		return frozen, true
+	}
+	return 0, false
+}
 
-func (f *fdb) put(mac ether.MAC, at *place, now int64, static bool) (result learned) {
+// put makes or moves a learnt entry.
+func (f *fdb) put(mac ether.MAC, at *place, now int64) (result learned) {
+	stranger, froze := false, false
 	f.entries.Compute(mac, func(old *entry, loaded bool) (*entry, xsync.ComputeOp) {
 		switch {
 		case at.gone.Load():
 			result = limited
 			return old, xsync.CancelOp
-		case loaded && old.at == at && !static:
+		case loaded && old.at == at:
 			result = known
 			return old, xsync.CancelOp
-		case loaded && old.static && !static:
-			result = fixed
-			return old, xsync.CancelOp
 		}
-		if at.macs.Add(1) > f.perPort && !static {
+		e := &entry{at: at}
+		if loaded {
+			if why, held := old.held(); held {
+				result = why
+				return old, xsync.CancelOp
+			}
+			if e.moves, e.since = old.moved(now); e.moves == maxMoves {
+				result, froze = frozen, true
+				f.frozen.Add(1)
+				return old.with(func(e *entry) { e.frozen, e.moves = true, 0 }), xsync.UpdateOp
+			}
+		}
+		if at.macs.Add(1) > f.perPort {
 			at.macs.Add(-1)
 			result = limited
 			return old, xsync.CancelOp
 		}
 		if loaded {
 			old.at.macs.Add(-1)
+			f.countStranger(old, -1)
 			f.moves.Add(1)
 			result = moved
 		} else {
-			if f.size.Add(1) > f.max && !static {
+			if f.size.Add(1) > f.max {
 				f.size.Add(-1)
 				at.macs.Add(-1)
 				result = limited
@@ -98,16 +147,125 @@ func (f *fdb) put(mac ether.MAC, at *place, now int64, static bool) (result lear
 			}
 			result = fresh
 		}
-		e := &entry{at: at, static: static}
+		stranger = f.isStranger(mac, e)
+		e.stranger = stranger
+		f.countStranger(e, 1)
 		e.seen.Store(now)
 		return e, xsync.UpdateOp
 	})
+	if stranger && f.strange != nil {
+		f.strange()
+	}
+	if froze && f.froze != nil {
+		f.froze(mac)
+	}
 	return result
+}
+
+// moved returns the count of moves with another one now, which is none if the entry's
+// place has gone.
+func (e *entry) moved(now int64) (moves uint8, since int64) {
+	switch {
+	case e.at.gone.Load():
+		return 0, 0
+	case e.moves == 0 || now-e.since > movesWithin:
+		return 1, now
+	}
+	return e.moves + 1, e.since
+}
+
+// with returns a changed copy.
+func (e *entry) with(change func(*entry)) *entry {
+	next := &entry{at: e.at, static: e.static, table: e.table, stranger: e.stranger, frozen: e.frozen, moves: e.moves, since: e.since}
+	next.seen.Store(e.seen.Load())
+	change(next)
+	return next
+}
+
+func (f *fdb) isStranger(mac ether.MAC, e *entry) bool {
+	_, own := f.own.Load(mac)
+	return !own && e.at.port != nil && !e.static && e.table == nil
+}
+
+// count counts an entry that comes (1) or goes (-1).
+func (f *fdb) count(e *entry, n int64) {
+	if e.table != nil {
+		f.tables.Add(n)
+		return
+	}
+	e.at.macs.Add(n)
+	f.size.Add(n)
+	f.countStranger(e, n)
+	if e.frozen {
+		f.frozen.Add(n)
+	}
+}
+
+func (f *fdb) countStranger(e *entry, n int64) {
+	if e.stranger {
+		e.at.strangers.Add(n)
+		f.strangers.Add(n)
+	}
+}
+
+// pin makes mac static at its place, beyond the limits and above what tables say.
+func (f *fdb) pin(mac ether.MAC, at *place) {
+	f.set(mac, &entry{at: at, static: true}, func(*entry) bool { return true })
+}
+
+// claim has mac where the tables say that it is, beyond the limits, unless it is a
+// port's own.
+func (f *fdb) claim(mac ether.MAC, at *place, e *Endpoint) {
+	f.set(mac, &entry{at: at, table: e}, func(old *entry) bool { return !old.static })
+}
+
+// set makes or replaces an entry, if the old one may be; none at a place that is gone.
+func (f *fdb) set(mac ether.MAC, e *entry, may func(old *entry) bool) {
+	f.entries.Compute(mac, func(old *entry, loaded bool) (*entry, xsync.ComputeOp) {
+		if e.at.gone.Load() || loaded && !may(old) {
+			return old, xsync.CancelOp
+		}
+		if loaded {
+			f.count(old, -1)
+		}
+		f.count(e, 1)
+		return e, xsync.UpdateOp
+	})
+}
+
+// setOwn says whether mac is an endpoint's of this node, and what was learnt of it no stranger.
+func (f *fdb) setOwn(mac ether.MAC, own bool) {
+	if own {
+		f.own.Store(mac, struct{}{})
+	} else {
+		f.own.Delete(mac)
+	}
+	f.entries.Compute(mac, func(old *entry, loaded bool) (*entry, xsync.ComputeOp) {
+		if !loaded || f.isStranger(mac, old) == old.stranger {
+			return old, xsync.CancelOp
+		}
+		f.countStranger(old, -1)
+		e := old.with(func(e *entry) { e.stranger = !e.stranger })
+		f.countStranger(e, 1)
+		return e, xsync.UpdateOp
+	})
+}
+
+// unfreeze lets mac move again; it reports whether it was frozen.
+func (f *fdb) unfreeze(mac ether.MAC) (was bool) {
+	f.entries.Compute(mac, func(old *entry, loaded bool) (*entry, xsync.ComputeOp) {
+		if was = loaded && old.frozen; !was {
+			return old, xsync.CancelOp
+		}
+		f.frozen.Add(-1)
+		return old.with(func(e *entry) { e.frozen, e.moves = false, 0 }), xsync.UpdateOp
+	})
+	return was
 }
 
 // age removes what was not seen since the tick before.
 func (f *fdb) age(before int64) {
-	f.remove(func(e *entry) bool { return !e.static && e.seen.Load() < before })
+	f.remove(func(e *entry) bool { return !e.static && e.table == nil && e.seen.Load() < before })
 }
 
 // forget removes everything at p, which must be marked gone, static entries too.
@@ -118,15 +276,18 @@ func (f *fdb) forget(p *place) {
 func (f *fdb) remove(match func(*entry) bool) {
 	f.entries.Range(func(mac ether.MAC, e *entry) bool {
 		if match(e) {
-			f.entries.Compute(mac, func(now *entry, loaded bool) (*entry, xsync.ComputeOp) {
-				if !loaded || !match(now) {
-					return now, xsync.CancelOp // moved or refreshed meanwhile
-				}
-				now.at.macs.Add(-1)
-				f.size.Add(-1)
-				return now, xsync.DeleteOp
-			})
+			f.removeOne(mac, match)
 		}
 		return true
+	})
+}
+
+func (f *fdb) removeOne(mac ether.MAC, match func(*entry) bool) {
+	f.entries.Compute(mac, func(now *entry, loaded bool) (*entry, xsync.ComputeOp) {
+		if !loaded || !match(now) {
+			return now, xsync.CancelOp // moved or refreshed meanwhile
+		}
+		f.count(now, -1)
+		return now, xsync.DeleteOp
 	})
 }

@@ -19,6 +19,9 @@ type modelFDB struct {
 type modelEntry struct {
 	at     *place
 	static bool
+	frozen bool
+	moves  int
+	since  int64
 	seen   int64
 }
 
@@ -41,10 +44,21 @@ func (m *modelFDB) learn(mac ether.MAC, at *place, now int64) learned {
 		return known
 	case e != nil && e.static:
 		return fixed
+	case e != nil && e.frozen:
+		return frozen
+	}
+	moves, since := 1, now
+	if e != nil && e.moves > 0 && now-e.since <= movesWithin {
+		moves, since = e.moves+1, e.since
+	}
+	switch {
+	case e != nil && moves == maxMoves:
+		e.frozen, e.moves = true, 0
+		return frozen
 	case m.count(at) >= m.perPort:
 		return limited
 	case e != nil:
-		e.at, e.seen = at, now
+		e.at, e.seen, e.moves, e.since = at, now, moves, since
 		return moved
 	case len(m.entries) >= m.max:
 		return limited
@@ -77,9 +91,20 @@ func TestFDBModel(t *testing.T) {
 					t.Fatalf("learn of a static MAC = %v, want %v", got, want)
 				}
 			},
-			"tick": func(t *rapid.T) { now += rapid.Int64Range(1, 50).Draw(t, "ticks") },
+			"unfreeze": func(t *rapid.T) {
+				mac := ether.MAC(macs.Draw(t, "mac"))
+				e := m.entries[mac]
+				want := e != nil && e.frozen
+				if want {
+					e.frozen, e.moves = false, 0
+				}
+				if got := f.unfreeze(mac); got != want {
+					t.Fatalf("unfreeze(%v) = %v, want %v", mac, got, want)
+				}
+			},
+			"tick": func(t *rapid.T) { now += rapid.SampledFrom([]int64{1, 50, 1700}).Draw(t, "ticks") },
 			"age": func(t *rapid.T) {
-				before := now - rapid.Int64Range(0, 100).Draw(t, "age")
+				before := now - rapid.Int64Range(0, 2000).Draw(t, "age")
 				f.age(before)
 				for mac, e := range m.entries {
 					if !e.static && e.seen < before {
@@ -114,6 +139,15 @@ func TestFDBModel(t *testing.T) {
 					if got := f.lookup(mac); got != want {
 						t.Fatalf("lookup(%v) = %p, want %p", mac, got, want)
 					}
+				}
+				frozen := 0
+				for _, e := range m.entries {
+					if e.frozen {
+						frozen++
+					}
+				}
+				if got := int(f.frozen.Load()); got != frozen {
+					t.Fatalf("%d are frozen, want %d", got, frozen)
 				}
 				for i, p := range places {
 					if got, want := int(p.macs.Load()), m.count(p); got != want {
@@ -169,7 +203,7 @@ func TestFDBConcurrent(t *testing.T) {
 	if n := gone.macs.Load(); n != 0 {
 		t.Errorf("%d MACs left at a place that was forgotten", n)
 	}
-	if f.learn(1, gone, 1) != limited {
+	if f.learn(7000, gone, 1) != limited {
 		t.Error("a place that is gone was learnt")
 	}
 }

@@ -257,6 +257,9 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		return
 	}
 	dst, src := ether.MACFrom(frame), ether.MACFrom(frame[6:])
+	if dst == loopGroup && in.probe(frame) {
+		return
+	}
 	if src != in.lastSrc {
 		if !in.learn(src) {
 			return
@@ -281,21 +284,44 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 			}
 		}
 	}
+	if in.to == nil {
+		in.flood(frame, m, dst.IsMulticast())
+		return
+	}
 	if in.b.clamp.Load() {
 		in.b.clampMSS(frame, m, in.from)
 	}
 	in.frames++
 	in.bytes += len(frame)
-	if in.to != nil {
-		in.merge.Add(in.to, frame, m)
-		return
+	in.merge.Add(in.to, frame, m)
+}
+
+// flood hands a frame that is for no port alone to those that may want it.
+func (in *ingress) flood(frame []byte, m ether.Meta, group bool) {
+	if group {
+		in.b.overhear(frame, in.now)
 	}
 	ports := *in.b.ports.Load()
-	if len(ports) == 0 {
+	members := group && len(ports) > 0 && in.multicast(frame, m)
+	only := false
+	if !members {
+		var ok bool
+		if only, ok = in.mayFlood(group); !ok {
+			return
+		}
+	}
+	in.frames++
+	in.bytes += len(frame)
+	switch {
+	case members:
+		return
+	case len(ports) == 0:
 		in.t.drops.add(DropNoPort)
+	case in.b.clamp.Load():
+		in.b.clampMSS(frame, m, in.from)
 	}
 	for _, p := range ports {
-		if !p.local {
+		if !p.local && (!only || p.at.strangers.Load() > 0) {
 			in.merge.Add(p, frame, m)
 		}
 	}
@@ -310,6 +336,13 @@ func (in *ingress) learn(src ether.MAC) bool {
 	switch in.b.fdb.learn(src, in.from, in.now) {
 	case fixed: // the MAC of one of our own devices
 		in.t.drops.add(DropOwnFrame)
+		return false
+	case claimed:
+		in.t.drops.add(DropMovedSource)
+		in.b.contradicted(in.from, in.now)
+		return false
+	case frozen:
+		in.t.drops.add(DropFrozen)
 		return false
 	case limited:
 		in.t.drops.add(DropMACLimit)

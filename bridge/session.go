@@ -67,7 +67,9 @@ func (b *Bridge) SetPeers(peers []Peer) {
 		if at, ok := b.peers.Load(p.Name); ok && at.peer == r {
 			continue
 		}
-		b.peers.Store(p.Name, &place{peer: r, path: &r.path, bridge: b, member: true})
+		at := &place{peer: r, path: &r.path, bridge: b, member: true}
+		b.peers.Store(p.Name, at)
+		b.arrived(whom{name: p.Name}, at)
 	}
 	b.peers.Range(func(name string, p *place) bool {
 		if !keep[name] {
@@ -84,6 +86,7 @@ func (b *Bridge) dropPeer(name string, p *place) {
 	p.gone.Store(true)
 	p.tx.Store(nil)
 	b.fdb.forget(p)
+	b.departed(whom{name: name})
 	b.tunnel.sessions.Range(func(index uint32, s *session) bool {
 		if s.from == p {
 			b.tunnel.sessions.Delete(index)

@@ -33,6 +33,9 @@ type TunnelConfig struct {
 	// checksums and uncut super-frames, as the kernel's vxlan does on a virtual
 	// underlay. It weakens the check of their checksums by one in 65,536.
 	Unfinished bool
+	// Node is this node's name, by which two that see each other's probes for loops
+	// know which of them gives way.
+	Node string
 	// Control, if set, takes QUIC datagrams: those whose first byte has 0x40 set
 	// (RFC 9443). They are borrowed until it returns, which must be soon.
 	Control func(from netip.AddrPort, datagram []byte)
@@ -57,7 +60,9 @@ type Tunnel struct {
 	bridges atomic.Pointer[map[vxlan.VNI]*Bridge]
 	members atomic.Pointer[map[netip.Addr]netip.AddrPort]
 	drops   Drops
-	lanes   sync.Pool // *lane: the memory of egress workers that are awake
+	prover  *prover
+	kicked  chan struct{} // attend has something to do
+	lanes   sync.Pool     // *lane: the memory of egress workers that are awake
 
 	sessions *xsync.Map[uint32, *session] // by index: what sealed datagrams are received under
 	byAddr   atomic.Pointer[map[netip.Addr]*remote]
@@ -74,6 +79,7 @@ func NewTunnel(cfg TunnelConfig) *Tunnel {
 	}
 	t := &Tunnel{
 		cfg: cfg, start: time.Now(), sessions: xsync.NewMap[uint32, *session](),
+		prover: newProver(), kicked: make(chan struct{}, 1),
 		names: map[string]*Bridge{}, peers: map[string]*remote{},
 	}
 	t.byAddr.Store(&map[netip.Addr]*remote{})
@@ -165,12 +171,14 @@ func (t *Tunnel) SetMembers(vteps []netip.AddrPort) {
 	}
 }
 
-// Run receives until the Conn is closed, and ages the FDBs until ctx is done.
+// Run receives until the Conn is closed, and ages the FDBs, asks for groups and looks
+// for loops until ctx is done.
 func (t *Tunnel) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, r := range t.cfg.Conn.Receivers() {
 		wg.Go(func() { newIngress(t).run(r) })
 	}
+	wg.Go(func() { t.attend(ctx) })
 	probes := prober{t: t}
 	ticker := time.NewTicker(time.Second)
 	defer ticker.Stop()

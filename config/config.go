@@ -168,6 +168,16 @@ type Overlay struct {
 	// LearnVTEPs accepts datagrams from VTEPs that are neither members nor
 	// listed; implied by Flood multicast.
 	LearnVTEPs bool
+	// UnknownUnicast is what becomes of frames for a MAC that no FDB has: auto (default:
+	// they go where it can be, as the nodes' tables say) or flood.
+	UnknownUnicast string
+	// UnknownMulticast is what becomes of frames for a group that nobody is known to have
+	// joined: flood (default) or drop.
+	UnknownMulticast string
+	// BUMLimit (key bum-limit) is how many BUM frames a second one port may flood, to
+	// MaxBUMLimit, all of an overlay five times as many; default 2,000, NoBUMLimit (in a
+	// file or flag 0): any.
+	BUMLimit int
 	// AgeAfter is how long a MAC that is not seen stays in the FDB, 1 s to
 	// 24 h; default 300 s.
 	AgeAfter time.Duration

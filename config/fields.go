@@ -158,6 +158,18 @@ var overlayFields = []field[Overlay]{
 	}},
 	{key: "group-ttl", set: positive(func(o *Overlay) *int { return &o.GroupTTL })},
 	{key: "learn-vteps", set: yesNo(func(o *Overlay) *bool { return &o.LearnVTEPs })},
+	{key: "unknown-unicast", set: text(func(o *Overlay) *string { return &o.UnknownUnicast })},
+	{key: "unknown-multicast", set: text(func(o *Overlay) *string { return &o.UnknownMulticast })},
+	{key: "bum-limit", set: func(o *Overlay, s string) error {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 0 {
+			return errors.New("want a number of frames a second, or 0 for no limit")
+		}
+		if o.BUMLimit = n; n == 0 {
+			o.BUMLimit = NoBUMLimit
+		}
+		return nil
+	}},
 	{key: "age", set: func(o *Overlay, s string) (err error) {
 		if o.AgeAfter, err = time.ParseDuration(s); err != nil || o.AgeAfter <= 0 {
 			return errors.New("want a duration with its unit, as in 300s or 5m")

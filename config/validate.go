@@ -52,6 +52,7 @@ func (c *Config) fill() {
 		setDefault(&o.Tap, o.Name[:min(len(o.Name), maxDeviceName)])
 		setDefault(&o.Flood, floodUnicast)
 		setDefault(&o.GroupTTL, defaultGroupTTL)
+		o.FillFlooding()
 		setDefault(&o.AgeAfter, defaultAge)
 		setDefault(&o.MaxMACs, defaultMACs)
 		setDefault(&o.MaxMACsPerPort, min(defaultMACsPerPort, o.MaxMACs))
@@ -180,6 +181,7 @@ func (v *validator) overlay(i int, o *Overlay) {
 	v.check("mac "+o.MAC.String()+":", checkMAC(o.MAC))
 	v.wire(o)
 	v.device(o)
+	v.flooding(o)
 	if o.AgeAfter < minAge || o.AgeAfter > maxAge {
 		v.fault("age %s: want %s to %s", o.AgeAfter, minAge, maxAge)
 	}

@@ -40,6 +40,7 @@ func TestValidateFills(t *testing.T) {
 	want := Overlay{
 		Name: "a-very-long-overlay-name", VNI: 1, Encryption: "none", Address: netip.MustParsePrefix("10.32.0.1/16"),
 		Tap: "a-very-long-ove", MAC: 0x0254_0a20_0001, Flood: "unicast", GroupTTL: 1, AgeAfter: defaultAge,
+		UnknownUnicast: "auto", UnknownMulticast: "flood", BUMLimit: 2000,
 		MaxMACs: 65536, MaxMACsPerPort: 16384, Driver: tap.DriverAuto, Queues: 1,
 	}
 	if !reflect.DeepEqual(c.Overlays[0], want) {
@@ -183,6 +184,9 @@ func TestValidateOverlayFaults(t *testing.T) {
 		{func(o *Overlay) { o.Peers = []netip.AddrPort{ap("192.0.2.9:1"), ap("192.0.2.9:1")} }, "config: overlay blue: peer 192.0.2.9:1: its address is there twice: list one VTEP an address"},
 		{func(o *Overlay) { o.AgeAfter = 1 }, "config: overlay blue: age 1ns: want 1s to 24h0m0s"},
 		{func(o *Overlay) { o.MaxMACs = 1<<20 + 1 }, "config: overlay blue: max-macs 1048577: want 1 to 1048576"},
+		{func(o *Overlay) { o.UnknownUnicast = "drop" }, `config: overlay blue: unknown-unicast "drop": want auto or flood`},
+		{func(o *Overlay) { o.UnknownMulticast = "auto" }, `config: overlay blue: unknown-multicast "auto": want flood or drop`},
+		{func(o *Overlay) { o.BUMLimit = 1_000_001 }, "config: overlay blue: bum-limit 1000001: want 1 to 1000000"},
 		{func(o *Overlay) { o.MaxMACs = -1 }, "config: overlay blue: max-macs -1: want 1 to 1048576"},
 		{func(o *Overlay) { o.MaxMACs = 10; o.MaxMACsPerPort = 11 }, "config: overlay blue: max-macs-per-port 11: want 1 to 10"},
 		{func(o *Overlay) { o.Driver = "water" }, `config: overlay blue: driver "water": want auto, offload, plain or tun`},

@@ -143,7 +143,7 @@ func (c *testCluster) passport(id *crypto.Identity, seq uint64, gossip netip.Add
 	c.t.Helper()
 	raw, err := id.Passport(crypto.Statement{
 		Sequence: seq, Wire: secureWire, Gossip: gossip, VTEPs: []netip.AddrPort{netip.AddrPortFrom(gossip.Addr(), 4789)},
-		Extra: []byte{0, 0, 0, 7},
+		Extra: []byte{headBytes - 1: 0, 3: 7},
 	})
 	if err != nil {
 		c.t.Fatal(err)

@@ -55,6 +55,9 @@ type Config struct {
 	// OnFlood is called with each frame that another member flooded by gossip;
 	// frame is owned by the callee. It holds up gossip and must not block.
 	OnFlood func(from netip.AddrPort, vni vxlan.VNI, frame []byte)
+	// OnTables answers who asks this node for its tables (AskTables), in an open cluster;
+	// nil or empty: it does not tell.
+	OnTables func(request []byte) []byte
 	// Secure makes the node one of a secure cluster; nil: of an open one.
 	Secure *Secure
 	// Run is that of the Discovery that this one follows, which must have ended without
@@ -110,8 +113,10 @@ type Member struct {
 	// Keeper: its passport says that it may be asked as one.
 	Keeper bool
 	// Extra is what its Secure.Extra returned for Passport. (Passport.Extra has
-	// the boot number before it.) Shared: not to be modified.
+	// the boot number and Tables before it.) Shared: not to be modified.
 	Extra []byte
+	// Tables is the version of what it has to tell on being asked, see SetTables.
+	Tables uint64
 }
 
 // Stats counts since New.
@@ -159,8 +164,10 @@ type Discovery struct {
 
 	events  chan serf.Event
 	changed chan struct{}
+	newer   chan struct{} // tells that Members' Tables changed
 	moved   chan struct{} // tells follow that Serf's members changed
 	kick    chan struct{} // tells keepJoined that the peers changed
+	hurry   atomic.Bool   // the next kick is to join at once
 	crash   chan struct{} // tests: end without leaving
 	ran     atomic.Bool
 
@@ -169,7 +176,9 @@ type Discovery struct {
 	again   *time.Timer       // says it once more; nil: nothing was said yet
 	said    map[string]string // the tags that were said last
 	serf    atomic.Pointer[serf.Serf]
+	leaving func() // has Serf wait for longer
 	carried atomic.Pointer[list]
+	tables  atomic.Uint64
 
 	mu    sync.Mutex // guards peers, and members' making
 	peers map[string]*peer
@@ -192,6 +201,7 @@ func New(cfg Config) (*Discovery, error) {
 		floodRate: rate.NewLimiter(FloodsPerSecond, FloodBurst),
 		events:    make(chan serf.Event, eventBacklog),
 		changed:   make(chan struct{}, 1),
+		newer:     make(chan struct{}, 1),
 		moved:     make(chan struct{}, 1),
 		kick:      make(chan struct{}, 1),
 		crash:     make(chan struct{}),
@@ -298,8 +308,13 @@ func (d *Discovery) Close() {
 // Members returns all members, this one too, by name. It takes no lock.
 func (d *Discovery) Members() []Member { return slices.Clone(*d.members.Load()) }
 
-// Changed is rung when Members may have changed. One bell, for one listener.
+// Changed is rung when Members may have changed, but for Tables alone. One bell, for
+// one listener.
 func (d *Discovery) Changed() <-chan struct{} { return d.changed }
+
+// TablesChanged is rung when Member.Tables of somebody may have changed. One bell, for
+// one listener.
+func (d *Discovery) TablesChanged() <-chan struct{} { return d.newer }
 
 // Conflicts says in a sentence each which other nodes lately claimed this
 // node's name, or are in a cluster of the other kind; empty is well.
@@ -324,7 +339,7 @@ func (d *Discovery) Stats() Stats {
 // SetOverlays says what this node carries from now on, at most MaxOverlays and
 // MaxListBytes when encoded, names and VNIs unique. It may be called before
 // Run; while running it waits until the news is on its way, at most
-// broadcastTimeout. In a secure cluster the error may also be that no passport
+// tagsTimeout. In a secure cluster the error may also be that no passport
 // could be made: the overlays are set then, and not announced.
 func (d *Discovery) SetOverlays(overlays []Overlay) error {
 	l, err := newList(overlays)
@@ -427,6 +442,9 @@ func (d *Discovery) Run(ctx context.Context) error {
 	joins.Wait()
 	var left error
 	if leave {
+		d.publish.Lock()
+		d.leaving()
+		d.publish.Unlock()
 		left = s.Leave()
 	}
 	d.publish.Lock()
@@ -467,6 +485,8 @@ func (d *Discovery) start() (*serf.Serf, error) {
 		blind.Keyring = nil
 		c.MemberlistConfig = &blind
 	}
+	// Serf has one time for both. Nothing of it reads this at another moment.
+	d.leaving = func() { c.BroadcastTimeout = broadcastTimeout }
 	d.port.begin()
 	d.serf.Store(s)
 	return s, nil

@@ -15,7 +15,7 @@ import (
 
 // The exchange, over TCP on the gossip port:
 //
-//	request  magic (1) | version (1) | want (1): 0 who it is, 1 its list too; see kind.go for more
+//	request  magic (1) | version (1) | want (1): 0 who it is, 1 its list too; see kind.go and tables.go for more
 //	answer   magic (1) | version (1) | boot (4) | clock (6) | digest (8) |
 //	         length of IP (1): 4 or 16 | IP | UDP port (2) |
 //	         length of name (1) | name | length of list (4) | list

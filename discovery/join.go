@@ -132,12 +132,16 @@ type joiner struct {
 	next  time.Time // of the next try
 	since time.Time // when joining was last reported to fail; zero: it did not
 	again time.Time // when to say once more where this node is; zero: no need
+	hurry bool      // the network may be back
 }
 
 // keepJoined joins at once, and whenever it is needed, until ctx ends.
 func (d *Discovery) keepJoined(ctx context.Context, s *serf.Serf) {
 	j := &joiner{d: d, s: s, was: settled, state: openMemory(d.cfg.StateDir, d.log)}
 	for ctx.Err() == nil {
+		if j.hurry = d.hurry.Swap(false); j.hurry {
+			j.next, j.was = time.Now(), settled // and from the shortest pause on
+		}
 		j.step(ctx)
 		j.reclaim()
 		wake := j.next
@@ -151,6 +155,18 @@ func (d *Discovery) keepJoined(ctx context.Context, s *serf.Serf) {
 		case <-ctx.Done():
 		}
 		t.Stop()
+	}
+}
+
+// Rejoin has this node look for who it lacks now, because the network may be back, and
+// pulls and joins that failed be tried again without a pause.
+func (d *Discovery) Rejoin() {
+	d.hurry.Store(true)
+	ring(d.kick)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, p := range d.peers {
+		ring(p.wake)
 	}
 }
 
@@ -218,7 +234,10 @@ func (j *joiner) turn(now need, targets []netip.AddrPort) bool {
 		j.next = time.Now().Add(rejoinEvery)
 	case split:
 		j.wait = backoff{min: splitRetryMin, max: rejoinEvery}
-		j.next = time.Now().Add(j.wait.next())
+		j.next = time.Now()
+		if !j.hurry {
+			j.next = j.next.Add(j.wait.next())
+		}
 	case alone:
 		j.wait = backoff{min: aloneRetryMin, max: aloneRetryMax}
 		j.next = time.Now()

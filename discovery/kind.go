@@ -85,6 +85,10 @@ func (d *Discovery) serveExchange(c net.Conn) {
 		_, _ = c.Write([]byte{exchangeMagic, secureMark})
 		return
 	}
+	if req[1] == wantTables {
+		d.serveTables(c)
+		return
+	}
 	d.serveList(c, req[1])
 }
 

@@ -1,8 +1,10 @@
 package discovery
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -41,6 +43,7 @@ type peer struct {
 
 	passport *crypto.Passport // nil in an open cluster
 	extra    string           // that OnExtra was told
+	tables   uint64           // version of what it has to tell; 0: nothing
 }
 
 // lacking reports whether p should be asked who it is and what it carries.
@@ -137,7 +140,7 @@ func (d *Discovery) update(ctx context.Context, members []serf.Member) map[strin
 	now := time.Now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	changed := false
+	changed, newer := false, false
 	news := map[string]string{}
 	seen := make(map[string]struct{}, len(members))
 	for _, m := range members {
@@ -154,11 +157,14 @@ func (d *Discovery) update(ctx context.Context, members []serf.Member) map[strin
 			d.peers[m.Name] = p
 		}
 		seen[m.Name] = struct{}{}
+		if p.tables != sight.tables {
+			p.tables, newer = sight.tables, true
+		}
 		if d.become(m.Name, p, sight) {
 			changed = true
 		}
 		if p.passport != nil && p.refused == "" && d.cfg.Secure.OnExtra != nil {
-			if extra := string(p.passport.Extra[bootBytes:]); extra != p.extra {
+			if extra := string(p.passport.Extra[headBytes:]); extra != p.extra {
 				p.extra, news[m.Name] = extra, extra
 			}
 		}
@@ -173,9 +179,14 @@ func (d *Discovery) update(ctx context.Context, members []serf.Member) map[strin
 			changed = true
 		}
 	}
-	if changed {
+	if changed || newer {
 		d.renew()
+	}
+	if changed {
 		d.tell()
+	}
+	if newer {
+		ring(d.newer)
 	}
 	return news
 }
@@ -195,7 +206,9 @@ func (d *Discovery) sight(m serf.Member, at time.Time) (peer, bool) {
 	var c card
 	var err error
 	if d.passports == nil {
-		c, err = parseTags(m.Tags)
+		if c, err = parseTags(m.Tags); err == nil {
+			now.tables, err = parseTables(m.Tags)
+		}
 	} else {
 		var ok bool
 		if now.passport, c, ok = d.passports.current(m.Name, now.gossip, at); !ok {
@@ -203,6 +216,8 @@ func (d *Discovery) sight(m serf.Member, at time.Time) (peer, bool) {
 		}
 		if now.passport.Wire != secureWire {
 			err = fmt.Errorf("it speaks wire version %d and this node %d: run one release of tulle on both", now.passport.Wire, secureWire)
+		} else {
+			now.tables = binary.BigEndian.Uint64(now.passport.Extra[bootBytes:])
 		}
 	}
 	now.card = c
@@ -224,7 +239,8 @@ func (d *Discovery) become(name string, p *peer, now peer) bool {
 	if now.refused != "" && now.refused != p.refused {
 		d.log.Warn("a member is left out", "peer", name, "err", now.refused)
 	}
-	if p.status == now.status && p.gossip == now.gossip && p.card == now.card && p.refused == now.refused && p.passport == now.passport {
+	if p.status == now.status && p.gossip == now.gossip && p.card == now.card && p.refused == now.refused && samePassport(p.passport, now.passport) {
+		p.passport = now.passport
 		return false
 	}
 	if now.status != Alive || now.refused != "" || p.gossip != now.gossip ||
@@ -235,6 +251,16 @@ func (d *Discovery) become(name string, p *peer, now peer) bool {
 	p.status, p.gossip, p.card, p.refused, p.passport = now.status, now.gossip, now.card, now.refused, now.passport
 	ring(p.wake)
 	return true
+}
+
+// samePassport reports whether two passports say the same, but for the version of
+// tables: some change that ten times a second.
+func samePassport(a, b *crypto.Passport) bool {
+	if a == b || a == nil || b == nil || a.Wire != secureWire || b.Wire != secureWire {
+		return a == b
+	}
+	return a.Key == b.Key && a.Serial == b.Serial && a.Keeper == b.Keeper && a.Expires.Equal(b.Expires) &&
+		bytes.Equal(a.Extra[headBytes:], b.Extra[headBytes:])
 }
 
 // renew makes anew what Members shows. d.mu is held.
@@ -250,7 +276,7 @@ func (d *Discovery) renew() {
 		if p.refused != "" {
 			continue
 		}
-		m := Member{Name: name, Status: p.status, Confirmed: p.confirmed, VTEP: p.card.vtep, Gossip: p.gossip}
+		m := Member{Name: name, Status: p.status, Confirmed: p.confirmed, VTEP: p.card.vtep, Gossip: p.gossip, Tables: p.tables}
 		m.show(p.passport)
 		if p.list != nil && (p.confirmed || p.status != Alive) {
 			m.Overlays = p.list.overlays
@@ -264,7 +290,7 @@ func (d *Discovery) renew() {
 // show fills in what p says, which may be nil.
 func (m *Member) show(p *crypto.Passport) {
 	if p != nil {
-		m.Passport, m.Keeper, m.Extra = p, p.Keeper, p.Extra[bootBytes:]
+		m.Passport, m.Keeper, m.Extra = p, p.Keeper, p.Extra[headBytes:]
 	}
 }
 

@@ -32,12 +32,13 @@ const (
 	recordMark = "@"
 
 	// secureWire is the Wire of the passports, and versions floods and lists too.
-	secureWire = 1
-	// bootBytes of a passport's Extra are this run's boot number; the rest is
-	// the node's.
+	secureWire = 2
+	// bootBytes of a passport's Extra are this run's boot number, those up to headBytes
+	// the version of its tables; the rest is the node's.
 	bootBytes = 4
+	headBytes = bootBytes + 8
 	// MaxExtra bytes of Secure.Extra.
-	MaxExtra = crypto.MaxExtra - bootBytes
+	MaxExtra = crypto.MaxExtra - headBytes
 
 	// maxNames whose last passport is kept, and maxBad passports that did not
 	// verify. Some 1 KB each.
@@ -98,7 +99,7 @@ func cardOfPassport(p *crypto.Passport) (card, error) {
 		return c, nil // what follows may have another form
 	case p.Count > MaxOverlays:
 		return card{}, fmt.Errorf("discovery: it carries %d overlays, more than %d", p.Count, MaxOverlays)
-	case len(p.Extra) < bootBytes:
+	case len(p.Extra) < headBytes:
 		return card{}, errors.New("discovery: its passport has no boot number")
 	}
 	c.boot = binary.BigEndian.Uint32(p.Extra)

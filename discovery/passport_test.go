@@ -145,7 +145,7 @@ func TestAdmit(t *testing.T) {
 	at, elsewhere := netip.MustParseAddrPort("192.0.2.1:7946"), netip.MustParseAddrPort("192.0.2.2:7946")
 	raw := c.passport(id, 5, at)
 	statement := func(change func(*crypto.Statement)) []byte {
-		s := crypto.Statement{Sequence: 5, Wire: secureWire, Gossip: at, VTEPs: []netip.AddrPort{netip.AddrPortFrom(at.Addr(), 4789)}, Extra: make([]byte, bootBytes)}
+		s := crypto.Statement{Sequence: 5, Wire: secureWire, Gossip: at, VTEPs: []netip.AddrPort{netip.AddrPortFrom(at.Addr(), 4789)}, Extra: make([]byte, headBytes)}
 		change(&s)
 		b, err := id.Passport(s)
 		if err != nil {

@@ -88,7 +88,7 @@ func (d *Discovery) SetKeys(keys [][]byte) error {
 
 // Announce makes a new passport and spreads it: the certificate is another, or
 // Extra. It may be called before Run; while running it waits until the news is
-// on its way, at most broadcastTimeout.
+// on its way, at most tagsTimeout.
 func (d *Discovery) Announce() error {
 	d.publish.Lock()
 	defer d.publish.Unlock()
@@ -130,14 +130,14 @@ func (d *Discovery) passport(l *list) (map[string]string, error) {
 	s := crypto.Statement{
 		Wire: secureWire, VTEPs: []netip.AddrPort{d.cfg.VTEP}, Gossip: d.self,
 		Count: uint32(len(l.overlays)),
-		Extra: binary.BigEndian.AppendUint32(nil, d.boot),
+		Extra: binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(nil, d.boot), d.tables.Load()),
 	}
 	copy(s.Digest[:], l.digest[:])
 	if d.cfg.Secure.Extra != nil {
 		s.Extra = append(s.Extra, d.cfg.Secure.Extra()...)
 	}
 	if len(s.Extra) > crypto.MaxExtra {
-		return nil, fmt.Errorf("discovery: passport: %d more bytes: at most %d", len(s.Extra)-bootBytes, MaxExtra)
+		return nil, fmt.Errorf("discovery: passport: %d more bytes: at most %d", len(s.Extra)-headBytes, MaxExtra)
 	}
 	raw, err := d.cfg.Secure.Sign(s)
 	if err != nil {
@@ -160,7 +160,9 @@ func (d *Discovery) passport(l *list) (map[string]string, error) {
 	}
 	d.renew()
 	d.mu.Unlock()
-	ring(d.changed)
+	if !samePassport(old, p) {
+		ring(d.changed)
+	}
 	return map[string]string{tagPassport: string(raw)}, nil
 }
 

@@ -40,10 +40,13 @@ const (
 	// per gossipInterval; then it stays leavePropagate to answer probes:
 	// 0.3 + 0.3 + 0.2 s, and direct neighbours know after 0.5 s at most.
 	gossipInterval   = 100 * time.Millisecond
-	gossipNodes      = 3
+	gossipNodes      = 5
 	retransmitMult   = 4
 	broadcastTimeout = 300 * time.Millisecond
 	leavePropagate   = 200 * time.Millisecond
+	// tagsTimeout is how long who has news waits for it to be on its way. It bounds how
+	// soon the next news can follow: for longer than a few rounds nobody should wait.
+	tagsTimeout = 100 * time.Millisecond
 
 	// How soon the others know that a node of a secure cluster is at another
 	// address, from when it joined there: its record is a new one, so nobody
@@ -52,7 +55,7 @@ const (
 	//
 	//	gossipInterval × (1 + log(n) / log(1 + gossipNodes))
 	//
-	// which is 0.3 s for 10 nodes and 0.6 s for 1,000, and a Pull each; whoever
+	// which is 0.2 s for 10 nodes and 0.5 s for 1,000, and a Pull each; whoever
 	// missed it hears it again repeatAfter the join.
 
 	// pushPullInterval bounds how long a lost message stays unknown.
@@ -123,7 +126,7 @@ func (d *Discovery) serfConfig(tags map[string]string) *serf.Config {
 	if d.cfg.Secure != nil {
 		c.ProtocolVersion = recordDelegate
 	}
-	c.BroadcastTimeout = broadcastTimeout
+	c.BroadcastTimeout = tagsTimeout
 	c.LeavePropagateDelay = leavePropagate
 	c.ReconnectTimeout = keepGone
 	c.TombstoneTimeout = keepGone

@@ -11,13 +11,14 @@ import (
 // version are members of the gossip and nothing else.
 const wireVersion = "1"
 
-// Tags, about 90 bytes when encoded; Serf allows 512.
+// Tags, about 110 bytes when encoded; Serf allows 512.
 const (
 	tagVersion = "v" // wireVersion
 	tagVTEP    = "t" // IP:PORT
 	tagBoot    = "b" // a number of this run of the node, 8 hexadecimal digits
 	tagDigest  = "d" // the list's digest, 16 hexadecimal digits
 	tagCount   = "n" // how many overlays are in the list
+	tagTables  = "e" // the version of its tables, 16 hexadecimal digits; absent: it has none
 )
 
 // card is what a member's tags say.
@@ -30,13 +31,30 @@ type card struct {
 
 // tags returns this node's tags while it carries l.
 func (d *Discovery) tags(l *list) map[string]string {
-	return map[string]string{
+	t := map[string]string{
 		tagVersion: wireVersion,
 		tagVTEP:    d.cfg.VTEP.String(),
 		tagBoot:    fmt.Sprintf("%08x", d.boot),
 		tagDigest:  hex.EncodeToString(l.digest[:]),
 		tagCount:   strconv.Itoa(len(l.overlays)),
 	}
+	if v := d.tables.Load(); v != 0 {
+		t[tagTables] = fmt.Sprintf("%016x", v)
+	}
+	return t
+}
+
+// parseTables returns the version in tags; the error is part of a sentence.
+func parseTables(tags map[string]string) (uint64, error) {
+	text, ok := tags[tagTables]
+	if !ok {
+		return 0, nil
+	}
+	v, err := strconv.ParseUint(text, 16, 64)
+	if err != nil || len(text) != 16 {
+		return 0, fmt.Errorf("wire version %q: its tag of tables %.20q is malformed", wireVersion, text)
+	}
+	return v, nil
 }
 
 // parseTags returns what tags say, or what is wrong with them; the error is

@@ -66,7 +66,8 @@ type Config struct {
 type Driver struct {
 	cfg    Config
 	engine *engine
-	named  chan struct{} // a bell: there is an endpoint without a name
+	named  chan struct{} // a bell: names may be others
+	ready  chan struct{} // closed when Run listens
 
 	mu        sync.Mutex
 	networks  map[string]*network  // by Docker's ID; replaced, not changed
@@ -106,7 +107,7 @@ func New(cfg Config) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Driver{cfg: cfg, engine: e, named: make(chan struct{}, 1), endpoints: map[string]*endpoint{}, overlays: map[string]*sync.Mutex{}}
+	d := &Driver{cfg: cfg, engine: e, named: make(chan struct{}, 1), ready: make(chan struct{}), endpoints: map[string]*endpoint{}, overlays: map[string]*sync.Mutex{}}
 	d.networks, err = loadNetworks(cfg.State)
 	return d, err
 }
@@ -126,6 +127,7 @@ func (d *Driver) Run(ctx context.Context) error {
 	names.Go(func() { d.followNames(ctx) })
 	defer d.engine.http.CloseIdleConnections()
 	defer names.Wait()
+	close(d.ready)
 	d.cfg.Log.Info("Docker is served", "socket", d.cfg.Socket)
 	select {
 	case err = <-failed:

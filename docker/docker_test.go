@@ -202,22 +202,14 @@ func (h *host) start(cfg Config) {
 			h.t.Error("the socket is there still")
 		}
 	})
-	h.http.Transport = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (c net.Conn, err error) {
-		for range 200 { // until it listens
-			if c, err = (&net.Dialer{}).DialContext(ctx, "unix", cfg.Socket); err == nil || ctx.Err() != nil {
-				break
-			}
-			<-yield()
-		}
-		return c, err
+	select {
+	case <-d.ready:
+	case err := <-done:
+		h.t.Fatal(err)
+	}
+	h.http.Transport = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", cfg.Socket)
 	}}
-}
-
-// yield lets others run.
-func yield() <-chan struct{} {
-	c := make(chan struct{})
-	go close(c)
-	return c
 }
 
 type object = map[string]any

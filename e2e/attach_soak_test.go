@@ -87,7 +87,7 @@ func (c *churner) step() {
 func (c *churner) gone(path string) {
 	start := time.Now()
 	c.n.eventually(5*time.Second, "nothing is left of "+path, func() bool {
-		return !slices.ContainsFunc(get[node.Endpoints](c.n, "/v1/endpoints").Endpoints, func(e node.Endpoint) bool { return e.Netns == path })
+		return !slices.ContainsFunc(get[node.Endpoints](c.n, "/v1/endpoints?local=true").Endpoints, func(e node.Endpoint) bool { return e.Netns == path })
 	})
 	if took := time.Since(start); took > 1500*time.Millisecond {
 		c.t.Errorf("%s: an endpoint was there %v after its namespace had ended", c.n.name, took)
@@ -97,7 +97,7 @@ func (c *churner) gone(path string) {
 // agrees checks that the node has what it should, and the namespaces too.
 func (c *churner) agrees() {
 	have := map[string]netip.Addr{}
-	for _, e := range get[node.Endpoints](c.n, "/v1/endpoints").Endpoints {
+	for _, e := range get[node.Endpoints](c.n, "/v1/endpoints?local=true").Endpoints {
 		have[key(e.Netns, e.Overlay)] = e.IPs[0].Addr()
 		if !e.Up || e.Error != "" {
 			c.t.Errorf("%s: endpoint %+v", c.n.name, e)
@@ -200,7 +200,7 @@ func TestSoakAttach(t *testing.T) {
 		busy[1].n.kill()
 		busy[1].n.start()
 		busy[1].n.eventually(10*time.Second, "its endpoints are up", func() bool {
-			list := get[node.Endpoints](busy[1].n, "/v1/endpoints").Endpoints
+			list := get[node.Endpoints](busy[1].n, "/v1/endpoints?local=true").Endpoints
 			return len(list) == len(busy[1].there) && !slices.ContainsFunc(list, func(e node.Endpoint) bool { return !e.Up })
 		})
 		together(t, busy)

@@ -45,7 +45,7 @@ func (n *tulle) attaches(overlay string, args ...string) netip.Prefix {
 // attached returns the node's endpoints that `want` says yes to.
 func (n *tulle) attached(want func(e node.Endpoint) bool) []node.Endpoint {
 	n.t.Helper()
-	list := asked[node.Endpoints](n, "endpoints").Endpoints
+	list := asked[node.Endpoints](n, "endpoints", "--local").Endpoints
 	return slices.DeleteFunc(list, func(e node.Endpoint) bool { return !want(e) })
 }
 
@@ -290,7 +290,7 @@ func TestAttach(t *testing.T) {
 		ping(t, b1, addr.Addr(), 5*time.Second)
 		q.Kill()
 		a.eventually(time.Second, "the endpoint is gone", func() bool {
-			return !slices.ContainsFunc(get[node.Endpoints](a, "/v1/endpoints").Endpoints, isNamed("lost"))
+			return !slices.ContainsFunc(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints, isNamed("lost"))
 		})
 	})
 
@@ -337,7 +337,7 @@ func TestAttach(t *testing.T) {
 			start := time.Now()
 			stop()
 			a.eventually(2*time.Second, "the endpoint is gone", func() bool {
-				return !slices.ContainsFunc(get[node.Endpoints](a, "/v1/endpoints").Endpoints, isNamed(name))
+				return !slices.ContainsFunc(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints, isNamed(name))
 			})
 			took := time.Since(start)
 			t.Logf("the endpoint is gone %v after its namespace began to end", took.Round(time.Millisecond))
@@ -356,7 +356,7 @@ func TestAttach(t *testing.T) {
 		a.refuses([]string{"blue"}, "overlay", "rm", "blue")
 		a.do("overlay", "rm", "blue", "--force")
 		for _, n := range nodes {
-			n.eventually(5*time.Second, "its endpoints are gone", func() bool { return len(get[node.Endpoints](n, "/v1/endpoints").Endpoints) == 0 })
+			n.eventually(5*time.Second, "its endpoints are gone", func() bool { return len(get[node.Endpoints](n, "/v1/endpoints?local=true").Endpoints) == 0 })
 		}
 		for _, h := range []*lab.Host{a1, a2, b1} {
 			eventually(t, 2*time.Second, "eth0 is gone", func() bool { _, there, err := h.Link("eth0"); return err == nil && !there })
@@ -378,7 +378,7 @@ func TestRun(t *testing.T) {
 	}
 	left := func(what string) {
 		t.Helper()
-		a.eventually(2*time.Second, what+": nothing is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints").Endpoints) == 1 && a.used("blue") == 1 })
+		a.eventually(2*time.Second, what+": nothing is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints) == 1 && a.used("blue") == 1 })
 	}
 
 	for _, tt := range []struct {
@@ -607,7 +607,7 @@ func TestAttachChurn(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if list := get[node.Endpoints](a, "/v1/endpoints").Endpoints; len(list) != 0 {
+	if list := get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints; len(list) != 0 {
 		t.Errorf("endpoints are left: %+v", list)
 	}
 	for _, o := range overlays {

@@ -198,14 +198,14 @@ func hasDevice(t *testing.T, path, name string) bool {
 // askedBy returns the node's endpoints of a container.
 func (n *tulle) askedBy(network, container string) []node.Endpoint {
 	n.t.Helper()
-	list := get[node.Endpoints](n, "/v1/endpoints").Endpoints
+	list := get[node.Endpoints](n, "/v1/endpoints?local=true").Endpoints
 	return slices.DeleteFunc(list, func(e node.Endpoint) bool { return e.Container != network+"/"+container })
 }
 
 // empty checks that the node has nothing, and uses no address of the overlays.
 func (n *tulle) empty(overlays ...string) {
 	n.t.Helper()
-	if list := get[node.Endpoints](n, "/v1/endpoints").Endpoints; len(list) != 0 {
+	if list := get[node.Endpoints](n, "/v1/endpoints?local=true").Endpoints; len(list) != 0 {
 		n.t.Errorf("endpoints are left: %+v", list)
 	}
 	n.eventually(2*time.Second, "no address is in use", func() bool {

@@ -256,5 +256,5 @@ func (m kubernetesMachines) run() {
 	if err != nil || strings.Count(out, "1 packets received") != 2 || !strings.Contains(out, "default via 10.64.0.1 dev eth0") {
 		t.Errorf("a pod: %v: %s", err, out)
 	}
-	b.eventually(5*time.Second, "its endpoint is gone", func() bool { return len(get[node.Endpoints](b, "/v1/endpoints").Endpoints) == 1 })
+	b.eventually(5*time.Second, "its endpoint is gone", func() bool { return len(get[node.Endpoints](b, "/v1/endpoints?local=true").Endpoints) == 1 })
 }

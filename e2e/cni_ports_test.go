@@ -109,7 +109,7 @@ func TestCNIPorts(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer ln.Close()
-		before, list := ruleset(t, h[0]), len(get[node.Endpoints](a, "/v1/endpoints").Endpoints)
+		before, list := ruleset(t, h[0]), len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints)
 		two := attachment{"two", c2.Path(), "eth0", ""}
 		closed := cniNetwork(t, a, "net", "closed", "1.1.0")
 		elsewhere := blue.with(object{"ipam": object{"type": "static-test"}})
@@ -137,7 +137,7 @@ func TestCNIPorts(t *testing.T) {
 		blue.fails(blue.call("ADD", two, mappings(t, "8091 80", "8091 81")), 7, "asked for twice")
 		free(t, h[0], 8091)
 		free(t, h[0], 8092)
-		if n := len(get[node.Endpoints](a, "/v1/endpoints").Endpoints); n != list || ruleset(t, h[0]) != before || hasDevice(t, c2.Path(), "eth0") {
+		if n := len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints); n != list || ruleset(t, h[0]) != before || hasDevice(t, c2.Path(), "eth0") {
 			t.Errorf("something is left of what was refused: %d endpoints, were %d; rules are\n%s, were\n%s", n, list, ruleset(t, h[0]), before)
 		}
 	})

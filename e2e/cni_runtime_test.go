@@ -208,7 +208,7 @@ func TestCNIContainerd(t *testing.T) {
 	for _, ns := range []string{"default", "k8s.io"} {
 		c.ctr("-n", ns, "images", "import", image)
 	}
-	alone := func() bool { return len(get[node.Endpoints](a, "/v1/endpoints").Endpoints) == 1 }
+	alone := func() bool { return len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints) == 1 }
 
 	part(t, "ctr", []*tulle{a}, func(t *testing.T) {
 		out := c.ctr("run", "--rm", "--cni", "lab.test/bb:1", "one", "sh", "-c", "ip -o -4 addr show eth0 && ping -c 1 -W 5 "+at.Addr().String())
@@ -225,7 +225,7 @@ func TestCNIContainerd(t *testing.T) {
 		watch.Go(func() {
 			for {
 				var list node.Endpoints
-				if a.try("/v1/endpoints", &list) == nil {
+				if a.try("/v1/endpoints?local=true", &list) == nil {
 					if i := slices.IndexFunc(list.Endpoints, isNamed("web-0")); i >= 0 {
 						seen.Store(&list.Endpoints[i])
 						return
@@ -324,7 +324,7 @@ cni_plugin_dirs = [%q]
 		t.Error("the node has an endpoint of a container that was disconnected")
 	}
 	podman("rm", "--force", "--time", "0", "aa")
-	a.eventually(2*time.Second, "no endpoint is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints").Endpoints) == 1 })
+	a.eventually(2*time.Second, "no endpoint is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints) == 1 })
 	if out, err := try("run", "--rm", "--network", "blue-net", "--publish", "8080:80", "lab.test/bb:1", "true"); err == nil || !strings.Contains(out, "tulle overlay set blue --gateway true") {
 		t.Errorf("a port that cannot be published: %v: %s", err, out)
 	}

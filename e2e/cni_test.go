@@ -395,7 +395,7 @@ func TestCNINodeDown(t *testing.T) {
 	c.fails(c.call("ADD", attachment{"later", path, "eth1", ""}), 11, "no node is running here")
 	end()
 	a.start()
-	if list := get[node.Endpoints](a, "/v1/endpoints").Endpoints; len(list) != 1 || list[0].Container != "net-1/stays" {
+	if list := get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints; len(list) != 1 || list[0].Container != "net-1/stays" {
 		t.Errorf("after the start the node has %+v, want the container that stays", list)
 	}
 	c.done("CHECK", stays, object{"prevResult": r.raw})

@@ -25,6 +25,7 @@ import (
 // UDP 4789.
 func TestDissect(t *testing.T) {
 	t.Parallel()
+	unlisted := netip.AddrFrom4([4]byte{10, 32, 1, 2}) // no table answers for it
 	for name, u := range map[string]lab.Underlay{
 		"IPv4": {Prefix4: underlay4, Offloads: lab.Wire},
 		"IPv6": {Prefix6: underlay6, Offloads: lab.Wire},
@@ -36,11 +37,13 @@ func TestDissect(t *testing.T) {
 			up(t, l, h[0], "--overlay", overlay(1))
 			up(t, l, h[1], "--join", seed(sw.Addr(h[0])), "--overlay", overlay(2))
 			for i := range 2 {
-				if err := h[i].AddAddr("blue0", netip.PrefixFrom(addressV6(i+1), 64)); err != nil {
-					t.Fatal(err)
+				for _, p := range []netip.Prefix{netip.PrefixFrom(addressV6(i+1), 64), netip.PrefixFrom(unlisted, 16)}[:i+1] {
+					if err := h[i].AddAddr("blue0", p); err != nil {
+						t.Fatal(err)
+					}
 				}
 			}
-			ping(t, h[0], address(2), 5*time.Second)   // ARP and ICMP
+			ping(t, h[0], unlisted, 5*time.Second)     // ARP and ICMP
 			ping(t, h[0], addressV6(2), 5*time.Second) // ND and ICMPv6
 			transfer(t, l, h[0], h[1], address(2), 2<<20)
 			transfer(t, l, h[1], h[0], addressV6(1), 2<<20)

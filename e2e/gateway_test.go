@@ -468,7 +468,7 @@ func TestGateway(t *testing.T) {
 		_ = ln.Close()
 		a.do("overlay", "set", "blue", "--reserve", "10.32.0.0/24") // or within 10 s
 		a.eventually(5*time.Second, "c1's ports are published again", func() bool {
-			list := get[node.Endpoints](a, "/v1/endpoints").Endpoints
+			list := get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints
 			return !slices.ContainsFunc(list, func(e node.Endpoint) bool { return e.PublishError != "" })
 		})
 		published(t)

@@ -81,7 +81,7 @@ func TestSoakPersist(t *testing.T) {
 	for _, end := range ends {
 		end()
 	}
-	a.eventually(30*time.Second, "all are gone", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints").Endpoints) == 0 })
+	a.eventually(30*time.Second, "all are gone", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints) == 0 })
 	t.Logf("all are gone %v after the first namespace began to end", time.Since(start).Round(time.Millisecond))
 	a.eventually(time.Minute, "no TAP is held", func() bool { return a.taps() == 0 })
 	t.Logf("and their devices %v after", time.Since(start).Round(time.Millisecond))

@@ -33,7 +33,7 @@ func index(t *testing.T, h *lab.Host, dev string) string {
 func (n *tulle) gone(name string) time.Duration {
 	n.t.Helper()
 	return n.eventually(5*time.Second, "endpoint "+name+" is gone", func() bool {
-		return !slices.ContainsFunc(get[node.Endpoints](n, "/v1/endpoints").Endpoints, isNamed(name))
+		return !slices.ContainsFunc(get[node.Endpoints](n, "/v1/endpoints?local=true").Endpoints, isNamed(name))
 	})
 }
 
@@ -217,7 +217,7 @@ func TestPersist(t *testing.T) {
 		for _, c := range []*lab.Host{b1, b2, b3} {
 			eventually(t, 15*time.Second, "its device is gone", func() bool { _, there, err := c.Link("eth0"); return err == nil && !there })
 		}
-		b.eventually(5*time.Second, "it has no endpoint", func() bool { return len(get[node.Endpoints](b, "/v1/endpoints").Endpoints) == 0 })
+		b.eventually(5*time.Second, "it has no endpoint", func() bool { return len(get[node.Endpoints](b, "/v1/endpoints?local=true").Endpoints) == 0 })
 	})
 }
 

@@ -121,7 +121,7 @@ func TestManyEndpoints(t *testing.T) {
 	if rss >= 100e6 {
 		t.Errorf("%d MB resident with %d endpoints, want less than 100", rss/1e6, count)
 	}
-	if e := get[node.Endpoints](a, "/v1/endpoints").Endpoints; len(e) != count || slices.ContainsFunc(e, func(e node.Endpoint) bool { return !e.Up }) {
+	if e := get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints; len(e) != count || slices.ContainsFunc(e, func(e node.Endpoint) bool { return !e.Up }) {
 		t.Errorf("%d endpoints, want %d, all of them up", len(e), count)
 	}
 }
@@ -158,7 +158,7 @@ func TestKilledWhileAttaching(t *testing.T) {
 		t.Logf("%d of %d were answered before the kill", len(want), count)
 	}
 	a.start()
-	for _, e := range get[node.Endpoints](a, "/v1/endpoints").Endpoints {
+	for _, e := range get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints {
 		if ip, is := want[e.Name]; is && (e.IPs[0] != ip || !e.Up) {
 			t.Errorf("endpoint %+v, want it up with %s", e, ip)
 		}

@@ -86,7 +86,7 @@ func metaOf(passport []byte) []byte {
 
 // statement is what a node at an address says of itself.
 func statement(sequence uint64, vtep, gossip netip.AddrPort) crypto.Statement {
-	return crypto.Statement{Sequence: sequence, Wire: 1, VTEPs: []netip.AddrPort{vtep}, Gossip: gossip, Extra: []byte{1, 2, 3, 4}}
+	return crypto.Statement{Sequence: sequence, Wire: 2, VTEPs: []netip.AddrPort{vtep}, Gossip: gossip, Extra: []byte{1, 2, 3, 4, 11: 0}}
 }
 
 // TestSecureForgedPassports: forged, stolen and revoked passports, injected with

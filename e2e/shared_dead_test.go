@@ -52,7 +52,7 @@ func alone(t *testing.T, nodes ...*tulle) {
 	t.Helper()
 	has := map[string]string{}
 	for _, n := range nodes {
-		for _, e := range get[node.Endpoints](n, "/v1/endpoints").Endpoints {
+		for _, e := range get[node.Endpoints](n, "/v1/endpoints?local=true").Endpoints {
 			for _, p := range e.IPs {
 				key := e.Overlay + " " + p.Addr().String()
 				if other, taken := has[key]; taken {

@@ -138,7 +138,7 @@ func (n *tulle) exposed(overlay string, args ...string) netip.Prefix {
 // endpoint returns the node's endpoint in an overlay.
 func (n *tulle) endpoint(overlay string) (e node.Endpoint, there bool) {
 	n.t.Helper()
-	for _, e := range get[node.Endpoints](n, "/v1/endpoints").Endpoints {
+	for _, e := range get[node.Endpoints](n, "/v1/endpoints?local=true").Endpoints {
 		if e.Overlay == overlay {
 			return e, true
 		}

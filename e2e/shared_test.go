@@ -93,7 +93,7 @@ func TestSharedOverlay(t *testing.T) {
 		}
 		t.Logf("all ten pairs ping, both ways, after %v", mesh(t, 10*time.Second, blue...).Round(time.Millisecond))
 		for i, n := range nodes {
-			list := asked[struct{ Endpoints []map[string]any }](n, "endpoints").Endpoints
+			list := asked[struct{ Endpoints []map[string]any }](n, "endpoints", "--local").Endpoints
 			want := map[string]any{
 				"name": n.name, "node": n.name, "overlay": "blue", "tap": "blue", "up": true, "mtu": 1418,
 				"ips": []any{blue[i].addr.String() + "/16"}, "mac": ether.MACOf(blue[i].addr).String(),
@@ -116,7 +116,7 @@ func TestSharedOverlay(t *testing.T) {
 		}
 		a.refuses([]string{"in overlay blue already", "tulle unexpose blue"}, "expose", "blue", "--ip", "10.32.9.9")
 		a.refuses([]string{"in overlay blue already", "tulle unexpose blue"}, "expose", "blue", "--tap", "other")
-		if list := get[node.Endpoints](a, "/v1/endpoints").Endpoints; len(list) != 1 {
+		if list := get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints; len(list) != 1 {
 			t.Errorf("a has %d endpoints, want 1: %+v", len(list), list)
 		}
 		a.refuses([]string{"no shared overlay green", "tulle overlay ls"}, "expose", "green")
@@ -274,6 +274,14 @@ func TestSharedOverlay(t *testing.T) {
 		if mss := syn(blue[0], blue[1]); mss != 1400 {
 			t.Errorf("MSS %d arrives, want the 1400 that was sent", mss)
 		}
+		d.do("overlay", "set", "blue", "--unknown-unicast", "flood", "--unknown-multicast", "drop", "--bum-limit", "0")
+		for _, n := range nodes {
+			n.eventually(5*time.Second, "knows what is flooded", func() bool {
+				o, _ := n.knows("blue")
+				return o.UnknownUnicast == "flood" && o.UnknownMulticast == "drop" && o.BUMLimit == 0
+			})
+		}
+		d.do("overlay", "set", "blue", "--unknown-unicast", "auto", "--unknown-multicast", "flood", "--bum-limit", "2000")
 		d.do("overlay", "set", "blue", "--mss-clamp")
 		for _, n := range nodes {
 			n.eventually(5*time.Second, "knows of the clamp", func() bool { o, _ := n.knows("blue"); return o.ClampMSS })

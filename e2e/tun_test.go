@@ -155,7 +155,7 @@ func TestTunShared(t *testing.T) {
 	<-a.proc.Done()
 	a.start()
 	check(10 * time.Second)
-	for _, e := range get[node.Endpoints](a, "/v1/endpoints").Endpoints {
+	for _, e := range get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints {
 		if !e.Up || e.Driver != "tun" {
 			t.Errorf("endpoint %+v, want it up with the driver tun", e)
 		}

@@ -8,7 +8,9 @@
 // thinks it lowers the MSS of a SYN (RFC 9293, section 3.7.1) and makes the ICMP
 // answer to a packet that is too big (RFC 1191, RFC 4443). For hosts without Ethernet
 // it makes the messages of ARP and neighbour discovery, and the ICMP answer to a packet
-// for nobody.
+// for nobody. Of the protocols by which hosts join multicast groups (IGMP RFC 3376, MLD
+// RFC 3810, and their older versions) it reads what is told and makes queries; source
+// filters are left out.
 //
 //	      6     6     0, 4 or 8     2
 //	+-----+-----+---------------+------+----------+-------------+---------+

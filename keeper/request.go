@@ -320,6 +320,10 @@ type OverlayChange struct {
 	ClampMSS *bool           `json:"mss_clamp,omitempty"`
 	Gateway  *bool           `json:"gateway,omitempty"`
 	Reserved *[]netip.Prefix `json:"reserved,omitempty"`
+
+	UnknownUnicast   *string `json:"unknown_unicast,omitempty"`
+	UnknownMulticast *string `json:"unknown_multicast,omitempty"`
+	BUMLimit         *int    `json:"bum_limit,omitempty"`
 }
 
 type overlayAnswer struct {

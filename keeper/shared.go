@@ -364,6 +364,15 @@ func (c *call) setOverlay(ctx context.Context, b *setOverlayBody) (any, error) {
 		if b.Reserved != nil {
 			o.Reserved = *b.Reserved
 		}
+		if b.UnknownUnicast != nil {
+			o.UnknownUnicast = *b.UnknownUnicast
+		}
+		if b.UnknownMulticast != nil {
+			o.UnknownMulticast = *b.UnknownMulticast
+		}
+		if b.BUMLimit != nil {
+			o.BUMLimit = b.BUMLimit
+		}
 		if err := o.Check(); err != nil {
 			return invalid("%v", err)
 		}

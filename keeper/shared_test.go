@@ -237,16 +237,25 @@ func TestSetOverlay(t *testing.T) {
 	if err := mem.Update(ctx, []string{store.Domain(key)}, func(x store.Txn) error { x.Put(key, []byte(later)); return nil }); err != nil {
 		t.Fatal(err)
 	}
+	unicast, multicast, none := "flood", "drop", 0
 	mtu, yes, flood, cipher := 1300, true, "gossip", "aes-256-gcm"
 	reserved := []netip.Prefix{netip.MustParsePrefix("10.32.7.0/24")}
-	o, _, err := k.admin().SetOverlay(ctx, "blue", keeper.OverlayChange{MTU: &mtu, ClampMSS: &yes, Flood: &flood, Cipher: &cipher, Gateway: &yes, Reserved: &reserved})
-	if err != nil || o.MTU != mtu || !o.Gateway || !o.ClampMSS || o.Flood != flood || o.Cipher != cipher || !slices.Equal(o.Reserved, reserved) {
+	o, _, err := k.admin().SetOverlay(ctx, "blue", keeper.OverlayChange{MTU: &mtu, ClampMSS: &yes, Flood: &flood, Cipher: &cipher, Gateway: &yes, Reserved: &reserved,
+		UnknownUnicast: &unicast, UnknownMulticast: &multicast, BUMLimit: &none})
+	if err != nil || o.UnknownUnicast != unicast || o.UnknownMulticast != multicast || o.BUMLimit == nil || *o.BUMLimit != 0 {
+		t.Fatalf("SetOverlay = %+v, %v", o, err)
+	}
+	if o.MTU != mtu || !o.Gateway || !o.ClampMSS || o.Flood != flood || o.Cipher != cipher || !slices.Equal(o.Reserved, reserved) {
 		t.Fatalf("SetOverlay = %+v, %v", o, err)
 	}
 	if text := keys(t, mem)[key]; !strings.Contains(text, `"later":[1,2]`) || !strings.Contains(text, `"mtu":1300`) {
 		t.Errorf("written as %s", text)
 	}
 	was := keys(t, mem)
+	none = -1
+	if _, _, err := k.admin().SetOverlay(ctx, "blue", keeper.OverlayChange{BUMLimit: &none}); !errors.Is(err, keeper.ErrInvalid) {
+		t.Errorf("a fault: %v", err)
+	}
 	mtu = 10
 	if _, _, err := k.admin().SetOverlay(ctx, "blue", keeper.OverlayChange{MTU: &mtu}); !errors.Is(err, keeper.ErrInvalid) {
 		t.Errorf("a fault: %v", err)

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/doctor"
 	"github.com/tulle-net/tulle/ether"
@@ -18,6 +19,7 @@ import (
 //	GET    /v1/peers                       Peers
 //	GET    /v1/overlays                    Overlays
 //	GET    /v1/overlays/NAME/fdb           FDB; 404 with Error where there is no such overlay
+//	POST   /v1/overlays/NAME/fdb/unfreeze  UnfreezeRequest; answers Unfrozen
 //	POST   /v1/overlays/NAME/rotate-key    OverlayKeyRotated
 //	PUT    /v1/offloads/NAME               OffloadSwitches for a TAP, or for "underlay"; answers OffloadStatus
 //	GET    /v1/doctor                      Doctor
@@ -37,7 +39,9 @@ import (
 //	GET    /v1/shared/NAME                 SharedOverlay
 //	PATCH  /v1/shared/NAME                 OverlayChange; answers SharedOverlay
 //	DELETE /v1/shared/NAME?force=true      Changed
-//	GET    /v1/endpoints                   Endpoints
+//	GET    /v1/endpoints?local=true        Endpoints; without local those of other nodes too
+//	GET    /v1/history?of=IP|MAC&overlay=O History; overlay may be left out
+//	GET    /v1/trace?overlay=O&from=F&to=T Trace; F and T are names, IPs or MACs
 //	POST   /v1/endpoints                   AttachRequest; answers Endpoint
 //	DELETE /v1/endpoints?overlay=O&netns=P Endpoint, which is no more; pid=N in place of netns, and &ifname=I
 //	DELETE /v1/endpoints?container=C&ifname=I Endpoint, which is no more
@@ -107,8 +111,13 @@ type OverlayStatus struct {
 	RxFrames  uint64           `json:"rx_frames"`  // from the underlay
 	RxBytes   uint64           `json:"rx_bytes"`
 	Flooded   uint64           `json:"flooded"` // frames that went to the flood list
+	// Complete is how many peers have told of every station that they have: nothing
+	// unknown is sent to them.
+	Complete int `json:"complete"`
 	// Gateway is how its endpoints here reach other networks; absent: not by this node.
 	Gateway *GatewayStatus `json:"gateway,omitempty"`
+	// Blocked are ports that are connected with others behind the overlay's back.
+	Blocked []bridge.BlockedPort `json:"blocked,omitempty"`
 }
 
 // GatewayStatus is this node as the gateway of its endpoints in an overlay.
@@ -201,9 +210,24 @@ type FDBEntry struct {
 	Port string    `json:"port,omitempty"` // the local TAP
 	VTEP string    `json:"vtep,omitempty"`
 	Peer string    `json:"peer,omitempty"` // the VTEP's node, if it is one
-	// AgeSeconds since the MAC was last seen as a source; static entries have Static set.
+	// AgeSeconds since the MAC was last seen as a source; 0 of those that are Static, a
+	// device's own, or as a Table of the overlay says.
 	AgeSeconds float64 `json:"age_seconds"`
 	Static     bool    `json:"static"`
+	Table      bool    `json:"table"`
+	// Frozen: it was at two places in turn, and does not move any more.
+	Frozen bool `json:"frozen"`
+}
+
+// UnfreezeRequest lets a MAC move again that has moved too often; zero: all of them.
+type UnfreezeRequest struct {
+	MAC ether.MAC `json:"mac,omitempty"`
+}
+
+// Unfrozen answers it with those that may move again.
+type Unfrozen struct {
+	Overlay string      `json:"overlay"`
+	MACs    []ether.MAC `json:"macs"`
 }
 
 // TokenRequest asks for a token. A zero field stands for its default.
@@ -311,6 +335,11 @@ type SharedOverlay struct {
 	ClampMSS   bool           `json:"mss_clamp"`
 	// Gateway: each node is the gateway of its own endpoints, at Gateways.
 	Gateway bool `json:"gateway"`
+	// UnknownUnicast is auto or flood, UnknownMulticast flood or drop, BUMLimit in frames
+	// a second a port, 0: any.
+	UnknownUnicast   string `json:"unknown_unicast"`
+	UnknownMulticast string `json:"unknown_multicast"`
+	BUMLimit         int    `json:"bum_limit"`
 	// Shared is false for a static overlay of this node.
 	Shared  bool      `json:"shared"`
 	Created time.Time `json:"created,omitzero"`
@@ -335,6 +364,10 @@ type OverlayRequest struct {
 	Flood      string         `json:"flood,omitempty"` // unicast (default) or gossip
 	ClampMSS   bool           `json:"mss_clamp,omitempty"`
 	Gateway    bool           `json:"gateway,omitempty"`
+
+	UnknownUnicast   string `json:"unknown_unicast,omitempty"`   // auto (default) or flood
+	UnknownMulticast string `json:"unknown_multicast,omitempty"` // flood (default) or drop
+	BUMLimit         *int   `json:"bum_limit,omitempty"`         // frames a second a port, 0: any; default 2,000
 }
 
 // OverlayChange changes a shared overlay; what is absent stays.
@@ -345,6 +378,10 @@ type OverlayChange struct {
 	ClampMSS *bool           `json:"mss_clamp,omitempty"`
 	Gateway  *bool           `json:"gateway,omitempty"`
 	Reserved *[]netip.Prefix `json:"reserved,omitempty"`
+
+	UnknownUnicast   *string `json:"unknown_unicast,omitempty"`
+	UnknownMulticast *string `json:"unknown_multicast,omitempty"`
+	BUMLimit         *int    `json:"bum_limit,omitempty"`
 }
 
 // ExposeRequest makes this host an endpoint of a shared overlay.

@@ -95,7 +95,7 @@ func (p patient) Store(ctx context.Context) *doctor.Store {
 
 func (p patient) Endpoints() []string {
 	var out []string
-	for _, e := range p.n.listEndpoints().Endpoints {
+	for _, e := range p.n.listEndpoints(true).Endpoints {
 		if !e.Up {
 			out = append(out, e.Overlay+": "+cmp.Or(e.Error, "its device is not there"))
 		} else if e.PublishError != "" {
@@ -133,9 +133,7 @@ func (p patient) Underlay() underlay.Offloads { return p.n.conn.Offloads() }
 func (p patient) Taps() map[string]tap.Offloads { return p.n.offloads().Taps }
 
 func (p patient) Conflicts() []string {
-	p.n.mu.Lock()
-	defer p.n.mu.Unlock()
-	return append([]string{}, p.n.conflicts...)
+	return p.n.conflictsNow()
 }
 
 func (p patient) MTUs() []doctor.MTU {

@@ -540,18 +540,6 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	return s
 }
 
-// listEndpoints lists them.
-func (n *Node) listEndpoints() Endpoints {
-	out := Endpoints{Endpoints: []Endpoint{}}
-	if n.endpoints == nil {
-		return out
-	}
-	for _, e := range n.endpoints.all() {
-		out.Endpoints = append(out.Endpoints, n.endpoints.statusOf(e))
-	}
-	return out
-}
-
 func joinPrefixes(list []netip.Prefix) string {
 	var out []string
 	for _, p := range list {

@@ -34,10 +34,14 @@ func (n *Node) openGossip() error {
 	if n.secure != nil {
 		dc.Secure = n.secure.gossip(n)
 	} else {
-		dc.Seeds = n.cfg.Join
+		dc.Seeds, dc.OnTables = n.cfg.Join, n.tables.answer
 	}
 	d, err := discovery.New(dc)
 	if err != nil {
+		return err
+	}
+	if err := d.SetTables(uint64(n.tables.dir.Version())); err != nil {
+		d.Close()
 		return err
 	}
 	n.disc.Store(d)
@@ -89,6 +93,21 @@ func (n *Node) settle(ctx context.Context) error {
 			t.Stop()
 			return nil
 		}
+	}
+}
+
+// followCarrier looks whether this host's cable is back: then others are looked for at
+// once, and what goes by connections of before is asked again by new ones.
+func (n *Node) followCarrier() {
+	was := n.unplugged
+	n.unplugged = !n.dev.Carrier()
+	if !was || n.unplugged {
+		return
+	}
+	n.log.Info("the underlay's device has a carrier again", "device", n.dev.Name)
+	n.disc.Load().Rejoin()
+	if n.secure != nil {
+		n.secure.endpoint.MovedSelf()
 	}
 }
 

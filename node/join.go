@@ -69,6 +69,7 @@ func (n *Node) settingsOf(def *store.Overlay, e *endpoint) (config.Overlay, erro
 		Name: def.Name, VNI: vxlan.VNI(def.VNI), Encryption: def.Encryption, Cipher: def.Cipher, MTU: def.MTU, Flood: def.Flood,
 		ClampMSS: def.ClampMSS, Tap: e.Tap, MAC: e.MAC, Driver: e.Driver,
 	}}
+	setFlooding(&c.Overlays[0], def)
 	if err := c.Validate(); err != nil {
 		return config.Overlay{}, bad{err}
 	}
@@ -381,8 +382,10 @@ func (n *Node) adjust(ov *overlay, def *store.Overlay) error {
 	next := n.replace(ov, func(next *overlay) {
 		next.shared, next.ciphers = def, ciphers
 		next.cfg.MTU, next.cfg.ClampMSS, next.cfg.Cipher = def.MTU, def.ClampMSS, def.Cipher
+		setFlooding(&next.cfg, def)
 	})
 	next.br.SetClampMSS(def.ClampMSS)
+	next.adjustFlooding()
 	switch {
 	case next.cfg.Cipher != ov.cfg.Cipher:
 		n.secure.sessions.Rekeyed(def.Name) // new ones, while the old ones go on

@@ -38,6 +38,8 @@ type Node struct {
 	// Bells: a path's MTU may have shrunk; a port's device has gone; a peer or
 	// this node is elsewhere; there is news for this node's passport.
 	tooBig, portLost, moved, news chan struct{}
+	froze                         chan frozenMAC
+	frozeLogged                   time.Time     // by Run's goroutine
 	redefined                     chan struct{} // shared overlays are
 
 	state  *stateDir
@@ -53,6 +55,7 @@ type Node struct {
 	todo      chan func()   // what Run's goroutine does for others
 	stopped   chan struct{} // closed when it does nothing any more
 	endpoints *endpoints    // in shared overlays; nil in an open cluster
+	tables    *tables
 	gateways  *gateway.Gateway
 	restoring bool                     // endpoints: gateways follow when all are there
 	ports     map[*endpoint][]*os.File // of the host, that lead to endpoints; New's and Run's goroutine's
@@ -67,8 +70,9 @@ type Node struct {
 	at atomic.Pointer[netip.Addr]
 
 	// Run's own.
-	dev   underlay.Device                // that holds the address
-	flood map[vxlan.VNI][]netip.AddrPort // as of the last sync
+	dev       underlay.Device                // that holds the address
+	flood     map[vxlan.VNI][]netip.AddrPort // as of the last sync
+	unplugged bool                           // that device has no carrier
 	// missing is since when this host lacks the address; zero: it has it.
 	missing time.Time
 	// before are the members as of the last move, at movedAt.
@@ -91,7 +95,7 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 	defer host.Handed.Close()
 	n := &Node{
 		host: host, cfg: cfg, log: log, started: time.Now(), ready: make(chan struct{}),
-		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), moved: make(chan struct{}, 1),
+		tooBig: make(chan struct{}, 1), portLost: make(chan struct{}, 1), froze: make(chan frozenMAC, 16), moved: make(chan struct{}, 1),
 		news: make(chan struct{}, 1), redefined: make(chan struct{}, 1), todo: make(chan func()), stopped: make(chan struct{}),
 	}
 	n.overlays.Store(&[]*overlay{})
@@ -104,6 +108,9 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 	lock := first(host.Handed.Take(handedLock))
 	n.follows = lock != nil
 	if n.state, err = openStateDir(cfg.StateDir, lock); err != nil {
+		return nil, err
+	}
+	if err = n.openTables(); err != nil {
 		return nil, err
 	}
 	if n.secure, err = n.openPlace(ctx); err != nil {
@@ -171,6 +178,7 @@ func (n *Node) openUnderlay(ctx context.Context) (err error) {
 		Self:       []netip.Addr{n.addr()},
 		Port:       n.cfg.Listen.Port(),
 		Unfinished: unfinishedChecksums(n.cfg.UnfinishedChecksums, n.addr()),
+		Node:       n.cfg.Name,
 	}
 	if n.secure != nil {
 		if err := n.secure.listen(ctx, n); err != nil {
@@ -256,6 +264,7 @@ func (n *Node) Run(ctx context.Context) error {
 	lowerCtx, stopLower := context.WithCancel(context.WithoutCancel(ctx))
 	var lower sync.WaitGroup
 	lower.Go(func() { n.tunnel.Run(lowerCtx) })
+	lower.Go(func() { n.tables.run(lowerCtx) })
 	defer lower.Wait()
 	defer stopLower()
 	defer n.conn.Close()
@@ -318,9 +327,14 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.endpoints.follow()
 			n.reverify()
 			n.sync()
+		case <-n.disc.Load().TablesChanged():
+			n.tables.followVersions(n.members())
+		case <-n.tables.told:
+			n.tables.settle()
 		case <-n.redefined:
 			n.endpoints.follow()
 		case <-changes:
+			n.followCarrier()
 			n.followAddress(ctx)
 			n.followDevice()
 			n.followMTU()
@@ -328,6 +342,8 @@ func (n *Node) follow(ctx context.Context, changes <-chan struct{}, gossip <-cha
 			n.followMTU()
 		case <-n.portLost:
 			n.mendPorts()
+		case f := <-n.froze:
+			n.logFrozen(f)
 		case f := <-n.todo:
 			f()
 		}

@@ -10,6 +10,7 @@ import (
 	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/store"
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/vxlan"
@@ -35,6 +36,7 @@ type device struct {
 	// of is whose device it is; nil: a static overlay's.
 	of   *endpoint
 	live atomic.Pointer[attachment]
+	mac  ether.MAC // that the station says it has; 0: the device's. Run's goroutine's
 }
 
 // attachment is a device that is there and the bridge's port that holds it.
@@ -204,8 +206,17 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 		LearnVTEPs: o.LearnVTEPs, AgeAfter: o.AgeAfter,
 		MaxMACs: o.MaxMACs, MaxMACsPerPort: o.MaxMACsPerPort,
 		PortLost: func() { ring(n.portLost) },
-		Sealed:   ov.sealed(),
-		ClampMSS: o.ClampMSS,
+		Stranger: func() { ring(n.tables.told) }, GroupsChanged: func() { ring(n.tables.told) },
+		Readdressed:  func(was, is ether.MAC) { go n.tables.readdressed(o.Name, was, is) },
+		Contradicted: func(peer string) { go n.tables.pull.Pull(peer) },
+		Sealed:       ov.sealed(),
+		ClampMSS:     o.ClampMSS,
+
+		UnknownUnicast: o.FloodsUnknownUnicast(), UnknownMulticast: unknownMulticast(o),
+		Storm:    stormOf(o),
+		Froze:    n.freezes(o.Name),
+		Snooping: true,
+		Loop:     n.loopFound,
 	}
 	switch o.Flood {
 	case "multicast":
@@ -221,6 +232,8 @@ func (n *Node) addOverlay(ov *overlay) (err error) {
 	}
 	next := append(slices.Clone(n.list()), ov)
 	n.overlays.Store(&next)
+	n.tables.dir.Replay(o.Name)
+	ring(n.tables.told)
 	return nil
 }
 
@@ -233,6 +246,7 @@ func (n *Node) removeOverlay(ov *overlay) error {
 			n.unstore(ov, d, a)
 		}
 	}
+	n.tables.dir.Drop(ov.cfg.Name)
 	ov.exit.Store(nil)
 	return ov.br.Close()
 }
@@ -265,6 +279,7 @@ func (n *Node) removeDevice(ov *overlay, d *device) error {
 	ov.devices.Store(&next)
 	if a := d.live.Swap(nil); a != nil {
 		n.unstore(ov, d, a)
+		n.tables.remove(ov, d)
 		return ov.br.RemovePort(a.port)
 	}
 	return nil
@@ -294,8 +309,11 @@ func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 	if err != nil {
 		return errors.Join(err, dev.Close())
 	}
-	d.live.Store(&attachment{dev, port})
+	a := &attachment{dev, port}
+	d.live.Store(a)
+	d.mac = 0
 	n.store(ov, d)
+	n.tables.put(ov, d, a)
 	n.log.Info("device is up", "overlay", ov.cfg.Name, "vni", ov.cfg.VNI, "port", dev.Name(), "mac", dev.MAC(), "mtu", c.MTU)
 	return nil
 }
@@ -327,6 +345,7 @@ func (n *Node) mend(ov *overlay, d *device) {
 		}
 		d.live.Store(nil)
 		n.unstore(ov, d, a)
+		n.tables.remove(ov, d)
 		_ = ov.br.RemovePort(a.port) // its device is gone: nothing to close
 		lost = true
 	}

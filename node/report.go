@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"time"
@@ -43,9 +44,7 @@ func (n *Node) status() Status {
 			s.Node.PeersLost++
 		}
 	}
-	n.mu.Lock()
-	s.Node.Conflicts = append([]string{}, n.conflicts...)
-	n.mu.Unlock()
+	s.Node.Conflicts = n.conflictsNow()
 	return s
 }
 
@@ -92,7 +91,7 @@ func (n *Node) overlayStatus() []OverlayStatus {
 			MACs:    o.br.MACs(), FloodList: o.br.FloodList(),
 			TxFrames: o.br.TxFrames.Load(), TxBytes: o.br.TxBytes.Load(),
 			RxFrames: o.br.RxFrames.Load(), RxBytes: o.br.RxBytes.Load(),
-			Flooded: o.br.Flooded.Load(), Gateway: o.gatewayStatus(),
+			Flooded: o.br.Flooded.Load(), Complete: o.br.Complete(), Gateway: o.gatewayStatus(), Blocked: o.br.Blocked(),
 		}
 		if a := o.live(); a != nil {
 			s.MTU, s.Up = a.dev.MTU(), true
@@ -214,9 +213,9 @@ func (n *Node) fdb(name string) (FDB, bool) {
 		}
 		table := FDB{Overlay: name, Entries: []FDBEntry{}}
 		for _, e := range o.br.FDB() {
-			entry := FDBEntry{MAC: e.MAC, Port: e.Port, AgeSeconds: e.Age.Seconds(), Static: e.Static}
+			entry := FDBEntry{MAC: e.MAC, Port: e.Port, AgeSeconds: e.Age.Seconds(), Static: e.Static, Table: e.Table, Frozen: e.Frozen}
 			if e.VTEP.IsValid() {
-				entry.VTEP, entry.Peer = e.VTEP.String(), names[e.VTEP]
+				entry.VTEP, entry.Peer = e.VTEP.String(), cmp.Or(e.Peer, names[e.VTEP])
 			}
 			table.Entries = append(table.Entries, entry)
 		}

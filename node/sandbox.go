@@ -146,8 +146,12 @@ func (h *endpoints) replaced(ctx context.Context, e *endpoint, change func(next 
 		}
 		list := slices.Clone(ov.list())
 		for i, d := range list {
-			if d.of == e {
-				list[i] = d.handTo(next)
+			if d.of != e {
+				continue
+			}
+			list[i] = d.handTo(next)
+			if a := list[i].live.Load(); a != nil {
+				h.n.tables.put(ov, list[i], a) // its names may be others
 			}
 		}
 		ov.devices.Store(&list)
@@ -161,7 +165,7 @@ func (h *endpoints) replaced(ctx context.Context, e *endpoint, change func(next 
 
 // handTo returns the device as that of another endpoint.
 func (d *device) handTo(e *endpoint) *device {
-	out := &device{cfg: d.cfg, of: e}
+	out := &device{cfg: d.cfg, of: e, mac: d.mac}
 	out.cfg.Name, out.cfg.Netns = e.Tap, e.Netns
 	if a := d.live.Load(); a != nil {
 		out.live.Store(&attachment{named{bare(a.dev), e.Name}, a.port})

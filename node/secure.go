@@ -20,6 +20,7 @@ import (
 	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/internal/version"
 	"github.com/tulle-net/tulle/peer"
+	"github.com/tulle-net/tulle/table"
 	"github.com/tulle-net/tulle/vxlan"
 )
 
@@ -191,6 +192,9 @@ func (s *secure) listen(ctx context.Context, n *Node) (err error) {
 	s.endpoint.Handle(peer.KindKeep, maxOrder, s.keeping.ordered)
 	s.endpoint.Handle(peer.KindCede, maxOrder, n.ceded)
 	s.endpoint.Handle(peer.KindReport, 0, n.report)
+	s.endpoint.Handle(peer.KindTables, table.MaxRequest, func(_ context.Context, from peer.Peer, request []byte) ([]byte, error) {
+		return n.tables.dir.Answer(request, from.Overlays.Allow)
+	})
 	var keyLog func([]byte)
 	if n.cfg.KeyLog != "" {
 		s.keyLog, err = os.OpenFile(n.cfg.KeyLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
@@ -204,7 +208,7 @@ func (s *secure) listen(ctx context.Context, n *Node) (err error) {
 		keyLog = func(lines []byte) { _, _ = s.keyLog.Write(lines) } // a full disk costs the log only
 	}
 	s.sessions = peer.NewSessions(peer.SessionsConfig{
-		Endpoint: s.endpoint, Table: table{n}, Stale: s.place.Stale, Arrived: n.conn.NoteLoss, KeyLog: keyLog, Log: n.log,
+		Endpoint: s.endpoint, Table: sessionTable{n}, Stale: s.place.Stale, Arrived: n.conn.NoteLoss, KeyLog: keyLog, Log: n.log,
 		Key: func(overlay string) (peer.OverlayKey, bool) {
 			k, ok := s.place.Key(overlay)
 			return peer.OverlayKey{Key: k.Key, Epoch: k.Epoch, Ciphers: n.ciphers(overlay)}, ok
@@ -224,20 +228,22 @@ func (n *Node) ciphers(overlay string) crypto.Ciphers {
 	return none
 }
 
-// table is the tunnel as the sessions' table: it is made after them.
-type table struct{ n *Node }
+// sessionTable is the tunnel as the sessions' table: it is made after them.
+type sessionTable struct{ n *Node }
 
-func (t table) Index() uint32 { return t.n.tunnel.Index() }
+func (t sessionTable) Index() uint32 { return t.n.tunnel.Index() }
 
-func (t table) Receive(peer, overlay string, rx *crypto.Opener) error {
+func (t sessionTable) Receive(peer, overlay string, rx *crypto.Opener) error {
 	return t.n.tunnel.Receive(peer, overlay, rx)
 }
 
-func (t table) Forget(rx *crypto.Opener) { t.n.tunnel.Forget(rx) }
+func (t sessionTable) Forget(rx *crypto.Opener) { t.n.tunnel.Forget(rx) }
 
-func (t table) Send(peer, overlay string, tx *crypto.Sealer) { t.n.tunnel.Send(peer, overlay, tx) }
+func (t sessionTable) Send(peer, overlay string, tx *crypto.Sealer) {
+	t.n.tunnel.Send(peer, overlay, tx)
+}
 
-func (t table) Leave(peer, overlay string) { t.n.tunnel.Leave(peer, overlay) }
+func (t sessionTable) Leave(peer, overlay string) { t.n.tunnel.Leave(peer, overlay) }
 
 // hook connects the tunnel with QUIC and sessions.
 func (s *secure) hook(n *Node, tc *bridge.TunnelConfig) {

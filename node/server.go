@@ -76,6 +76,7 @@ func (s *apiServer) serve(n *Node) error {
 		}
 		reply(w, http.StatusOK, table)
 	})
+	mux.HandleFunc("POST /v1/overlays/{name}/fdb/unfreeze", n.unfreeze)
 	mux.HandleFunc("PUT /v1/offloads/{name}", n.putOffloads)
 	mux.HandleFunc("POST /v1/upgrade", n.upgrade)
 	mux.HandleFunc("GET /v1/doctor", n.examine)
@@ -101,8 +102,12 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("GET /v1/shared/{name}", n.inspectShared)
 	mux.HandleFunc("PATCH /v1/shared/{name}", n.setShared)
 	mux.HandleFunc("DELETE /v1/shared/{name}", n.removeShared)
-	mux.HandleFunc("GET /v1/endpoints", func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, n.listEndpoints()) })
+	mux.HandleFunc("GET /v1/endpoints", func(w http.ResponseWriter, r *http.Request) {
+		reply(w, http.StatusOK, n.listEndpoints(r.FormValue("local") == "true"))
+	})
 	mux.HandleFunc("POST /v1/endpoints", n.attach)
+	mux.HandleFunc("GET /v1/history", n.showHistory)
+	mux.HandleFunc("GET /v1/trace", n.showTrace)
 	mux.HandleFunc("DELETE /v1/endpoints", n.detach)
 	mux.HandleFunc("PATCH /v1/endpoints", n.changeEndpoint)
 	mux.HandleFunc("POST /v1/addresses", n.lendAddress)

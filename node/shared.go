@@ -64,6 +64,7 @@ func (n *Node) sharedOf(d *store.Overlay) SharedOverlay {
 		Reserved: append([]netip.Prefix{}, d.Reserved...), Encryption: d.Encryption, Cipher: d.Cipher, MTU: d.MTU, Flood: d.Flood,
 		ClampMSS: d.ClampMSS, Gateway: d.Gateway, Shared: true, Created: d.Created, By: d.By,
 	}
+	showFlooding(&s, floodingOf(d))
 	for _, o := range n.list() {
 		s.Joined = s.Joined || o.cfg.Name == d.Name && o.shared != nil
 	}
@@ -75,6 +76,7 @@ func staticOf(o *overlay) SharedOverlay {
 		Name: o.cfg.Name, VNI: o.cfg.VNI, Subnets: o.subnets(), Gateways: []netip.Addr{}, Reserved: []netip.Prefix{},
 		Encryption: o.cfg.Encryption, Cipher: o.cfg.Cipher, MTU: o.cfg.MTU, Flood: o.cfg.Flood, ClampMSS: o.cfg.ClampMSS, Gateway: o.cfg.Gateway, Joined: true,
 	}
+	showFlooding(&s, o.cfg)
 	return s
 }
 
@@ -99,7 +101,7 @@ func (n *Node) createShared(w http.ResponseWriter, r *http.Request) {
 		o, unreached, err := c.CreateOverlay(ctx, store.Overlay{
 			Name: want.Name, VNI: uint32(want.VNI), Subnets: want.Subnets, Gateways: want.Gateways, Reserved: want.Reserved,
 			Encryption: want.Encryption, Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood, ClampMSS: want.ClampMSS,
-			Gateway: want.Gateway,
+			Gateway: want.Gateway, UnknownUnicast: want.UnknownUnicast, UnknownMulticast: want.UnknownMulticast, BUMLimit: want.BUMLimit,
 		})
 		if err != nil {
 			return nil, err
@@ -244,6 +246,7 @@ func (n *Node) setShared(w http.ResponseWriter, r *http.Request) {
 		}
 		o, unreached, err := c.SetOverlay(ctx, r.PathValue("name"), keeper.OverlayChange{
 			Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood, ClampMSS: want.ClampMSS, Gateway: want.Gateway, Reserved: want.Reserved,
+			UnknownUnicast: want.UnknownUnicast, UnknownMulticast: want.UnknownMulticast, BUMLimit: want.BUMLimit,
 		})
 		if err != nil {
 			return nil, err

@@ -20,6 +20,7 @@ func (n *Node) sync() {
 		v.conflicts = append(v.conflicts, n.secure.conflicts()...)
 		n.secure.setMembers(members)
 	}
+	v.conflicts = append(v.conflicts, n.tables.dir.Conflicts()...)
 	n.tell(v.conflicts)
 	n.tunnel.SetMembers(v.vteps)
 	shared := map[string][]string{}
@@ -36,6 +37,7 @@ func (n *Node) sync() {
 	if n.secure != nil {
 		n.secure.sessions.SetPeers(shared)
 	}
+	n.tables.follow(&v, members)
 	n.flood = v.flood
 	n.followMTU()
 	n.followGateways() // a new member may have another port

@@ -32,6 +32,8 @@ const (
 	KindCede Kind = 11
 	// KindReport asks a node which addresses it has, for a check of all.
 	KindReport Kind = 12
+	// KindTables pulls what the other node tells of its endpoints (package table).
+	KindTables Kind = 13
 	// kindJoin asks to be admitted; only over tulle-join/1, where nothing else goes.
 	kindJoin Kind = 4
 )

@@ -38,6 +38,11 @@ type Overlay struct {
 	// Flood is unicast or gossip.
 	Flood    string `json:"flood"`
 	ClampMSS bool   `json:"mss_clamp,omitempty"`
+	// UnknownUnicast is auto or flood; empty: auto. UnknownMulticast is flood or drop;
+	// empty: flood. BUMLimit in frames a second a port, 0: any; absent: 2,000.
+	UnknownUnicast   string `json:"unknown_unicast,omitempty"`
+	UnknownMulticast string `json:"unknown_multicast,omitempty"`
+	BUMLimit         *int   `json:"bum_limit,omitempty"`
 	// Created is when, By the node that asked for it.
 	Created time.Time `json:"created"`
 	By      string    `json:"by"`
@@ -84,6 +89,7 @@ const (
 	minMTU6     = 1280 // RFC 8200, section 5
 	maxMTU      = 65_535
 	maxReserved = 64
+	maxBUMLimit = 1_000_000
 	// A subnet has at least 2 bits of hosts, at most 24 of IPv4 and 80 of IPv6.
 	minHostBits  = 2
 	maxHostBits4 = 24
@@ -146,6 +152,15 @@ func (o *Overlay) Check() error {
 	}
 	if o.Flood != "unicast" && o.Flood != "gossip" {
 		fault("flood %q: want unicast or gossip", o.Flood)
+	}
+	if o.UnknownUnicast != "" && o.UnknownUnicast != "auto" && o.UnknownUnicast != "flood" {
+		fault("unknown unicast %q: want auto or flood", o.UnknownUnicast)
+	}
+	if o.UnknownMulticast != "" && o.UnknownMulticast != "flood" && o.UnknownMulticast != "drop" {
+		fault("unknown multicast %q: want flood or drop", o.UnknownMulticast)
+	}
+	if o.BUMLimit != nil && (*o.BUMLimit < 0 || *o.BUMLimit > maxBUMLimit) {
+		fault("BUM limit %d: want 0 (any) to %d frames a second", *o.BUMLimit, maxBUMLimit)
 	}
 	least := minMTU
 	if families[false] {

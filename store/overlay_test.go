@@ -83,6 +83,11 @@ func TestOverlayCheck(t *testing.T) {
 			o.Reserved = prefixes(strings.Split(strings.Repeat("10.32.9.0/24 ", 65)[:65*13-1], " ")...)
 		}, "65 reserved ranges: 64 at most"},
 		"encryption":      {func(o *store.Overlay) { o.Encryption = "maybe" }, `encryption "maybe": want required or none`},
+		"BUM":             {func(o *store.Overlay) { n := 0; o.UnknownUnicast, o.UnknownMulticast, o.BUMLimit = "flood", "drop", &n }, ""},
+		"unicast":         {func(o *store.Overlay) { o.UnknownUnicast = "drop" }, "want auto or flood"},
+		"group":           {func(o *store.Overlay) { o.UnknownMulticast = "auto" }, "want flood or drop"},
+		"BUM, negative":   {func(o *store.Overlay) { n := -1; o.BUMLimit = &n }, "BUM limit -1: want 0"},
+		"BUM, large":      {func(o *store.Overlay) { n := 1_000_001; o.BUMLimit = &n }, "BUM limit 1000001"},
 		"no encryption":   {func(o *store.Overlay) { o.Encryption = "" }, "want required or none"},
 		"cipher and none": {func(o *store.Overlay) { o.Encryption = "none" }, "there is none"},
 		"cipher":          {func(o *store.Overlay) { o.Cipher = "rot13" }, "want auto, chacha20-poly1305 or aes-256-gcm"},

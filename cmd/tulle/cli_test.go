@@ -115,6 +115,9 @@ func aNode() fakeAPI {
 		TxFrames:  12_345, TxBytes: 18_446_744_073_709_551_615, RxFrames: 9_999, RxBytes: 999_999, Flooded: 7,
 	}
 	red := node.OverlayStatus{Name: "red", VNI: 70_000, Subnets: []netip.Prefix{}, Encryption: "none", Flood: "gossip", Tap: "red", MAC: 0x1234_5610_2030, MTU: 1400, FloodList: []netip.AddrPort{}}
+	if err := json.Unmarshal([]byte(`[{"port":"red\u001b","other":"node n2","since":"2026-12-01T12:30:15Z"}]`), &red.Blocked); err != nil {
+		panic(err)
+	}
 	s := node.Status{
 		Node: node.NodeStatus{
 			Name: "n1", Version: "v0.1.0", Cluster: "open", VTEP: ap("192.0.2.1:4789"), Listen: []string{"[::]:4789"}, Gossip: ap("192.0.2.1:7946"),
@@ -147,7 +150,8 @@ func aNode() fakeAPI {
 		"/v1/overlays/blue/fdb": node.FDB{Overlay: "blue", Entries: []node.FDBEntry{
 			{MAC: 0x0254_0a20_0001, Port: "blue0", Static: true},
 			{MAC: 0x0254_0a20_0002, VTEP: "192.0.2.2:4789", Peer: "n2", AgeSeconds: 12.75},
-			{MAC: 0x1234_5610_2030, VTEP: "192.0.2.9:4789", AgeSeconds: 125},
+			{MAC: 0x0254_0a20_0003, VTEP: "192.0.2.2:4789", Peer: "n2", Table: true},
+			{MAC: 0x1234_5610_2030, VTEP: "192.0.2.9:4789", AgeSeconds: 125, Frozen: true},
 		}},
 		"/v1/overlays/a b%2f/fdb": node.FDB{},
 		"/v1/tokens": node.Tokens{Tokens: []node.TokenStatus{
@@ -210,7 +214,7 @@ func TestEmptyTables(t *testing.T) {
 		{"node ls", "NAME  STATUS  ROLE"},
 		{"fdb blue", "no MAC is known yet in overlay blue\n"},
 		{"overlay ls", "no overlay is known; `tulle overlay create` makes one\nno keeper has answered since 2026-12-01 12:30 UTC: what has changed since is not shown\n"},
-		{"overlay inspect blue", "subnets     -\n"},
+		{"overlay inspect blue", "subnets            -\n"},
 		{"endpoints", "no endpoint is here; `tulle expose OVERLAY` makes this host one, `tulle attach OVERLAY` a container\n"},
 		{"ipam", "no overlay has addresses given out\nno keeper answered: only this node's own blocks are shown\n"},
 		{"ipam check", "nothing is wrong\n"},
@@ -330,7 +334,10 @@ func TestUsage(t *testing.T) {
 		{"overlay inspect", "tulle: want the name of one overlay, as in `tulle overlay inspect blue`; `tulle overlay ls` lists them\n"},
 		{"overlay inspect a/b", "tulle: config: overlay a/b: name \"a/b\": want "},
 		{"overlay set", "tulle: want the name of one overlay, as in `tulle overlay set blue --mtu 1400`"},
-		{"overlay set blue", "tulle: nothing to change: give --cipher, --mtu, --flood, --mss-clamp, --gateway or --reserve\n"},
+		{"overlay set blue", "tulle: nothing to change: give --cipher, --mtu, --flood, --mss-clamp, --gateway, --reserve, --unknown-unicast, --unknown-multicast or --bum-limit\n"},
+		{"overlay set blue --unknown-unicast drop", "tulle: invalid argument \"drop\" for \"--unknown-unicast\" flag: want auto or flood"},
+		{"overlay set blue --bum-limit=-1", "tulle: config: overlay blue: bum-limit -2: want 1 to 1000000\n"},
+		{"overlay create blue --bum-limit 1000001", "tulle: config: overlay blue: bum-limit 1000001: want 1 to 1000000\n"},
 		{"overlay set blue --gateway 10.40.0.1", "tulle: invalid argument \"10.40.0.1\" for \"--gateway\" flag: want true or false"},
 		{"overlay set blue -o json", "tulle: nothing to change: "},
 		{"overlay set blue --mss-clamp false", "tulle: unexpected \"false\"; a switch is written --mss-clamp=false\n"},
@@ -410,6 +417,10 @@ func TestUsage(t *testing.T) {
 		{"status --watch=often", "tulle: invalid argument \"often\" for \"--watch\" flag: "},
 		{"status -o xml", "tulle: invalid argument \"xml\" for \"-o, --output\" flag: want table, json or yaml; see `tulle status --help`\n"},
 		{"fdb", "tulle: want the name of one overlay, as in `tulle fdb blue`; `tulle overlays` lists them\n"},
+		{"fdb unfreeze", "tulle: want the name of one overlay, and perhaps a MAC, as in "},
+		{"fdb unfreeze blue 1:2", "tulle: \"1:2\": want the MAC of one station, as in 02:54:0a:20:00:01\n"},
+		{"fdb unfreeze blue ff:ff:ff:ff:ff:ff", "tulle: \"ff:ff:ff:ff:ff:ff\": want the MAC of one station"},
+		{"fdb blue --nonsense", "tulle: unknown flag: --nonsense; see `tulle fdb --help`\n"},
 		{"fdb a b", "tulle: want the name of one overlay"},
 		{"completion tcsh", "tulle: want one shell: bash, zsh, fish, powershell\n"},
 		{"demo now", "tulle: unknown command \"now\" for \"tulle demo\"\n"},
@@ -540,7 +551,7 @@ func TestHelp(t *testing.T) {
 		if !cmd.HasSubCommands() {
 			continue
 		}
-		if cmd.Name() == "ipam" { // holds a command, and is one
+		if cmd.Name() == "ipam" || cmd.Name() == "fdb" { // holds a command, and is one
 			continue
 		}
 		if bare, errOut, status := tulle(t, path...); status != exitDone || errOut != "" || bare != out {
@@ -573,9 +584,10 @@ func TestCompletion(t *testing.T) {
 	}
 	socket := serve(t, aNode())
 	for _, tt := range []struct{ args, want string }{
-		{"fdb --socket " + socket + " ", "blue\nred\n:4\n"},
+		{"fdb --socket " + socket + " ", "unfreeze\tLet a MAC move again that was at two places in turn\nblue\nred\n:4\n"},
+		{"fdb unfreeze --socket " + socket + " ", "blue\nred\n:4\n"},
 		{"fdb --socket " + socket + " blue ", ":4\n"},
-		{"fdb --socket " + socket + "x ", ":4\n"},
+		{"fdb --socket " + socket + "x blue ", ":4\n"},
 		{"overlay rotate-key --socket " + socket + " ", "blue\nlab\nold\n:4\n"},
 		{"overlay inspect --socket " + socket + " ", "blue\nlab\nold\n:4\n"},
 		{"overlay set --socket " + socket + " ", "blue\nlab\n:4\n"},

@@ -117,7 +117,7 @@ func (n cniNode) Detach(ctx context.Context, container, ifname string) error {
 }
 
 func (n cniNode) Endpoints(ctx context.Context) ([]cni.Endpoint, error) {
-	list, err := cniGet[node.Endpoints](ctx, n.c, "/v1/endpoints")
+	list, err := cniGet[node.Endpoints](ctx, n.c, "/v1/endpoints?local=true")
 	if err != nil {
 		return nil, err
 	}

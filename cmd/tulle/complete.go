@@ -70,7 +70,7 @@ func overlaysWhere(cmd *cobra.Command, want func(*node.SharedOverlay) bool) []st
 
 // attachedOverlays are those that this node has endpoints in.
 func attachedOverlays(cmd *cobra.Command) []string {
-	return listed(cmd, "/v1/endpoints", func(all *node.Endpoints) (list []string) {
+	return listed(cmd, "/v1/endpoints?local=true", func(all *node.Endpoints) (list []string) {
 		for i := range all.Endpoints {
 			list = append(list, all.Endpoints[i].Overlay)
 		}

@@ -180,7 +180,7 @@ func (n dockerNode) Rename(ctx context.Context, container, name string, aliases 
 }
 
 func (n dockerNode) Endpoints(ctx context.Context) ([]docker.Endpoint, error) {
-	list, err := dockerAsk[node.Endpoints](n.c.get(ctx, "/v1/endpoints"))
+	list, err := dockerAsk[node.Endpoints](n.c.get(ctx, "/v1/endpoints?local=true"))
 	if err != nil {
 		return nil, err
 	}

@@ -133,11 +133,20 @@ func unexposeCommand() *cobra.Command {
 }
 
 func endpointsCommand() *cobra.Command {
-	return query(&cobra.Command{
+	var local bool
+	cmd := query(&cobra.Command{
 		Use:   "endpoints",
-		Short: "List what this node has attached to its overlays",
+		Short: "List the endpoints of this node's overlays, on all nodes",
 		Example: `  tulle endpoints
+  tulle endpoints --local
   tulle endpoints -o json | jq -r '.endpoints[] | .name + " " + .ips[0]'`,
 		Args: noArgs,
-	}, apiClient, at("/v1/endpoints"), endpointsTable)
+	}, apiClient, func([]string) string {
+		if local {
+			return "/v1/endpoints?local=true"
+		}
+		return "/v1/endpoints"
+	}, endpointsTable)
+	cmd.Flags().BoolVar(&local, "local", false, "only what this node has attached, with all that it knows of it")
+	return cmd
 }

@@ -34,21 +34,28 @@ type overlayFlags struct {
 	mtu           *int
 	clamp         *bool
 	reserve       *[]string
+	unicast       *choice
+	multicast     *choice
+	bum           *int
 	output        *choice
 }
 
 func addOverlayFlags(cmd *cobra.Command) overlayFlags {
 	f := cmd.Flags()
 	o := overlayFlags{
-		cipher:  addChoice(cmd, "cipher", "", "what frames are sealed with", "auto", "chacha20-poly1305", "aes-256-gcm"),
-		flood:   addChoice(cmd, "flood", "", "how broadcast travels: a copy to each node, or by gossip", "unicast", "gossip"),
-		mtu:     f.Int("mtu", 0, "of the devices, in bytes; 0: what the underlay allows"),
-		clamp:   f.Bool("mss-clamp", false, "lower the MSS of TCP connections to what fits the path"),
-		reserve: f.StringSlice("reserve", nil, "addresses that are given out only when asked for, a prefix; again for more"),
-		output:  addChoice(cmd, "output", "o", "how to print the answer", "table", "json", "yaml"),
+		cipher:    addChoice(cmd, "cipher", "", "what frames are sealed with", "auto", "chacha20-poly1305", "aes-256-gcm"),
+		flood:     addChoice(cmd, "flood", "", "how broadcast travels: a copy to each node, or by gossip", "unicast", "gossip"),
+		mtu:       f.Int("mtu", 0, "of the devices, in bytes; 0: what the underlay allows"),
+		clamp:     f.Bool("mss-clamp", false, "lower the MSS of TCP connections to what fits the path"),
+		unicast:   addChoice(cmd, "unknown-unicast", "", "frames for a MAC that nobody knows: where it can be, or to all", "auto", "flood"),
+		multicast: addChoice(cmd, "unknown-multicast", "", "frames for a group that nobody is known to have joined", "flood", "drop"),
+		bum:       f.Int("bum-limit", config.DefaultBUMLimit, "broadcast, unknown unicast and multicast of a port, in frames a second; 0: any"),
+		reserve:   f.StringSlice("reserve", nil, "addresses that are given out only when asked for, a prefix; again for more"),
+		output:    addChoice(cmd, "output", "o", "how to print the answer", "table", "json", "yaml"),
 	}
 	completeFlag(cmd, "mtu", noFiles)
 	completeFlag(cmd, "reserve", noFiles)
+	completeFlag(cmd, "bum-limit", noFiles)
 	return o
 }
 
@@ -84,6 +91,10 @@ host reaches, as the host.`,
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		want.Name, want.MTU, want.ClampMSS = args[0], *flags.mtu, *flags.clamp
 		want.Encryption, want.Cipher, want.Flood = given(cmd, "encryption", encryption), given(cmd, "cipher", flags.cipher), given(cmd, "flood", flags.flood)
+		want.UnknownUnicast, want.UnknownMulticast = given(cmd, "unknown-unicast", flags.unicast), given(cmd, "unknown-multicast", flags.multicast)
+		if cmd.Flags().Changed("bum-limit") {
+			want.BUMLimit = flags.bum
+		}
 		var addrs []string
 		want.Gateway, addrs = gatewaySwitch(*gateways)
 		if err := errors.Join(
@@ -130,6 +141,9 @@ func given(cmd *cobra.Command, flag string, c *choice) string {
 // checkRequest finds what a keeper would refuse for sure.
 func checkRequest(want *node.OverlayRequest) error {
 	o := config.Overlay{Name: want.Name, VNI: want.VNI, Encryption: want.Encryption, Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood}
+	if want.BUMLimit != nil {
+		o.BUMLimit = bumLimit(*want.BUMLimit)
+	}
 	if err := checkOverlay(o); err != nil {
 		return err
 	}
@@ -195,7 +209,7 @@ changed: make another overlay.
 	}
 	flags := addOverlayFlags(cmd)
 	gate := addChoice(cmd, "gateway", "", "whether each node is the gateway of its own endpoints", "true", "false")
-	for _, flag := range []string{"cipher", "flood", "gateway"} {
+	for _, flag := range []string{"cipher", "flood", "gateway", "unknown-unicast", "unknown-multicast", "bum-limit"} {
 		cmd.Flags().Lookup(flag).DefValue = "" // in the help: what is not given stays
 	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -208,9 +222,9 @@ changed: make another overlay.
 			change.Gateway = &on
 		}
 		if change == (node.OverlayChange{}) {
-			return usageError{errors.New("nothing to change: give --cipher, --mtu, --flood, --mss-clamp, --gateway or --reserve")}
+			return usageError{errors.New("nothing to change: give --cipher, --mtu, --flood, --mss-clamp, --gateway, --reserve, --unknown-unicast, --unknown-multicast or --bum-limit")}
 		}
-		if err := checkOverlay(config.Overlay{Name: args[0], MTU: *flags.mtu}); err != nil {
+		if err := checkOverlay(config.Overlay{Name: args[0], MTU: *flags.mtu, BUMLimit: bumLimit(*flags.bum)}); err != nil {
 			return usageError{err}
 		}
 		body, err := clusterClient(cmd).patch(cmd.Context(), sharedPath(args[0]), change)
@@ -245,12 +259,32 @@ func (o *overlayFlags) change(cmd *cobra.Command) (c node.OverlayChange, err err
 	if given("mss-clamp") {
 		c.ClampMSS = o.clamp
 	}
+	if given("unknown-unicast") {
+		c.UnknownUnicast = &o.unicast.value
+	}
+	if given("unknown-multicast") {
+		c.UnknownMulticast = &o.multicast.value
+	}
+	if given("bum-limit") {
+		c.BUMLimit = o.bum
+	}
 	if given("reserve") {
 		list := []netip.Prefix{} // nothing is a list as well
 		err = setPrefixes(&list, "reserve", *o.reserve)
 		c.Reserved = &list
 	}
 	return c, err
+}
+
+// bumLimit is what a flag of that value is in settings.
+func bumLimit(n int) int {
+	switch {
+	case n == 0:
+		return config.NoBUMLimit
+	case n < 0:
+		return n - 1 // which is refused
+	}
+	return n
 }
 
 func overlayRemoveCommand() *cobra.Command {

@@ -24,11 +24,12 @@ func aCluster() fakeAPI {
 	blue := node.SharedOverlay{
 		Name: "blue", VNI: 65_536, Subnets: prefixes("10.32.0.0/16", "fd00:32::/64"), Gateways: []netip.Addr{addr("10.32.0.1"), addr("fd00:32::1")},
 		Reserved: prefixes("10.32.9.0/24"), Encryption: "required", Cipher: "auto", Flood: "unicast", ClampMSS: true, Shared: true, Created: then, By: "n1", Joined: true,
+		UnknownUnicast: "auto", UnknownMulticast: "flood", BUMLimit: 2000,
 	}
 	all := node.SharedOverlays{Stale: then, Overlays: []node.SharedOverlay{
 		blue,
-		{Name: "lab", VNI: 65_537, Subnets: prefixes("10.33.0.0/16"), Encryption: "none", MTU: 1400, Flood: "gossip", Shared: true, Created: then, By: "\x1b[31mn2"},
-		{Name: "old", VNI: 100, Encryption: "none", Flood: "unicast", Joined: true},
+		{Name: "lab", VNI: 65_537, Subnets: prefixes("10.33.0.0/16"), Encryption: "none", MTU: 1400, Flood: "gossip", Shared: true, Created: then, By: "\x1b[31mn2", UnknownUnicast: "flood", UnknownMulticast: "drop"},
+		{Name: "old", VNI: 100, Encryption: "none", Flood: "unicast", Joined: true, UnknownUnicast: "auto", UnknownMulticast: "flood", BUMLimit: 500},
 	}}
 	blue.Nodes = []string{"n1", "n2"}
 	return fakeAPI{
@@ -118,6 +119,9 @@ func TestOverlayDefinitions(t *testing.T) {
 		{"set blue --cipher auto --flood unicast --mtu 1400", `PATCH /v1/shared/blue {"cipher":"auto","mtu":1400,"flood":"unicast"}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
 		{"set blue --mss-clamp", `PATCH /v1/shared/blue {"mss_clamp":true}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
 		{"set blue --mss-clamp=false", `PATCH /v1/shared/blue {"mss_clamp":false}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
+		{"create blue --unknown-unicast flood --unknown-multicast drop --bum-limit 0", `POST /v1/shared {"name":"blue","unknown_unicast":"flood","unknown_multicast":"drop","bum_limit":0}`, "overlay blue is there: VNI 65536, 10.32.0.0/16\n"},
+		{"set blue --unknown-unicast auto --unknown-multicast flood --bum-limit 0", `PATCH /v1/shared/blue {"unknown_unicast":"auto","unknown_multicast":"flood","bum_limit":0}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
+		{"set blue --bum-limit 500", `PATCH /v1/shared/blue {"bum_limit":500}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
 		{"set blue --reserve 10.40.1.0/24", `PATCH /v1/shared/blue {"reserved":["10.40.1.0/24"]}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
 		{"set blue --reserve=", `PATCH /v1/shared/blue {"reserved":[]}`, "overlay blue is changed: VNI 65536, 10.32.0.0/16\n"},
 	} {

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/url"
 	"os"
 	"os/signal"
 	"syscall"
@@ -50,17 +49,6 @@ func overlaysCommand() *cobra.Command {
   tulle overlays -o yaml`,
 		Args: noArgs,
 	}, apiClient, at("/v1/overlays"), overlaysTable)
-}
-
-func fdbCommand() *cobra.Command {
-	return query(&cobra.Command{
-		Use:   "fdb OVERLAY",
-		Short: "List the MACs of an overlay and where they are",
-		Example: `  tulle fdb blue
-  tulle fdb blue -o json`,
-		Args:              oneArg("want the name of one overlay, as in `tulle fdb blue`; `tulle overlays` lists them"),
-		ValidArgsFunction: completeArg(overlayNames),
-	}, apiClient, func(args []string) string { return "/v1/overlays/" + url.PathEscape(args[0]) + "/fdb" }, fdbTable)
 }
 
 func at(path string) func([]string) string { return func([]string) string { return path } }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -83,7 +84,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
 		tokenCommand(), nodeCommand(), gossipCommand(), caCommand(), overlayCommand(),
-		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), dockerCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), cniCommand(), ipamCommand(), storeCommand(), doctorCommand(),
+		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), dockerCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), traceCommand(), historyCommand(), cniCommand(), ipamCommand(), storeCommand(), doctorCommand(),
 		offloadCommand(), upgradeCommand(), waitCommand(), versionCommand(), completionCommand())
 	root.SetHelpCommand(helpCommand())
 	for _, cmd := range root.Commands() {
@@ -125,7 +126,7 @@ func marked(run func(*cobra.Command, []string) error) func(*cobra.Command, []str
 
 func flagError(cmd *cobra.Command, err error) error {
 	// An unknown command with flags: cobra reads them as its parent's own.
-	if args := cmd.Flags().Args(); cmd.HasSubCommands() && len(args) > 0 {
+	if args := cmd.Flags().Args(); cmd.HasSubCommands() && len(args) > 0 && cmd.ValidateArgs(args) != nil {
 		return unknownCommand(cmd, args)
 	}
 	return fmt.Errorf("%w; see `%s --help`", err, cmd.CommandPath())
@@ -149,6 +150,16 @@ func unknownCommand(cmd *cobra.Command, args []string) error {
 func oneArg(want string) cobra.PositionalArgs {
 	return func(_ *cobra.Command, args []string) error {
 		if len(args) != 1 || args[0] == "" {
+			return errors.New(want)
+		}
+		return nil
+	}
+}
+
+// threeArgs is oneArg for three.
+func threeArgs(want string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) != 3 || slices.Contains(args, "") {
 			return errors.New(want)
 		}
 		return nil

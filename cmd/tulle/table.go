@@ -196,8 +196,12 @@ func overlaysTable(w io.Writer, o *node.Overlays) {
 	}
 	t.flush()
 	for i := range o.Overlays {
-		if s := &o.Overlays[i]; s.Gateway != nil && !s.Gateway.Up {
+		s := &o.Overlays[i]
+		if s.Gateway != nil && !s.Gateway.Up {
 			fmt.Fprintf(w, "overlay %s has no gateway here: %s\n", clean(s.Name), clean(s.Gateway.Error))
+		}
+		for _, b := range s.Blocked {
+			fmt.Fprintf(w, "overlay %s: %s is blocked: it is connected with %s behind the overlay's back; take one of the two away\n", clean(s.Name), clean(b.Port), clean(b.Other))
 		}
 	}
 }
@@ -246,12 +250,22 @@ func sharedDetail(w io.Writer, o *node.SharedOverlay) {
 	t.row("mtu", mtuOf(o.MTU))
 	t.row("flood", o.Flood)
 	t.row("mss-clamp", yesNo(o.ClampMSS))
+	t.row("unknown-unicast", o.UnknownUnicast)
+	t.row("unknown-multicast", o.UnknownMulticast)
+	t.row("bum-limit", bumLimitOf(o.BUMLimit))
 	if o.Shared {
 		t.row("made", fmt.Sprintf("%s by %s", stamp(o.Created), o.By))
 	}
 	t.row("here", yesNo(o.Joined))
 	t.row("nodes", strings.Join(o.Nodes, ", "))
 	t.flush()
+}
+
+func bumLimitOf(n int) string {
+	if n == 0 {
+		return "none"
+	}
+	return fmt.Sprintf("%d frames a second a port", n)
 }
 
 func kindOf(o *node.SharedOverlay) string {
@@ -386,9 +400,14 @@ func fdbTable(w io.Writer, f *node.FDB) {
 	t.row("MAC", "PORT", "VTEP", "NODE", "AGE")
 	for i := range f.Entries {
 		e := &f.Entries[i]
-		age := "static"
-		if !e.Static {
-			age = period(time.Duration(e.AgeSeconds * float64(time.Second)))
+		age := period(time.Duration(e.AgeSeconds * float64(time.Second)))
+		switch {
+		case e.Static:
+			age = "static"
+		case e.Table:
+			age = "table"
+		case e.Frozen:
+			age += ", frozen"
 		}
 		t.row(e.MAC.String(), e.Port, e.VTEP, e.Peer, age)
 	}

@@ -38,7 +38,8 @@ whoever reaches it is in. Secure and open nodes refuse each other.
 Settings come from --config, a YAML file, and from the flags, which win; --overlay adds
 to the file's overlays. An overlay takes every key that it has in the file: name, vni,
 encryption, cipher, mss-clamp, address, gateway, tap, mac, mtu, peer, flood, group, group-ttl,
-learn-vteps, age, max-macs, max-macs-per-port, driver, netns, queues, tso, uso, gro.`,
+learn-vteps, unknown-unicast, unknown-multicast, bum-limit, age, max-macs, max-macs-per-port,
+driver, netns, queues, tso, uso, gro.`,
 		Example: `  tulle up                                                             # the first node
   tulle up --token TOKEN                                               # another one
   tulle up --overlay name=blue,vni=100,address=10.32.0.2/16 --token TOKEN

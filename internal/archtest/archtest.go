@@ -9,7 +9,7 @@ const module = "github.com/tulle-net/tulle/"
 var imports = map[string][]string{
 	"cmd/tulle": {"config", "node", "cni", "docker", "netavark", "handover", "doctor", "internal/demo", "internal/version"},
 
-	"node":     {"config", "cluster", "keeper", "ipam", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
+	"node":     {"config", "cluster", "keeper", "ipam", "table", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
 	"cluster":  {"keeper", "store", "peer", "crypto"},
 	"config":   {"tap", "vxlan", "ether"},
 	"cni":      {"tap", "ether"},
@@ -21,7 +21,8 @@ var imports = map[string][]string{
 	"keeper":            {"ipam", "store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
 
-	"ipam": {"store", "ether"},
+	"ipam":  {"store", "ether"},
+	"table": {"ether"},
 
 	"store":           {},
 	"store/storetest": {"store"},

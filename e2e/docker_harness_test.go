@@ -205,16 +205,32 @@ func (d *dockerHost) refuses(words []string, args ...string) {
 	}
 }
 
-// compose runs docker-compose with the example, and a file that is merged into it.
-func (d *dockerHost) compose(project, file string, args ...string) {
-	d.t.Helper()
+// compose runs docker-compose on all hosts, each with a project of its own, of the
+// example and a file that is merged into it.
+func compose(t *testing.T, hosts []*dockerHost, file string, args ...string) {
+	t.Helper()
+	var wg sync.WaitGroup
+	for i, d := range hosts {
+		wg.Go(func() {
+			if err := d.compose(fmt.Sprintf("shop%d", i), file, args...); err != nil {
+				t.Errorf("%s: docker-compose %v: %v", d.host.Name(), args, err)
+			}
+		})
+	}
+	if wg.Wait(); t.Failed() {
+		t.FailNow()
+	}
+}
+
+func (d *dockerHost) compose(project, file string, args ...string) error {
 	ctx, cancel := context.WithTimeout(d.t.Context(), 40*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "docker-compose", append([]string{"-p", project, "-f", "../examples/compose/compose.yaml", "-f", file}, args...)...)
 	cmd.Env = append(os.Environ(), "DOCKER_HOST="+d.engine())
 	if out, err := cmd.CombinedOutput(); err != nil {
-		d.t.Fatalf("docker-compose %v: %v: %s", args, err, out)
+		return fmt.Errorf("%w: %s", err, out)
 	}
+	return nil
 }
 
 // network creates a network on an overlay.

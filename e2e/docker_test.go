@@ -89,6 +89,11 @@ func TestDocker(t *testing.T) {
 			t.Errorf("the endpoint of ca: %+v", e)
 		}
 		b.named("cb-1") // no name may have the _
+		a.eventually(5*time.Second, "the other host's container is known by its name", func() bool {
+			return slices.ContainsFunc(get[node.Endpoints](a, "/v1/endpoints").Endpoints, func(e node.Endpoint) bool {
+				return e.Name == "cb-1" && e.Node == "b" && e.IPs[0].Addr().String() == atB && len(e.Aliases) == 1
+			})
+		})
 		link := da.do("exec", "ca", "ip", "-o", "link", "show", "eth0")
 		if !strings.Contains(link, e.MAC.String()) || !strings.Contains(link, "mtu 1418 ") || !strings.Contains(link, "UP,LOWER_UP") {
 			t.Errorf("eth0 of ca: %s", link)
@@ -164,6 +169,15 @@ func TestDocker(t *testing.T) {
 		}
 	})
 
+	step("the node is upgraded", func(t *testing.T) {
+		a.do("upgrade")
+		da.pings("ca", atB)
+		da.do("run", "--rm", "--network", "blue", "bb", "ping", "-c", "1", "-W", "5", atB)
+		if list := a.attached(func(node.Endpoint) bool { return true }); len(list) != 1 || list[0].Name != "ca" || !list[0].Up {
+			t.Errorf("endpoints: %+v, want ca's", list)
+		}
+	})
+
 	step("a container ends while the node is away", func(t *testing.T) {
 		b.proc.Kill()
 		<-b.proc.Done()
@@ -236,15 +250,11 @@ func TestDocker(t *testing.T) {
 		if err := os.WriteFile(ours, []byte("services:\n  web:\n    image: bb\n    init: true\n    command: sleep 600\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		for i, d := range ds {
-			d.compose(fmt.Sprintf("shop%d", i), ours, "up", "-d")
-		}
+		compose(t, ds, ours, "up", "-d")
 		e := b.named("shop1-web-1")
 		da.pings("shop0_web_1", e.IPs[0].Addr().String())
 		a.eventually(10*time.Second, "the service's name is an alias", func() bool { return slices.Contains(a.named("shop0-web-1").Aliases, "web") })
-		for i, d := range ds {
-			d.compose(fmt.Sprintf("shop%d", i), ours, "down", "-t", "0")
-		}
+		compose(t, ds, ours, "down", "-t", "0")
 		if _, there := a.knows("blue"); !there {
 			t.Error("Compose has removed the overlay of others")
 		}

@@ -11,7 +11,7 @@ FUZZTIME   ?= 20000x
 # Foreign software that the privileged tests run against.
 PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qemu-user-static nftables \
               containerd runc podman conmon netavark aardvark-dns containernetworking-plugins busybox-static iptables curl \
-              ndisc6 iputils-arping docker.io docker-compose
+              ndisc6 iputils-arping bind9-dnsutils musl-tools docker.io docker-compose
 
 .DEFAULT_GOAL := build
 .PHONY: build demo test race soak ci bench lint cross fuzz tools clean

@@ -32,7 +32,7 @@ func (p *Port) Others() (here, away bool) {
 
 // Probe asks the overlay whose these addresses of the port's device are, by ARP
 // probes (RFC 5227, section 2.1.1) and neighbour solicitations for duplicates (RFC
-// 4862, section 5.4.2): at once, and then each time that much later. It returns
+// 4862, section 5.4.2): at once, and other nodes each time that much later. It returns
 // the first that is another station's, or false when ctx ends; what the tables know is
 // not asked for. Not another station's
 // are the MACs that sibling says yes to: of the host's other devices in the overlay,
@@ -50,11 +50,11 @@ func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, sibling func(ether
 	defer p.watch.CompareAndSwap(w, nil)
 	again := time.NewTicker(every)
 	defer again.Stop()
-	for {
+	for send := p.broadcast; ; send = p.repeat {
 		if d, found := p.known(addrs, w.own); found {
 			return d, true
 		}
-		p.flood(addrs, everyone, func(a netip.Addr) []byte {
+		p.flood(addrs, send, func(a netip.Addr) []byte {
 			if a.Is4() {
 				return ether.AppendARP(nil, ether.Broadcast, ether.ARPRequest, own, netip.IPv4Unspecified(), 0, a)
 			}
@@ -108,23 +108,36 @@ func (p *Port) Announce(addrs []netip.Addr) {
 		}
 		return ether.AppendAdvertisement(nil, 0, own, netip.Addr{}, a)
 	}
-	p.flood(slices.DeleteFunc(slices.Clone(addrs), said), everyone, frameOf)
+	p.flood(slices.DeleteFunc(slices.Clone(addrs), said), p.broadcast, frameOf)
 	if incomplete(*p.bridge.flood.Load()) > 0 {
-		p.flood(slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return !said(a) }), untold, frameOf)
+		p.flood(slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return !said(a) }), p.tell, frameOf)
 	}
 }
 
 // flood sends a frame for each address, as if the device had.
-func (p *Port) flood(addrs []netip.Addr, who reach, frameOf func(netip.Addr) []byte) {
+func (p *Port) flood(addrs []netip.Addr, send func(*lane, *tap.Frame), frameOf func(netip.Addr) []byte) {
 	l := p.bridge.tunnel.lanes.Get().(*lane)
 	defer p.bridge.tunnel.lanes.Put(l)
 	l.now, l.from = p.bridge.tunnel.now(), p
 	for _, a := range addrs {
-		if f := (tap.Frame{B: frameOf(a)}); !p.multicast(l, &f, who) {
-			p.floodFrame(l, &f, who)
-		}
+		send(l, &tap.Frame{B: frameOf(a)})
 	}
 	l.tx.Flush()
+}
+
+// broadcast sends a frame to everyone whom it may concern, tell to those whom the
+// tables do not tell the same.
+func (p *Port) broadcast(l *lane, f *tap.Frame) { p.floodTo(l, f, everyone) }
+func (p *Port) tell(l *lane, f *tap.Frame)      { p.floodTo(l, f, untold) }
+
+// repeat sends to other nodes what local ports have got: nothing is lost on the way to
+// those, of which there may be hundreds.
+func (p *Port) repeat(l *lane, f *tap.Frame) { p.floodTunnel(l, f, everyone) }
+
+func (p *Port) floodTo(l *lane, f *tap.Frame, who reach) {
+	if !p.multicast(l, f, who) {
+		p.floodFrame(l, f, who)
+	}
 }
 
 // see looks at a frame to the port. It is borrowed.

@@ -80,7 +80,9 @@ func (s *snoop) attendPort(p *Port, now int64, ask []question, changed *bool) []
 	if c.next <= now {
 		quick := c.startup > 0
 		for family, v6 := range []bool{false, true} {
-			if s.heard[family] <= now && (p.local || s.heardAway[family] <= now) {
+			// A gateway, which a local port is, joins nothing, and would take a query from
+			// nobody's address for one that is forged.
+			if !p.local && s.heard[family] <= now && s.heardAway[family] <= now {
 				ask = append(ask, question{to: p, v6: v6, quick: quick})
 			}
 		}

@@ -76,6 +76,9 @@ type Endpoint struct {
 	Up                bool
 	Error             string // why it is not up
 	PublishError      string // why its ports of the host do not lead to it
+	// NameServer answers in its namespace, Search are domains; invalid: none does.
+	NameServer netip.Addr
+	Search     []string
 }
 
 // Overlay is one that a node may know of.

@@ -84,6 +84,8 @@ func (c *call) resultOf(e Endpoint, ipam *current.Result) (*result, error) {
 		out.DNS = c.conf.DNS
 	case ipam != nil && !ipam.DNS.IsEmpty():
 		out.DNS = ipam.DNS
+	case e.NameServer.IsValid() && out.DNS.IsEmpty(): // it may be of a plugin before this one
+		out.DNS = types.DNS{Nameservers: []string{e.NameServer.String()}, Search: e.Search, Options: []string{"ndots:2"}}
 	}
 	return out, nil
 }

@@ -23,6 +23,8 @@ import (
 const (
 	DefaultStateDir = "/var/lib/tulle"
 	DefaultSocket   = "/run/tulle/tulle.sock"
+	// DNSPort is that of name servers.
+	DNSPort = 53
 	// GossipPort is Serf's own default.
 	GossipPort = 7946
 
@@ -101,6 +103,13 @@ type Config struct {
 	// KeyLog is the path of a file that the session keys are appended to, for
 	// debugging: whoever reads it can decrypt what was captured. Default none.
 	KeyLog string
+	// DNS is where names are answered on the host, for itself and for who has an address
+	// in an overlay that it is in; default nowhere.
+	DNS netip.AddrPort
+	// DNSAddress is where names are answered in each namespace, on its loopback: a
+	// link-local address of IPv4; default 169.254.53.53. NoDNS (dns-address none): nowhere.
+	DNSAddress netip.Addr
+	NoDNS      bool
 	// Store says where a keeper keeps what the cluster knows; on a node that is
 	// none it has no effect.
 	Store    Store
@@ -218,8 +227,12 @@ func Default() Config {
 		SourcePorts:         defaultSourcePorts,
 		UnfinishedChecksums: choiceAuto,
 		Docker:              choiceAuto,
+		DNSAddress:          defaultDNSAddress,
 	}
 }
+
+// defaultDNSAddress is none that clouds use, as 169.254.169.254 and its neighbours.
+var defaultDNSAddress = netip.AddrFrom4([4]byte{169, 254, 53, 53})
 
 // Open reports whether the settings ask for an open cluster: at least one
 // overlay, all of them without encryption, and no token. A node that has an

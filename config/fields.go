@@ -71,6 +71,16 @@ var nodeFields = []field[Config]{
 	{key: "gso", set: offSwitch(func(c *Config) *bool { return &c.NoGSO })},
 	{key: "gro", set: offSwitch(func(c *Config) *bool { return &c.NoGRO })},
 	{key: "docker", set: text(func(c *Config) *string { return &c.Docker })},
+	{key: "dns", set: func(c *Config, s string) (err error) {
+		c.DNS, err = ParseListen(s, DNSPort)
+		return err
+	}},
+	{key: "dns-address", set: func(c *Config, s string) (err error) {
+		if c.NoDNS = s == "none"; !c.NoDNS {
+			c.DNSAddress, err = parseAddr(s)
+		}
+		return err
+	}},
 	{key: "keylog", set: text(func(c *Config) *string { return &c.KeyLog })},
 }
 

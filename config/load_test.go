@@ -46,8 +46,8 @@ func TestLoad(t *testing.T) {
 		}, {
 			Name: "sealed", VNI: 8, Encryption: "required", Cipher: "chacha20-poly1305", ClampMSS: true,
 		}},
-		KeyLog: "/tmp/keys",
-		Token:  "hunter2",
+		KeyLog: "/tmp/keys", DNS: netip.MustParseAddrPort("127.0.0.1:53"), DNSAddress: netip.MustParseAddr("169.254.53.54"),
+		Token: "hunter2",
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("Load =\n%+v, want\n%+v", c, want)

@@ -40,6 +40,7 @@ func (c *Config) fill() {
 	setDefault(&c.SourcePorts, d.SourcePorts)
 	setDefault(&c.UnfinishedChecksums, d.UnfinishedChecksums)
 	setDefault(&c.Docker, d.Docker)
+	setDefault(&c.DNSAddress, d.DNSAddress)
 	if a := c.Listen.Addr(); a.IsValid() && !a.IsUnspecified() {
 		setDefault(&c.Advertise, a)
 	}
@@ -84,6 +85,9 @@ func macOfNames(node, overlay string) ether.MAC {
 	return m
 }
 
+// metadataAddress is where clouds tell a machine of itself.
+var metadataAddress = netip.AddrFrom4([4]byte{169, 254, 169, 254})
+
 type validator struct {
 	c      *Config
 	within string // what a fault is about: nothing, or "overlay blue: "
@@ -120,6 +124,12 @@ func (v *validator) node() {
 		v.fault("store: peer-port and client-port are of a member of its own: leave them out beside etcd")
 	} else if (s.Cert == "") != (s.Key == "") {
 		v.fault("store: cert and key belong together: give both or none")
+	}
+	if d := c.DNS; d.IsValid() && (d.Port() == 0 || d.Addr().IsMulticast() || d.Addr().IsUnspecified()) {
+		v.fault("dns %s: want one address of this host and a port from 1 to 65535", d)
+	}
+	if a := c.DNSAddress; !a.Is4() || !a.IsLinkLocalUnicast() || a == metadataAddress {
+		v.fault("dns-address %s: want a link-local address of IPv4 that nothing else has, as in %s, or none", a, defaultDNSAddress)
 	}
 	for _, s := range c.Join {
 		if _, _, err := ParseHostPort(s, GossipPort); err != nil {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -104,6 +105,7 @@ func netnsNamed(t *testing.T, name string) (path string, end func()) {
 			if err := ip("del", name); err != nil {
 				t.Error(err)
 			}
+			_ = os.RemoveAll(filepath.Join("/etc/netns", name)) // its node may have been killed
 		})
 	}
 	t.Cleanup(end)
@@ -311,7 +313,7 @@ func TestAttach(t *testing.T) {
 		ping(t, a1, atB.Addr(), 10*time.Second)
 		t.Logf("killed with three endpoints, a1 answers again %v after the start", time.Since(start).Round(time.Millisecond))
 		after := a.attached(func(node.Endpoint) bool { return true })
-		if fmt.Sprint(after) != fmt.Sprint(before) {
+		if !reflect.DeepEqual(after, before) {
 			t.Errorf("after the kill a has\n%+v\nand before\n%+v", after, before)
 		}
 		if got := a.used("blue"); got != used-1 {
@@ -378,7 +380,9 @@ func TestRun(t *testing.T) {
 	}
 	left := func(what string) {
 		t.Helper()
-		a.eventually(2*time.Second, what+": nothing is left", func() bool { return len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints) == 1 && a.used("blue") == 1 })
+		a.eventually(2*time.Second, what+": nothing is left", func() bool {
+			return len(get[node.Endpoints](a, "/v1/endpoints?local=true").Endpoints) == 1 && a.used("blue") == 1
+		})
 	}
 
 	for _, tt := range []struct {

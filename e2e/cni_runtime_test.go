@@ -319,6 +319,9 @@ cni_plugin_dirs = [%q]
 	if strings.Count(out, "1 packets received") != 2 {
 		t.Errorf("the container says %s", out)
 	}
+	if out := podman("exec", "aa", "cat", "/etc/resolv.conf"); !strings.Contains(out, "nameserver 169.254.53.53\n") || !strings.Contains(out, "search blue.tulle tulle") {
+		t.Errorf("the container's resolv.conf is %s", out)
+	}
 	podman("network", "disconnect", "blue-net", "aa")
 	if len(a.attached(isNamed("aa"))) != 0 {
 		t.Error("the node has an endpoint of a container that was disconnected")

@@ -61,6 +61,12 @@ var cniAttachments = []cniSentence{
 			w.t.Errorf("the result's dns is %v, want %v", r.DNS, dns)
 		}
 		w.done("DEL", a, object{"dns": dns})
+		// Without it, where the node answers.
+		node := object{"nameservers": []any{"169.254.53.53"}, "search": []any{"blue.tulle", "tulle"}, "options": []any{"ndots:2"}}
+		if r := w.add(a); fmt.Sprint(r.DNS) != fmt.Sprint(node) {
+			w.t.Errorf("the result's dns is %v, want %v", r.DNS, node)
+		}
+		w.done("DEL", a)
 	}},
 	{"1", `ipMasq: "If supported by the plugin"`, func(w cniWorld) {
 		w.fails(w.with(object{"ipMasq": true}).call("ADD", w.box("masq")), 2, "ipMasq", "true")

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -106,6 +107,17 @@ func TestDocker(t *testing.T) {
 		}
 	})
 
+	step("names", func(t *testing.T) {
+		da.runs("cd", "--network", "blue", "--dns", "169.254.53.53")
+		for name, want := range map[string]string{"cb-1.blue.tulle": atB, "ca.blue.tulle": da.address("ca", "blue"), "ca": da.address("ca", "blue")} {
+			eventually(t, 10*time.Second, name+" is "+want, func() bool {
+				out, err := da.try("exec", "cd", "nslookup", "-type=a", name)
+				return err == nil && strings.Contains(out, "Address: "+want)
+			})
+		}
+		da.do("rm", "-f", "cd")
+	})
+
 	step("neither bridge nor veth", func(t *testing.T) {
 		before := runIn(t, h[0], "ip", "-o", "link")
 		da.network("inner", "inner", "--internal")
@@ -164,8 +176,10 @@ func TestDocker(t *testing.T) {
 		})
 		a.start()
 		da.pings("ca", atB)
-		if after := a.named("ca"); fmt.Sprint(after) != fmt.Sprint(before) {
-			t.Errorf("the endpoint is\n%+v\nand was\n%+v", after, before)
+		want, err1 := json.Marshal(before)
+		got, err2 := json.Marshal(a.named("ca"))
+		if err1 != nil || err2 != nil || string(got) != string(want) {
+			t.Errorf("the endpoint is\n%s\nand was\n%s (%v, %v)", got, want, err1, err2)
 		}
 	})
 

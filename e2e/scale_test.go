@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -100,6 +101,12 @@ func TestManyEndpoints(t *testing.T) {
 	t.Logf("attach: median %v, p95 %v, max %v", all[count/2], all[count*95/100], all[count-1])
 	if all[count/2] > 500*time.Millisecond { // ten times as long on no machine
 		t.Errorf("attach takes %v (median)", all[count/2])
+	}
+	for _, path := range []string{paths[0], paths[count-1]} { // names are answered in each of them
+		out := runIn(t, h[0], "nsenter", "--net="+path, "dig", "@169.254.53.53", "+short", "c250.blue.tulle")
+		if a, err := netip.ParseAddr(strings.TrimSpace(out)); err != nil || !used[a] {
+			t.Errorf("c250.blue.tulle is %q", out)
+		}
 	}
 	pid := a.proc.Pid()
 	// Each kernel device says hello for some seconds after it came up.

@@ -324,6 +324,9 @@ type OverlayChange struct {
 	UnknownUnicast   *string `json:"unknown_unicast,omitempty"`
 	UnknownMulticast *string `json:"unknown_multicast,omitempty"`
 	BUMLimit         *int    `json:"bum_limit,omitempty"`
+	// What is removed goes before what is added comes.
+	AddRecords    *[]store.Record `json:"add_records,omitempty"`
+	RemoveRecords *[]store.Record `json:"remove_records,omitempty"`
 }
 
 type overlayAnswer struct {

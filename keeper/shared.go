@@ -373,6 +373,9 @@ func (c *call) setOverlay(ctx context.Context, b *setOverlayBody) (any, error) {
 		if b.BUMLimit != nil {
 			o.BUMLimit = b.BUMLimit
 		}
+		if err := changeRecords(o, &b.OverlayChange); err != nil {
+			return err
+		}
 		if err := o.Check(); err != nil {
 			return invalid("%v", err)
 		}

@@ -84,6 +84,8 @@ type Endpoint struct {
 	IPs      []netip.Prefix
 	MAC      ether.MAC
 	Gateways []netip.Addr // of its default routes
+	DNS      netip.Addr   // where its namespace asks for names; invalid: nowhere
+	Search   []string     // the domains
 	Up       bool
 	Error    string // why it is not
 }
@@ -272,7 +274,11 @@ func (p *Plugin) setup(ctx context.Context, c *call, netns string) (any, error) 
 		}
 		dev.Subnets = append(dev.Subnets, s)
 	}
-	return status{DNSSearchDomains: []string{}, DNSServerIPs: []string{}, Interfaces: map[string]device{c.Options.Ifname: dev}}, nil
+	out := status{DNSSearchDomains: []string{}, DNSServerIPs: []string{}, Interfaces: map[string]device{c.Options.Ifname: dev}}
+	if e.DNS.IsValid() {
+		out.DNSServerIPs, out.DNSSearchDomains = append(out.DNSServerIPs, e.DNS.String()), append(out.DNSSearchDomains, e.Search...)
+	}
+	return out, nil
 }
 
 // ports are those to publish, a range as its ports.

@@ -100,10 +100,10 @@ const setupCall = `{"container_id":"c1","container_name":"a_web","network":{"nam
 func TestSetup(t *testing.T) {
 	n := &fakeNode{endpoint: Endpoint{
 		IPs: []netip.Prefix{netip.MustParsePrefix("10.40.0.7/16"), netip.MustParsePrefix("fd40::7/64")}, MAC: 0x020000000007,
-		Gateways: []netip.Addr{netip.MustParseAddr("10.40.0.1")}, Up: true,
+		Gateways: []netip.Addr{netip.MustParseAddr("10.40.0.1")}, DNS: netip.MustParseAddr("169.254.53.53"), Search: []string{"blue.tulle", "tulle"}, Up: true,
 	}}
 	status, out := run(n, setupCall, "setup", "/run/netns/x")
-	want := `{"dns_search_domains":[],"dns_server_ips":[],"interfaces":{"eth0":{"mac_address":"02:00:00:00:00:07","subnets":[{"ipnet":"10.40.0.7/16","gateway":"10.40.0.1"},{"ipnet":"fd40::7/64","gateway":null}]}}}`
+	want := `{"dns_search_domains":["blue.tulle","tulle"],"dns_server_ips":["169.254.53.53"],"interfaces":{"eth0":{"mac_address":"02:00:00:00:00:07","subnets":[{"ipnet":"10.40.0.7/16","gateway":"10.40.0.1"},{"ipnet":"fd40::7/64","gateway":null}]}}}`
 	if status != 0 || out != want {
 		t.Errorf("setup: status %d,\n%s, want\n%s", status, out, want)
 	}

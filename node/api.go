@@ -48,6 +48,8 @@ import (
 //	PATCH  /v1/endpoints?container=C       EndpointChange; answers Endpoint; of one with Sandbox
 //	POST   /v1/addresses                   AddressRequest; answers AddressLent
 //	DELETE /v1/addresses?overlay=O&ip=A    answers {}
+//	GET    /v1/dns?overlay=O               DNS; without overlay of all
+//	GET    /v1/dns/lookup?name=N&overlay=O DNSLookup; 404 with Error where there is no such name
 //	POST   /v1/upgrade                     UpgradeRequest; answers Upgraded
 //	POST   /v1/exposed                     ExposeRequest; answers Endpoint
 //	DELETE /v1/exposed/OVERLAY             Endpoint, which is no more
@@ -333,6 +335,8 @@ type SharedOverlay struct {
 	MTU        int            `json:"mtu"`    // 0: what the underlay allows
 	Flood      string         `json:"flood"`
 	ClampMSS   bool           `json:"mss_clamp"`
+	// Records are names beside those of endpoints.
+	Records []Record `json:"records,omitempty"`
 	// Gateway: each node is the gateway of its own endpoints, at Gateways.
 	Gateway bool `json:"gateway"`
 	// UnknownUnicast is auto or flood, UnknownMulticast flood or drop, BUMLimit in frames
@@ -382,6 +386,10 @@ type OverlayChange struct {
 	UnknownUnicast   *string `json:"unknown_unicast,omitempty"`
 	UnknownMulticast *string `json:"unknown_multicast,omitempty"`
 	BUMLimit         *int    `json:"bum_limit,omitempty"`
+	// AddRecords and RemoveRecords change the records; of one to remove, an absent type
+	// or value stands for all.
+	AddRecords    *[]Record `json:"add_records,omitempty"`
+	RemoveRecords *[]Record `json:"remove_records,omitempty"`
 }
 
 // ExposeRequest makes this host an endpoint of a shared overlay.
@@ -392,6 +400,8 @@ type ExposeRequest struct {
 	Tap string       `json:"tap,omitempty"` // name of the device; default: the overlay's, cut to 15 bytes
 	// Driver of the device, as an overlay's in the settings; default auto.
 	Driver tap.Driver `json:"driver,omitempty"`
+	// Services are ports of the host that have names, for SRV; at most 32.
+	Services []Service `json:"services,omitempty"`
 }
 
 // AttachRequest makes a device in a network namespace, on a shared overlay. Either
@@ -415,8 +425,8 @@ type AttachRequest struct {
 	Driver tap.Driver `json:"driver,omitempty"`
 	// Publish are ports of the host that lead to the endpoint, at most 64.
 	Publish []Publish `json:"publish,omitempty"`
-	// NoDNS: whoever resolves names for the namespace is not to be this node. It is
-	// remembered; the node does not resolve names yet.
+	// NoDNS: this node does not answer for names in the namespace, and leaves its
+	// resolver settings alone.
 	NoDNS bool `json:"no_dns,omitempty"`
 	// Routes are further ones of the namespace.
 	Routes []Route `json:"routes,omitempty"`
@@ -431,6 +441,8 @@ type AttachRequest struct {
 	// node's own namespace, down and without addresses, under the name that the answer
 	// calls tap. IPs are lent ones (AddressRequest), or are asked for.
 	Sandbox string `json:"sandbox,omitempty"`
+	// Services are ports of the endpoint that have names, for SRV; at most 32.
+	Services []Service `json:"services,omitempty"`
 }
 
 // EndpointChange changes what an endpoint is called; what is absent stays.
@@ -494,9 +506,46 @@ type Endpoint struct {
 	Up    bool   `json:"up"`
 	Error string `json:"error,omitempty"`
 	NoDNS bool   `json:"no_dns,omitempty"` // as it was asked for
+	// DNS is where its namespace asks for names; absent: nowhere.
+	DNS      *EndpointDNS `json:"dns,omitempty"`
+	Services []Service    `json:"services,omitempty"`
 	// Publish are ports of the host that lead to it; PublishError says why they do not.
 	Publish      []Publish `json:"publish,omitempty"`
 	PublishError string    `json:"publish_error,omitempty"`
+}
+
+// DNS answers `tulle dns ls`.
+type DNS struct {
+	Names   []DNSName   `json:"names"`
+	Records []DNSRecord `json:"records"`
+}
+
+// DNSName is a name that an endpoint has.
+type DNSName struct {
+	Overlay  string       `json:"overlay"`
+	Name     string       `json:"name"`
+	IPs      []netip.Addr `json:"ips"`
+	Node     string       `json:"node"`
+	Services []Service    `json:"services,omitempty"`
+}
+
+// DNSRecord is one that somebody has added.
+type DNSRecord struct {
+	Overlay string `json:"overlay"`
+	Record
+}
+
+// DNSLookup answers `tulle dns lookup`.
+type DNSLookup struct {
+	Name      string       `json:"name"` // in full
+	Addresses []netip.Addr `json:"addresses"`
+}
+
+// EndpointDNS is the resolver in a namespace.
+type EndpointDNS struct {
+	Address netip.Addr `json:"address"`         // of the name server, port 53
+	Search  []string   `json:"search"`          // domains, in order
+	Error   string     `json:"error,omitempty"` // why it does not answer
 }
 
 // IPAM answers `tulle ipam`.

@@ -21,7 +21,7 @@ import (
 func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, error) {
 	e := &endpoint{
 		Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: newKey(), DefaultRoute: r.DefaultRoute,
-		Driver: r.Driver, NoDNS: r.NoDNS, Routes: r.Routes, Container: r.Container, Limits: r.Limits, Aliases: r.Aliases,
+		Driver: r.Driver, NoDNS: r.NoDNS, Routes: r.Routes, Container: r.Container, Limits: r.Limits, Aliases: r.Aliases, Services: r.Services,
 	}
 	if r.Sandbox != "" {
 		return h.attachSandbox(ctx, r)

@@ -115,6 +115,8 @@ type endpoint struct {
 	// Namespace. Lent are what its addresses are assigned to, if that is not owner.
 	Sandbox bool     `json:"sandbox,omitempty"`
 	Lent    []string `json:"lent,omitempty"`
+	// Services are ports of it that have names.
+	Services []Service `json:"services,omitempty"`
 
 	reserved     bool   // its ports of the host are; New's and Run's goroutine's
 	fault        string // why its device is not there
@@ -320,7 +322,10 @@ func (h *endpoints) setFault(e *endpoint, err error) {
 
 // expose makes this host an endpoint of a shared overlay.
 func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, error) {
-	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap, Driver: r.Driver}
+	e := &endpoint{Overlay: r.Overlay, Tap: r.Tap, Driver: r.Driver, Services: r.Services}
+	if err := checkServices(r.Services); err != nil {
+		return nil, err
+	}
 	defer h.claim(e.place())()
 	def, err := h.n.mayJoin(ctx, r.Overlay)
 	if err != nil {
@@ -340,6 +345,9 @@ func (h *endpoints) expose(ctx context.Context, r ExposeRequest) (*endpoint, err
 		}
 		if r.Driver != "" && r.Driver != cmp.Or(e.Driver, tap.DriverAuto) {
 			return nil, tellf(errExists, "this host is in overlay %s already, with the driver %s: `tulle unexpose %s` first", def.Name, cmp.Or(e.Driver, tap.DriverAuto), def.Name)
+		}
+		if len(r.Services) > 0 && !slices.Equal(r.Services, e.Services) {
+			return nil, tellf(errExists, "this host is in overlay %s already, with other services: `tulle unexpose %s` first", def.Name, def.Name)
 		}
 		return e, nil
 	}
@@ -517,7 +525,7 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
 		Netns: e.Netns, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
-		Routes: e.Routes, Container: e.Container, Limits: e.Limits, Aliases: e.Aliases,
+		Routes: e.Routes, Container: e.Container, Limits: e.Limits, Aliases: e.Aliases, Services: e.Services, DNS: h.n.names.statusOf(e),
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
 		if d := ov.deviceOf(e); d != nil {

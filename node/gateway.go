@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/tulle-net/tulle/bridge"
 	"github.com/tulle-net/tulle/doctor"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/gateway"
@@ -331,12 +332,15 @@ func (n *Node) openExitDevice(ov *overlay, name string) (*attachment, error) {
 	if err != nil {
 		return nil, errors.Join(err, dev.Close())
 	}
+	// Each node has it for its own endpoints: in no table, and nobody else is asked.
+	ov.br.SetEndpoint(bridge.Endpoint{MAC: dev.MAC(), IPs: ov.shared.Gateways})
 	return &attachment{dev, port}, nil
 }
 
 // closeExit ends an overlay's exit, if it has one.
 func (n *Node) closeExit(ov *overlay) {
 	if x := ov.exit.Swap(nil); x != nil && x.live != nil {
+		ov.br.RemoveEndpoint(x.live.dev.MAC())
 		_ = ov.br.RemovePort(x.live.port) // it may be gone
 	}
 }

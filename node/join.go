@@ -133,6 +133,7 @@ func (n *Node) joinShared(e *endpoint, def *store.Overlay, netns string) error {
 		return err
 	}
 	n.followGateways()
+	n.names.follow()
 	if was {
 		n.followMTU()
 	} else {
@@ -225,6 +226,7 @@ func (n *Node) leaveShared(e *endpoint) error {
 		err = n.removeDevice(ov, d)
 	}
 	n.followGateways()
+	defer n.names.follow()
 	switch {
 	case len(ov.list()) == 0:
 		err = errors.Join(err, n.removeOverlay(ov))
@@ -318,6 +320,7 @@ func (h *endpoints) follow() {
 	if h == nil {
 		return
 	}
+	defer h.n.names.pause()()
 	place := h.n.secure.place
 	for _, ov := range h.n.list() {
 		if ov.shared == nil {

@@ -56,7 +56,7 @@ func checkExtras(r AttachRequest) error {
 			return bad{fmt.Errorf("route to %s: with the driver tun, want it through an address", rt.Dst)}
 		}
 	}
-	return nil
+	return checkServices(r.Services)
 }
 
 // routesOf returns the gateways of an endpoint's default routes, and its other routes.

@@ -57,6 +57,7 @@ type Node struct {
 	endpoints *endpoints    // in shared overlays; nil in an open cluster
 	tables    *tables
 	gateways  *gateway.Gateway
+	names     *names
 	restoring bool                     // endpoints: gateways follow when all are there
 	ports     map[*endpoint][]*os.File // of the host, that lead to endpoints; New's and Run's goroutine's
 
@@ -146,6 +147,9 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 	if err := n.openGateways(); err != nil {
 		return nil, err
 	}
+	if err := n.openNames(); err != nil {
+		return nil, err
+	}
 	n.storeUnderlay()
 	if n.endpoints != nil {
 		n.restoring = true
@@ -153,6 +157,8 @@ func New(ctx context.Context, cfg config.Config, log *slog.Logger, host Host) (_
 		n.restoring = false
 	}
 	n.followGateways() // also without any: an earlier run may have been killed
+	sweepNetnsFiles()
+	n.names.follow()
 	n.dropUnclaimed()
 	return n, n.disc.Load().SetOverlays(n.carried())
 }
@@ -357,6 +363,7 @@ func (n *Node) close() error {
 	if n.api != nil {
 		errs = append(errs, n.api.close(handing))
 	}
+	n.names.close()
 	n.spare()
 	if n.gateways != nil && !handing { // else the next process takes them over, as after a crash
 		errs = append(errs, n.gateways.Close())

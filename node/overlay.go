@@ -334,6 +334,7 @@ func (n *Node) mendPorts() {
 		n.sync()
 	}
 	n.followGateways()
+	n.names.follow()
 }
 
 // mend brings one device back, if it can be.

@@ -120,8 +120,8 @@ func (e *endpoint) find(holders func() tap.Holders) (string, bool) {
 }
 
 // watch ends the endpoints whose namespaces nobody but this node keeps alive, until
-// ctx ends. That is so where a device was attached to inside its namespace; with the
-// others the kernel tells.
+// ctx ends. That is so where names are answered, and where a device was attached to
+// inside its namespace; with the others the kernel tells.
 func (n *Node) watch(ctx context.Context) {
 	h := n.endpoints
 	tick := time.NewTicker(watchEvery)
@@ -190,12 +190,17 @@ func (h *endpoints) deserted(held map[*endpoint]string) []*endpoint {
 	return missing
 }
 
-// pinned returns the endpoints whose devices keep their namespaces alive.
+// pinned returns the endpoints whose namespaces this node keeps alive, by the device or
+// by the resolver there.
 func (h *endpoints) pinned() map[*endpoint]bool {
 	list := map[*endpoint]bool{}
 	for _, ov := range h.n.list() {
 		for _, d := range ov.list() {
-			if dev := d.live.Load().lasting(); dev != nil && d.of != nil && !d.of.host() && dev.Pinned() {
+			if d.of == nil || d.of.host() {
+				continue
+			}
+			dev := d.live.Load().lasting()
+			if dev != nil && dev.Pinned() || h.n.names.pins(d.of.Namespace) {
 				list[d.of] = true
 			}
 		}

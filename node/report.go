@@ -75,6 +75,7 @@ func (n *Node) drops() map[string]uint64 {
 		d["tap_overflow"] += l.dev.Dropped()
 		tap.EachDrop(bare(l.dev), count)
 	}
+	n.names.server.Stats.EachDrop(count)
 	g := n.disc.Load().Stats()
 	d["passports_refused"] = g.PassportsRefused
 	d["floods_refused"] = g.FloodsRefused

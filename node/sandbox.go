@@ -155,6 +155,7 @@ func (h *endpoints) replaced(ctx context.Context, e *endpoint, change func(next 
 			}
 		}
 		ov.devices.Store(&list)
+		h.n.names.follow() // it may be in its namespace by now
 		return nil
 	})
 	if err != nil || next == nil {

@@ -112,6 +112,8 @@ func (s *apiServer) serve(n *Node) error {
 	mux.HandleFunc("PATCH /v1/endpoints", n.changeEndpoint)
 	mux.HandleFunc("POST /v1/addresses", n.lendAddress)
 	mux.HandleFunc("DELETE /v1/addresses", n.takeAddressBack)
+	mux.HandleFunc("GET /v1/dns", n.listNames)
+	mux.HandleFunc("GET /v1/dns/lookup", n.lookupName)
 	mux.HandleFunc("POST /v1/exposed", n.expose)
 	mux.HandleFunc("DELETE /v1/exposed/{overlay}", n.unexpose)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {

@@ -62,7 +62,7 @@ func (n *Node) sharedOf(d *store.Overlay) SharedOverlay {
 	s := SharedOverlay{
 		Name: d.Name, VNI: vxlan.VNI(d.VNI), Subnets: d.Subnets, Gateways: append([]netip.Addr{}, d.Gateways...),
 		Reserved: append([]netip.Prefix{}, d.Reserved...), Encryption: d.Encryption, Cipher: d.Cipher, MTU: d.MTU, Flood: d.Flood,
-		ClampMSS: d.ClampMSS, Gateway: d.Gateway, Shared: true, Created: d.Created, By: d.By,
+		ClampMSS: d.ClampMSS, Gateway: d.Gateway, Shared: true, Created: d.Created, By: d.By, Records: d.Records,
 	}
 	showFlooding(&s, floodingOf(d))
 	for _, o := range n.list() {
@@ -247,6 +247,7 @@ func (n *Node) setShared(w http.ResponseWriter, r *http.Request) {
 		o, unreached, err := c.SetOverlay(ctx, r.PathValue("name"), keeper.OverlayChange{
 			Cipher: want.Cipher, MTU: want.MTU, Flood: want.Flood, ClampMSS: want.ClampMSS, Gateway: want.Gateway, Reserved: want.Reserved,
 			UnknownUnicast: want.UnknownUnicast, UnknownMulticast: want.UnknownMulticast, BUMLimit: want.BUMLimit,
+			AddRecords: want.AddRecords, RemoveRecords: want.RemoveRecords,
 		})
 		if err != nil {
 			return nil, err

@@ -151,6 +151,9 @@ func (t *tables) put(ov *overlay, d *device, a *attachment) {
 	if e := d.of; e != nil && !e.host() {
 		r.Key, r.Name, r.Aliases = e.Key, e.Name, e.Aliases
 	}
+	if d.of != nil {
+		r.Services = d.of.Services
+	}
 	// A static overlay's addresses are what its nodes' settings say: nobody gave them out.
 	if err := t.dir.Put(ov.cfg.Name, r, ov.shared != nil); err != nil {
 		t.n.log.Error("the others are not told of an endpoint", "overlay", ov.cfg.Name, "port", a.dev.Name(), "err", err)
@@ -298,7 +301,7 @@ func (n *Node) listEndpoints(local bool) Endpoints {
 			if e.Node == n.cfg.Name && ov.shared != nil {
 				continue // it is there, with all that this node knows of it
 			}
-			s := Endpoint{Name: e.Name, Aliases: e.Aliases, Overlay: e.Overlay, IPs: []netip.Prefix{}, MAC: e.MAC, Node: e.Node, Up: true}
+			s := Endpoint{Name: e.Name, Aliases: e.Aliases, Overlay: e.Overlay, IPs: []netip.Prefix{}, MAC: e.MAC, Node: e.Node, Services: e.Services, Up: true}
 			for _, ip := range e.IPs {
 				s.IPs = append(s.IPs, ov.prefix(ip))
 			}

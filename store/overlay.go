@@ -43,6 +43,8 @@ type Overlay struct {
 	UnknownUnicast   string `json:"unknown_unicast,omitempty"`
 	UnknownMulticast string `json:"unknown_multicast,omitempty"`
 	BUMLimit         *int   `json:"bum_limit,omitempty"`
+	// Records are names in the overlay beside those of its endpoints.
+	Records []Record `json:"records,omitempty"`
 	// Created is when, By the node that asked for it.
 	Created time.Time `json:"created"`
 	By      string    `json:"by"`
@@ -161,6 +163,9 @@ func (o *Overlay) Check() error {
 	}
 	if o.BUMLimit != nil && (*o.BUMLimit < 0 || *o.BUMLimit > maxBUMLimit) {
 		fault("BUM limit %d: want 0 (any) to %d frames a second", *o.BUMLimit, maxBUMLimit)
+	}
+	if err := checkRecords(o.Records); err != nil {
+		fault("%w", err)
 	}
 	least := minMTU
 	if families[false] {

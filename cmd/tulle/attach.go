@@ -66,11 +66,17 @@ overlay has IPv4 and IPv6, one a line, IPv4 first.
 It lasts as long as the namespace, or until ` + "`tulle detach`" + `. While the node is away the
 container keeps the device, with its addresses and routes, and nothing passes.
 
+Programs in it ask 169.254.53.53 for names (` + "`tulle dns --help`" + `): the address is on its
+loopback, and for a namespace of ` + "`ip netns`" + ` in /etc/netns/NAME/resolv.conf, which is made
+unless there is one. Elsewhere put it into the container's resolv.conf, with the search list
+that ` + "`tulle endpoints -o json`" + ` shows. --no-dns leaves all that out.
+
 --publish has a port of this host lead to the endpoint, which sees who calls. The overlay
 must have a gateway (` + "`tulle overlay set OVERLAY --gateway true`" + `).`,
 		Example: `  tulle attach blue --netns /run/netns/web
   tulle attach blue --pid 4711 --ip 10.40.0.7 --name web --default-route
   tulle attach blue --pid 4711 --publish 8080:80 --publish 192.0.2.1:53:53/udp
+  tulle attach blue --netns /run/netns/web --service http=80 --service metrics=9100/tcp
   tulle attach red --pid 4711 --ifname eth1`,
 		Args: overlayArg("want the name of one overlay, as in `tulle attach blue --pid 4711`; `tulle overlay ls` lists them"),
 
@@ -120,6 +126,7 @@ type endpointFlags struct {
 	noRoute      func() bool // it was said that there is to be none
 	publish      []string
 	noDNS        bool
+	services     []string
 }
 
 func addEndpointFlags(cmd *cobra.Command, called string) *endpointFlags {
@@ -130,7 +137,8 @@ func addEndpointFlags(cmd *cobra.Command, called string) *endpointFlags {
 	f.BoolVar(&e.defaultRoute, "default-route", false, "send what is not on the overlay to its gateway (default: where the overlay has --gateway true, if there is no such route)")
 	e.noRoute = func() bool { return f.Changed("default-route") && !e.defaultRoute }
 	f.StringSliceVarP(&e.publish, "publish", "p", nil, "port of this host that leads to the endpoint, [HOSTIP:]HOSTPORT:PORT[/tcp|udp]; again for more")
-	f.BoolVar(&e.noDNS, "no-dns", false, "leave the namespace's resolver settings alone (remembered: so far the node does that anyway)")
+	f.BoolVar(&e.noDNS, "no-dns", false, "answer for no names in the namespace, and leave its resolver settings alone")
+	addServiceFlag(cmd, &e.services)
 	completeFlag(cmd, "publish", noFiles)
 	completeFlag(cmd, "ip", func(*cobra.Command) []string { return []string{ipAuto} })
 	completeFlag(cmd, "name", noFiles)
@@ -145,6 +153,9 @@ func (e *endpointFlags) check(overlay string) (want node.AttachRequest, err erro
 			return want, fmt.Errorf("--publish %q: %w", s, err)
 		}
 		want.Publish = append(want.Publish, p)
+	}
+	if want.Services, err = parseServices(e.services); err != nil {
+		return want, err
 	}
 	if err := setWantedIPs(&want.IPs, e.ips); err != nil {
 		return want, err

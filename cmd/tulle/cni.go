@@ -105,6 +105,9 @@ func cniEndpoint(e *node.Endpoint) cni.Endpoint {
 	for _, r := range e.Routes {
 		out.Routes = append(out.Routes, cni.Route(r))
 	}
+	if e.DNS != nil && e.DNS.Error == "" {
+		out.NameServer, out.Search = e.DNS.Address, e.DNS.Search
+	}
 	return out
 }
 

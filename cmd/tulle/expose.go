@@ -45,9 +45,15 @@ The node remembers it: ` + "`tulle up`" + ` makes the device again, with the sam
 	completeFlag(cmd, "ip", func(*cobra.Command) []string { return []string{ipAuto} })
 	var want node.ExposeRequest
 	addDriverFlag(cmd, (*string)(&want.Driver))
+	var services []string
+	addServiceFlag(cmd, &services)
 	completeFlag(cmd, "tap", noFiles)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		want.Overlay, want.Tap = args[0], *device
+		var err error
+		if want.Services, err = parseServices(services); err != nil {
+			return usageError{err}
+		}
 		if err := setWantedIPs(&want.IPs, *ips); err != nil {
 			return usageError{err}
 		}

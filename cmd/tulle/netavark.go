@@ -44,7 +44,11 @@ func (n netavarkNode) Attach(ctx context.Context, a netavark.Attachment) (netava
 	if err != nil {
 		return netavark.Endpoint{}, err
 	}
-	return netavark.Endpoint{IPs: e.IPs, MAC: e.MAC, Gateways: e.Gateways, Up: e.Up, Error: e.Error}, nil
+	out := netavark.Endpoint{IPs: e.IPs, MAC: e.MAC, Gateways: e.Gateways, Up: e.Up, Error: e.Error}
+	if e.DNS != nil && e.DNS.Error == "" {
+		out.DNS, out.Search = e.DNS.Address, e.DNS.Search
+	}
+	return out, nil
 }
 
 func (n netavarkNode) Detach(ctx context.Context, container, ifname string) error {

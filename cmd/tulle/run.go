@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -24,6 +25,9 @@ const (
 	exitSignal   = 128
 	// inNamespace is the hidden command that waits in the new namespace.
 	inNamespace = "in-namespace"
+	// startByte begins what the parent says when the namespace is on the overlay; a
+	// resolv.conf follows.
+	startByte = 1
 	// startFD is the pipe that it waits on.
 	startFD = 3
 )
@@ -50,7 +54,8 @@ func runCommand() *cobra.Command {
 		Use:   "run OVERLAY [flags] -- COMMAND [ARGUMENT...]",
 		Short: "Run a command in a network namespace of its own, on a shared overlay",
 		Long: `Makes a network namespace with the loopback and eth0, which is on the overlay, and runs the
-command in it, on this terminal. It needs root, and no container runtime: files, processes
+command in it, on this terminal. Over /etc/resolv.conf one is mounted, for the command alone,
+that has the names of the overlay found (--no-dns: none). It needs root, and no container runtime: files, processes
 and users are the host's.
 
 Ends with the command's status, or with 128 and the number of the signal that killed it;
@@ -135,7 +140,8 @@ func runAttached(cmd *cobra.Command, want node.AttachRequest, path string, argv 
 	}()
 	go deliver(ctx, signals, child.Process)
 	want.PID = child.Process.Pid
-	if _, err := attach(ctx, clusterClient(cmd), want); err != nil {
+	e, err := attach(ctx, clusterClient(cmd), want)
+	if err != nil {
 		if ctx.Err() == nil {
 			_ = child.Process.Kill() // an error says that it has ended
 			<-ended
@@ -144,7 +150,7 @@ func runAttached(cmd *cobra.Command, want node.AttachRequest, path string, argv 
 		return statusOf(<-ended)
 	}
 	// An error: a signal has killed the child, which its status says.
-	_, _ = start.Write([]byte{1})
+	_, _ = start.Write(append([]byte{startByte}, resolvConfOf(e)...))
 	_ = start.Close()
 	return statusOf(<-ended)
 }
@@ -223,10 +229,10 @@ func become(path string, argv []string) error {
 	// Nobody wants to see the runtime's answer to Ctrl-\.
 	quit := make(chan os.Signal, 1)
 	signal.Notify(quit, unix.SIGQUIT)
-	started := make(chan bool, 1)
+	started := make(chan []byte, 1)
 	go func() {
-		n, _ := os.NewFile(startFD, "start").Read(make([]byte, 1))
-		started <- n == 1
+		b, _ := io.ReadAll(io.LimitReader(os.NewFile(startFD, "start"), maxResolvConf+1))
+		started <- b
 	}()
 	if err := loopbackUp(); err != nil {
 		return fmt.Errorf("bring the loopback up: %w", err)
@@ -234,9 +240,13 @@ func become(path string, argv []string) error {
 	select {
 	case <-quit:
 		return exitStatus{code: exitSignal + int(unix.SIGQUIT)}
-	case ok := <-started:
-		if !ok {
+	case b := <-started:
+		if len(b) == 0 {
 			return exitStatus{code: exitFailed} // the parent says why
+		}
+		runtime.LockOSThread() // whose mounts become the command's
+		if err := mountResolvConf(b[1:]); err != nil {
+			return fmt.Errorf("run: %w: --no-dns leaves %s as it is", err, resolvConf)
 		}
 	}
 	err := unix.Exec(path, argv, os.Environ())

@@ -256,6 +256,9 @@ func sharedDetail(w io.Writer, o *node.SharedOverlay) {
 	if o.Shared {
 		t.row("made", fmt.Sprintf("%s by %s", stamp(o.Created), o.By))
 	}
+	if len(o.Records) > 0 {
+		t.row("records", fmt.Sprintf("%d, `tulle dns ls %s` lists them", len(o.Records), o.Name))
+	}
 	t.row("here", yesNo(o.Joined))
 	t.row("nodes", strings.Join(o.Nodes, ", "))
 	t.flush()

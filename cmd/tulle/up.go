@@ -52,6 +52,7 @@ driver, netns, queues, tso, uso, gro.`,
 	placeFlags(cmd)
 	f := cmd.Flags()
 	f.String("name", "", "name of the node (default: the host's)")
+	f.String("dns", "", "where the host itself, and who has an address in its overlays, may ask for names, ADDRESS[:PORT] (default nowhere)")
 	f.String("token", "", "what tulle token create printed, to join a secure cluster with; once joined it may be left out")
 	f.String("docker", "", "serve Docker's network and IPAM driver API: auto, on or off (default auto: once this host has Docker)")
 	completeFlag(cmd, "docker", func(*cobra.Command) []string { return []string{"auto", "on", "off"} })
@@ -107,7 +108,7 @@ func settings(cmd *cobra.Command) (config.Config, error) {
 		}
 	}
 	var faults []error
-	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir", "docker"} {
+	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir", "dns", "docker"} {
 		if l := f.Lookup(key); l != nil && l.Changed {
 			faults = append(faults, cfg.Set(key, f.Lookup(key).Value.String()))
 		}

@@ -7,9 +7,9 @@ const module = "github.com/tulle-net/tulle/"
 // imports says, for each package, which of our packages it may import.
 // Tests may import more (a package's tests run it against fakes and the lab).
 var imports = map[string][]string{
-	"cmd/tulle": {"config", "node", "cni", "docker", "netavark", "handover", "doctor", "internal/demo", "internal/version"},
+	"cmd/tulle": {"config", "node", "cni", "dns", "docker", "netavark", "handover", "doctor", "internal/demo", "internal/version"},
 
-	"node":     {"config", "cluster", "keeper", "ipam", "table", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
+	"node":     {"config", "cluster", "keeper", "ipam", "dns", "table", "store", "doctor", "gateway", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
 	"cluster":  {"keeper", "store", "peer", "crypto"},
 	"config":   {"tap", "vxlan", "ether"},
 	"cni":      {"tap", "ether"},
@@ -17,6 +17,7 @@ var imports = map[string][]string{
 	"netavark": {"ether"},
 	"doctor":   {"crypto", "tap", "underlay"},
 	"gateway":  {},
+	"dns":      {},
 
 	"keeper":            {"ipam", "store", "peer", "crypto"},
 	"keeper/keepertest": {"keeper"},
@@ -61,6 +62,7 @@ var thirdParty = map[string][]string{
 	"github.com/quic-go/quic-go":           {"peer"},
 	"github.com/hashicorp/":                {"discovery"},
 	"github.com/vishvananda/":              {"tap", "gateway", "internal/lab"},
+	"github.com/miekg/dns":                 {"dns"},
 	"github.com/songgao/water":             {"tap"},
 	"golang.zx2c4.com/wireguard":           {"tap"},
 	"github.com/spf13/cobra":               {"cmd/tulle"},

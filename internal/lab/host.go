@@ -53,7 +53,9 @@ func (h *Host) remove() error {
 	if h.nl != nil {
 		h.nl.Close() // its sockets keep the namespace alive
 	}
-	return errors.Join(killInside(h.ns), unmountNamespace(h.path), unix.Close(h.ns))
+	err := errors.Join(killInside(h.ns), unmountNamespace(h.path), unix.Close(h.ns))
+	// What `ip netns exec` mounts inside may have been made by who did not live to remove it.
+	return errors.Join(err, os.RemoveAll(filepath.Join("/etc/netns", filepath.Base(h.path))))
 }
 
 // Name is the host's name within the lab.

@@ -1,0 +1,133 @@
+package tap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// The functions in this file are about a resolver that is in a network namespace.
+
+const loopback = "lo"
+
+// ListenInside opens sockets of UDP and TCP in the namespace want, to which path leads,
+// at an address that its loopback gets, which is brought up. The sockets keep the namespace alive.
+// The error is ErrNoNamespace if the path leads elsewhere by now.
+func ListenInside(path string, want Namespace, at netip.AddrPort) (udp *net.UDPConn, tcp *net.TCPListener, err error) {
+	if udp, tcp, err = listenInside(path, want, at); err != nil {
+		return nil, nil, fmt.Errorf("tap: a resolver at %s in the network namespace %s: %w", at, path, err)
+	}
+	return udp, tcp, nil
+}
+
+func listenInside(path string, want Namespace, at netip.AddrPort) (udp *net.UDPConn, tcp *net.TCPListener, err error) {
+	ns, err := openNetns(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer ns.Close()
+	// What is open cannot end, so what is true of the path now is true of it.
+	if is, err := NamespaceAt(path); err != nil || is != want || !LeadsTo(fmt.Sprintf("/proc/self/fd/%d", int(ns)), want) {
+		return nil, nil, errors.Join(ErrNoNamespace, err)
+	}
+	if err := addLoopback(ns, at.Addr()); err != nil {
+		return nil, nil, err
+	}
+	err = inNamespace(ns, func() error {
+		// A program there that serves names at all addresses may share the port, if it asks to.
+		c := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {
+			if e := raw.Control(func(fd uintptr) {
+				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+			}); e != nil {
+				return e
+			}
+			return err
+		}}
+		u, err := c.ListenPacket(context.Background(), "udp4", at.String())
+		if err != nil {
+			return err
+		}
+		t, err := c.Listen(context.Background(), "tcp4", at.String())
+		if err != nil {
+			_ = u.Close()
+			return err
+		}
+		udp, tcp = u.(*net.UDPConn), t.(*net.TCPListener)
+		return nil
+	})
+	return udp, tcp, err
+}
+
+// addLoopback gives the loopback of a namespace an address, and brings it up.
+func addLoopback(ns netns.NsHandle, a netip.Addr) error {
+	h, err := handleAt(ns)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	lo, err := h.LinkByName(loopback)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", loopback, err)
+	}
+	if err := h.AddrAdd(lo, hostAddr(a)); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("add address %s to %s: %w", a, loopback, err)
+	}
+	if err := h.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("bring %s up: %w", loopback, err)
+	}
+	return nil
+}
+
+// LeaveInside takes the address of a socket that ListenInside has opened off its
+// namespace's loopback. The socket stays open.
+func LeaveInside(udp *net.UDPConn) error {
+	at := udp.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+	raw, err := udp.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("tap: leave the resolver's namespace: %w", err)
+	}
+	ns, errno := -1, error(nil)
+	if err := raw.Control(func(fd uintptr) {
+		n, _, e := unix.Syscall(unix.SYS_IOCTL, fd, unix.SIOCGSKNS, 0)
+		if e != 0 {
+			errno = e
+			return
+		}
+		ns = int(n)
+		unix.CloseOnExec(ns)
+	}); err != nil {
+		return fmt.Errorf("tap: leave the resolver's namespace: %w", err)
+	}
+	if errno != nil {
+		return fmt.Errorf("tap: leave the resolver's namespace: SIOCGSKNS: %w", errno)
+	}
+	defer unix.Close(ns)
+	h, err := handleAt(netns.NsHandle(ns))
+	if err != nil {
+		return fmt.Errorf("tap: leave the resolver's namespace: %w", err)
+	}
+	defer h.Close()
+	lo, err := h.LinkByName(loopback)
+	if err == nil {
+		err = h.AddrDel(lo, hostAddr(at))
+	}
+	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("tap: take %s off %s: %w", at, loopback, err)
+	}
+	return nil
+}
+
+func hostAddr(a netip.Addr) *netlink.Addr {
+	return &netlink.Addr{
+		IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())},
+		Scope: int(netlink.SCOPE_HOST), // it is no source of what leaves the namespace
+	}
+}

@@ -1,4 +1,4 @@
-# Targets: build demo test race soak ci bench scale lint cross fuzz deb image tools clean
+# Targets: build demo test race soak ci bench scale lint cross fuzz deb image docker-plugin tools clean
 # Everything but Go, gcc, git and make is installed by `make tools` (Debian packages; needs root).
 
 SHELL      := /bin/bash
@@ -11,10 +11,11 @@ FUZZTIME   ?= 20000x
 # Foreign software that the privileged tests run against.
 PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qemu-user-static nftables \
               containerd runc podman conmon netavark aardvark-dns containernetworking-plugins busybox-static iptables curl \
-              ndisc6 iputils-arping bind9-dnsutils musl-tools systemd man-db uidmap slirp4netns fuse-overlayfs
+              ndisc6 iputils-arping bind9-dnsutils musl-tools systemd man-db uidmap slirp4netns fuse-overlayfs \
+              docker.io docker-compose
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test race soak ci bench scale lint cross fuzz deb image tools clean
+.PHONY: build demo test race soak ci bench scale lint cross fuzz deb image docker-plugin tools clean
 
 build: bin/tulle
 
@@ -60,6 +61,13 @@ deb: cross
 image: cross
 	@mkdir -p dist
 	@for a in amd64 arm64; do go run ./packaging/image -arch $$a -version $(VERSION) -o dist/tulle-image-$$a.tar bin/tulle-linux-$$a || exit 1; done
+
+# A folder for `docker plugin create tulle/net:1 bin/docker-plugin`: the binary is its whole root.
+docker-plugin: bin/tulle
+	rm -rf bin/docker-plugin
+	mkdir -p bin/docker-plugin/rootfs/run/docker/plugins bin/docker-plugin/rootfs/run/tulle bin/docker-plugin/rootfs/var/lib/tulle bin/docker-plugin/rootfs/var/run
+	cp bin/tulle bin/docker-plugin/rootfs/tulle
+	cp docker/plugin/config.json bin/docker-plugin/
 
 fuzz:
 	./.ci/fuzz $(FUZZTIME)

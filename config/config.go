@@ -51,9 +51,9 @@ const (
 	floodUnicast       = "unicast"
 	floodMulticast     = "multicast"
 	floodGossip        = "gossip"
-	unfinishedAuto     = "auto"
-	unfinishedOn       = "on"
-	unfinishedOff      = "off"
+	choiceAuto         = "auto" // of UnfinishedChecksums and Docker
+	choiceOn           = "on"
+	choiceOff          = "off"
 	cipherAuto         = "auto"
 	cipherChaCha       = "chacha20-poly1305"
 	cipherAES          = "aes-256-gcm"
@@ -101,6 +101,9 @@ type Config struct {
 	// NoGSO and NoGRO (keys gso and gro: on, off; default on) switch off trains
 	// of datagrams on the way out of the node and on the way in.
 	NoGSO, NoGRO bool
+	// Docker says whether the node serves Docker's network and IPAM driver API: auto
+	// (default: once this host has Docker), on, off. In an open cluster it has no effect.
+	Docker string
 	// KeyLog is the path of a file that the session keys are appended to, for
 	// debugging: whoever reads it can decrypt what was captured. Default none.
 	KeyLog string
@@ -226,7 +229,8 @@ func Default() Config {
 		StateDir:            DefaultStateDir,
 		Socket:              DefaultSocket,
 		SourcePorts:         defaultSourcePorts,
-		UnfinishedChecksums: unfinishedAuto,
+		UnfinishedChecksums: choiceAuto,
+		Docker:              choiceAuto,
 		DNSAddress:          defaultDNSAddress,
 	}
 }

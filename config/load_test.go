@@ -32,6 +32,7 @@ func TestLoad(t *testing.T) {
 		Socket:              "/tmp/tulle.sock",
 		SourcePorts:         8,
 		UnfinishedChecksums: "on",
+		Docker:              "off",
 		Overlays: []Overlay{{
 			Name: "blue", VNI: 100, Encryption: "none",
 			Address: netip.MustParsePrefix("10.32.0.1/16"),

@@ -40,6 +40,7 @@ func (c *Config) fill() {
 	setDefault(&c.Socket, d.Socket)
 	setDefault(&c.SourcePorts, d.SourcePorts)
 	setDefault(&c.UnfinishedChecksums, d.UnfinishedChecksums)
+	setDefault(&c.Docker, d.Docker)
 	setDefault(&c.DNSAddress, d.DNSAddress)
 	if a := c.Listen.Addr(); a.IsValid() && !a.IsUnspecified() {
 		setDefault(&c.Advertise, a)
@@ -125,7 +126,8 @@ func (v *validator) node() {
 		v.check("name", checkName(c.Name))
 	}
 	v.check("source-ports", checkRange(c.SourcePorts, 1, maxSourcePorts))
-	v.check("unfinished-checksums", checkChoice(c.UnfinishedChecksums, unfinishedAuto, unfinishedOn, unfinishedOff))
+	v.check("unfinished-checksums", checkChoice(c.UnfinishedChecksums, choiceAuto, choiceOn, choiceOff))
+	v.check("docker", checkChoice(c.Docker, choiceAuto, choiceOn, choiceOff))
 	if len(c.Socket) > maxSocketPath {
 		v.fault("socket: the path has %d bytes, and may have %d: take a shorter one", len(c.Socket), maxSocketPath)
 	}

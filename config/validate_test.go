@@ -134,6 +134,7 @@ func TestValidateNodeFaults(t *testing.T) {
 		{func(c *Config) { c.DNS = netip.MustParseAddrPort("127.0.0.1:0") }, "config: dns 127.0.0.1:0: want one address of this host and a port from 1 to 65535"},
 		{func(c *Config) { c.DNS = netip.MustParseAddrPort("[::]:53") }, "config: dns [::]:53: want one address of this host"},
 		{func(c *Config) { c.UnfinishedChecksums = "yes" }, `config: unfinished-checksums "yes": want auto, on or off`},
+		{func(c *Config) { c.Docker = "yes" }, `config: docker "yes": want auto, on or off`},
 		{func(c *Config) { c.Socket = "/" + strings.Repeat("s", 103) }, "config: socket: the path has 104 bytes, and may have 103: take a shorter one"},
 		{func(c *Config) { c.Join = []string{"ok", "a b"} }, `config: join "a b": want HOST or HOST:PORT`},
 		{func(c *Config) { c.Listen = ap("[::]:0") }, "config: listen [::]:0: want an address of this host and a port from 1 to 65535"},

@@ -45,6 +45,9 @@ import (
 //	POST   /v1/endpoints                   AttachRequest; answers Endpoint
 //	DELETE /v1/endpoints?overlay=O&netns=P Endpoint, which is no more; pid=N in place of netns, and &ifname=I
 //	DELETE /v1/endpoints?container=C&ifname=I Endpoint, which is no more
+//	PATCH  /v1/endpoints?container=C       EndpointChange; answers Endpoint; of one with Sandbox
+//	POST   /v1/addresses                   AddressRequest; answers AddressLent
+//	DELETE /v1/addresses?overlay=O&ip=A    answers {}
 //	GET    /v1/dns?overlay=O               DNS; without overlay of all
 //	GET    /v1/dns/lookup?name=N&overlay=O DNSLookup; 404 with Error where there is no such name
 //	POST   /v1/upgrade                     UpgradeRequest; answers Upgraded
@@ -432,8 +435,35 @@ type AttachRequest struct {
 	// is of one endpoint of the node.
 	Container string  `json:"container,omitempty"`
 	Limits    *Limits `json:"limits,omitempty"`
+	// Aliases are further names of the endpoint, at most 32.
+	Aliases []string `json:"aliases,omitempty"`
+	// Sandbox, in place of Netns and PID, is the path of a network namespace that need not
+	// be there yet: who asks, Container, takes the device there, which is made in the
+	// node's own namespace, down and without addresses, under the name that the answer
+	// calls tap. IPs are lent ones (AddressRequest), or are asked for.
+	Sandbox string `json:"sandbox,omitempty"`
 	// Services are ports of the endpoint that have names, for SRV; at most 32.
 	Services []Service `json:"services,omitempty"`
+}
+
+// EndpointChange changes what an endpoint is called; what is absent stays.
+type EndpointChange struct {
+	Name    *string   `json:"name,omitempty"`
+	Aliases *[]string `json:"aliases,omitempty"`
+}
+
+// AddressRequest asks for an address before its endpoint is: one that has none
+// within two minutes is free again, as is one whose endpoint is gone for so long.
+type AddressRequest struct {
+	Overlay string `json:"overlay"`
+	// Family is 4 (default) or 6; IP an address to have; absent: any.
+	Family int        `json:"family,omitempty"`
+	IP     netip.Addr `json:"ip,omitzero"`
+}
+
+// AddressLent answers it.
+type AddressLent struct {
+	IP netip.Prefix `json:"ip"` // with the subnet's length
 }
 
 // DetachRequest says which device to remove, by the parameters of the request:
@@ -467,6 +497,7 @@ type Endpoint struct {
 	Gateways  []netip.Addr `json:"gateways,omitempty"`
 	Routes    []Route      `json:"routes,omitempty"`
 	Container string       `json:"container,omitempty"` // who asked for it
+	Aliases   []string     `json:"aliases,omitempty"`
 	Limits    *Limits      `json:"limits,omitempty"`
 	MTU       int          `json:"mtu,omitempty"` // absent unless Up
 	// Driver is what was asked for; absent: nothing.

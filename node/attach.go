@@ -11,7 +11,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/tulle-net/tulle/crypto"
+	"github.com/tulle-net/tulle/store"
 	"github.com/tulle-net/tulle/tap"
 )
 
@@ -21,7 +21,10 @@ import (
 func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, error) {
 	e := &endpoint{
 		Overlay: r.Overlay, Tap: cmp.Or(r.Ifname, defaultIfname), MAC: r.MAC, Key: newKey(), DefaultRoute: r.DefaultRoute,
-		Driver: r.Driver, NoDNS: r.NoDNS, Routes: r.Routes, Container: r.Container, Limits: r.Limits, Services: r.Services,
+		Driver: r.Driver, NoDNS: r.NoDNS, Routes: r.Routes, Container: r.Container, Limits: r.Limits, Aliases: r.Aliases, Services: r.Services,
+	}
+	if r.Sandbox != "" {
+		return h.attachSandbox(ctx, r)
 	}
 	err := checkExtras(r)
 	if err != nil {
@@ -42,8 +45,9 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 	if e.Namespace == h.self {
 		return nil, bad{fmt.Errorf("%s is this host's own network namespace: `tulle expose %s` puts the host itself on the overlay", e.Netns, r.Overlay)}
 	}
-	if e.Name = cmp.Or(r.Name, nameOf(e.Netns)); crypto.CheckName(e.Name) != nil {
-		return nil, bad{fmt.Errorf("name %.70q: want 1 to 63 letters, digits and -, the first no -", e.Name)}
+	e.Name = cmp.Or(r.Name, nameOf(e.Netns))
+	if err := checkNames(e.Name, e.Aliases); err != nil {
+		return nil, err
 	}
 	def, err := h.n.mayJoin(ctx, r.Overlay)
 	if err != nil {
@@ -56,15 +60,7 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 	if _, err := h.n.settingsOf(def, e); err != nil {
 		return nil, err
 	}
-	e.Publish = slices.Clone(r.Publish)
-	if def.Gateway && !r.NoDefaultRoute && !slices.ContainsFunc(r.Routes, Route.everywhere) {
-		e.MayYield = !e.DefaultRoute && len(e.Publish) == 0
-		e.DefaultRoute = true
-		if err := h.n.roomForExit(def); err != nil {
-			return nil, err
-		}
-	}
-	if err := mayPublish(def, e); err != nil {
+	if err := h.n.leads(def, e, r); err != nil {
 		return nil, err
 	}
 	defer h.claim(e.place())()
@@ -76,6 +72,20 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 		return nil, tellf(errExists, "%s of container %s is attached already, in %s: detach it first", e.Tap, r.Container, other.Netns)
 	}
 	return e, h.make(ctx, e, def, r.IPs)
+}
+
+// leads says how an endpoint reaches what is not on its overlay, and which ports of the
+// host lead to it.
+func (n *Node) leads(def *store.Overlay, e *endpoint, r AttachRequest) error {
+	e.Publish = slices.Clone(r.Publish)
+	if def.Gateway && !r.NoDefaultRoute && !slices.ContainsFunc(r.Routes, Route.everywhere) {
+		e.MayYield = !e.DefaultRoute && len(e.Publish) == 0
+		e.DefaultRoute = true
+		if err := n.roomForExit(def); err != nil {
+			return err
+		}
+	}
+	return mayPublish(def, e)
 }
 
 // newKey returns what tells endpoints of one name apart.
@@ -138,7 +148,9 @@ func nameOf(path string) string {
 
 // asked returns the endpoint that a container asked for, or nil.
 func (h *endpoints) asked(container, device string) *endpoint {
-	return h.first(func(e *endpoint) bool { return container != "" && e.Container == container && e.Tap == device })
+	return h.first(func(e *endpoint) bool {
+		return container != "" && e.Container == container && (e.Tap == device || e.Sandbox)
+	})
 }
 
 // detachAsked takes off what a container asked for, whatever has become of its namespace.

@@ -82,6 +82,7 @@ type endpoints struct {
 	claimed map[place]struct{}   // what somebody changes at the moment
 	free    sync.Cond            // of mu: one is claimed no more
 	avoided map[string]time.Time // owners of addresses that are in use by others, and since when
+	lent    []lent               // addresses that have, or may get, an endpoint of an engine's
 }
 
 // endpoint is the host itself in an overlay, or a device in a network namespace,
@@ -109,6 +110,11 @@ type endpoint struct {
 	Routes    []Route   `json:"routes,omitempty"`
 	Container string    `json:"container,omitempty"`
 	Limits    *Limits   `json:"limits,omitempty"`
+	Aliases   []string  `json:"aliases,omitempty"` // further names
+	// Sandbox: a container engine takes the device to Netns; until then there is no
+	// Namespace. Lent are what its addresses are assigned to, if that is not owner.
+	Sandbox bool     `json:"sandbox,omitempty"`
+	Lent    []string `json:"lent,omitempty"`
 	// Services are ports of it that have names.
 	Services []Service `json:"services,omitempty"`
 
@@ -131,6 +137,9 @@ func (e *endpoint) host() bool { return e.Key == "" }
 func (e *endpoint) place() place {
 	if e.host() {
 		return place{overlay: e.Overlay}
+	}
+	if e.Sandbox {
+		return place{device: e.Container}
 	}
 	return place{ns: e.Namespace, device: e.Tap}
 }
@@ -191,6 +200,7 @@ func (n *Node) openEndpoints() (*endpoints, error) {
 	if err != nil {
 		return nil, err
 	}
+	h.restoreLent()
 	return h, h.release()
 }
 
@@ -251,7 +261,7 @@ func (h *endpoints) at(p place) *endpoint {
 
 // owned returns the endpoint that an owner of addresses is, or nil.
 func (h *endpoints) owned(owner string) *endpoint {
-	return h.first(func(e *endpoint) bool { return e.owner() == owner })
+	return h.first(func(e *endpoint) bool { return e.owner() == owner || slices.Contains(e.Lent, owner) })
 }
 
 func (h *endpoints) first(is func(*endpoint) bool) *endpoint {
@@ -384,6 +394,9 @@ func (h *endpoints) make(ctx context.Context, e *endpoint, def *store.Overlay, w
 // give gives an endpoint its addresses and its device. Those that turn out to be
 // somebody else's are avoided, unless they were asked for. After an error nothing is left.
 func (h *endpoints) give(ctx context.Context, e *endpoint, def *store.Overlay, want []netip.Addr) error {
+	if len(e.Lent) > 0 {
+		return h.borrowed(ctx, e, def)
+	}
 	if err := h.unavoid(); err != nil {
 		return err
 	}
@@ -515,7 +528,7 @@ func (h *endpoints) statusOf(e *endpoint) Endpoint {
 	s := Endpoint{
 		Name: cmp.Or(e.Name, h.n.cfg.Name), Overlay: e.Overlay, IPs: append([]netip.Prefix{}, e.IPs...), MAC: e.MAC, Node: h.n.cfg.Name, Tap: e.Tap,
 		Netns: e.Netns, Driver: e.Driver, Publish: e.Publish, NoDNS: e.NoDNS,
-		Routes: e.Routes, Container: e.Container, Limits: e.Limits, Services: e.Services, DNS: h.n.names.statusOf(e),
+		Routes: e.Routes, Container: e.Container, Limits: e.Limits, Aliases: e.Aliases, Services: e.Services, DNS: h.n.names.statusOf(e),
 	}
 	if ov := h.n.sharedHere(e.Overlay); ov != nil {
 		if d := ov.deviceOf(e); d != nil {

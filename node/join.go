@@ -180,7 +180,7 @@ func (n *Node) attachDevice(ov *overlay, d *device) error {
 	if n.yields(d, err) {
 		err = n.addDevice(ov, d)
 	}
-	if err == nil && !e.host() {
+	if err == nil && !e.host() && !e.Sandbox {
 		if ns, at := tap.NamespaceAt(d.cfg.Netns); at != nil || ns != e.Namespace {
 			err = errors.Join(tellf(errAbsent, "the network namespace at %s has ended meanwhile", d.cfg.Netns), n.removeDevice(ov, d))
 		}
@@ -251,9 +251,15 @@ func (h *endpoints) restore() {
 	var ended []*endpoint
 	holders := sync.OnceValue(tap.FindHolders)
 	for _, e := range h.all() {
+		if !e.placed() {
+			h.settleIn(e)
+		}
 		err := h.remake(e, holders)
 		if errors.Is(err, errEnded) {
 			h.forget(e)
+			if e.Sandbox {
+				h.removeReturned(e)
+			}
 			ended = append(ended, e)
 			continue
 		}

@@ -113,7 +113,7 @@ func (s *names) wanted() map[tap.Namespace][]*endpoint {
 	}
 	for _, ov := range s.n.list() {
 		for _, d := range ov.list() {
-			if d.of != nil && !d.of.host() && !d.of.NoDNS {
+			if d.of != nil && !d.of.host() && !d.of.NoDNS && d.of.placed() {
 				want[d.of.Namespace] = append(want[d.of.Namespace], d.of)
 			}
 		}

@@ -291,6 +291,9 @@ func (n *Node) openDevice(ov *overlay, d *device, netns string) (err error) {
 	c.Netns = netns
 	// One that is not remembered yet is new: what an earlier run left is another one's.
 	c.Reattach = d.of != nil && !d.of.host() && n.endpoints.at(d.of.place()) == d.of
+	if d.of != nil && !d.of.placed() {
+		c = unplaced(c)
+	}
 	if c.MTU, err = n.fitMTU(ov.cfg); err != nil {
 		return err
 	}

@@ -99,6 +99,9 @@ func (n *Node) spare() {
 // find returns a path that leads to the endpoint's namespace: the one that it was
 // attached by, or that of somebody who holds it; false: there is none any more.
 func (e *endpoint) find(holders func() tap.Holders) (string, bool) {
+	if !e.placed() {
+		return "", false
+	}
 	if ns, err := tap.NamespaceAt(e.Netns); err == nil && ns == e.Namespace {
 		return e.Netns, true
 	}
@@ -124,6 +127,7 @@ func (n *Node) watch(ctx context.Context) {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	held := map[*endpoint]string{} // by which path each was found last
+	waiting := map[*endpoint]time.Time{}
 	var ending sync.WaitGroup
 	defer ending.Wait()
 	for {
@@ -132,6 +136,8 @@ func (n *Node) watch(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
+		h.followSandboxes(ctx, waiting)
+		h.callIn(time.Now())
 		for _, e := range h.deserted(held) {
 			delete(held, e)
 			n.log.Info("the endpoint's network namespace has ended", "overlay", e.Overlay, "port", e.Name)

@@ -148,7 +148,7 @@ func (t *tables) put(ov *overlay, d *device, a *attachment) {
 		r.IPs = append(r.IPs, p.Addr())
 	}
 	if e := d.of; e != nil && !e.host() {
-		r.Key, r.Name = e.Key, e.Name
+		r.Key, r.Name, r.Aliases = e.Key, e.Name, e.Aliases
 	}
 	if d.of != nil {
 		r.Services = d.of.Services
@@ -309,7 +309,7 @@ func (n *Node) listEndpoints(local bool) Endpoints {
 			if e.Node == n.cfg.Name && ov.shared != nil {
 				continue // it is there, with all that this node knows of it
 			}
-			s := Endpoint{Name: e.Name, Overlay: e.Overlay, IPs: []netip.Prefix{}, MAC: e.MAC, Node: e.Node, Services: e.Services, Up: true}
+			s := Endpoint{Name: e.Name, Aliases: e.Aliases, Overlay: e.Overlay, IPs: []netip.Prefix{}, MAC: e.MAC, Node: e.Node, Services: e.Services, Up: true}
 			for _, ip := range e.IPs {
 				s.IPs = append(s.IPs, ov.prefix(ip))
 			}

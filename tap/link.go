@@ -310,6 +310,9 @@ func (l *link) setUp(cfg Config) error {
 	} else {
 		_ = h.LinkSetIP6AddrGenMode(dev, addrGenEUI64)
 	}
+	if cfg.Down {
+		return nil
+	}
 	if cfg.NoSolicit {
 		l.noSolicit()
 	}

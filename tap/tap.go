@@ -76,6 +76,9 @@ type Config struct {
 	// NoTSO, NoUSO and NoGRO switch off an offload: super-frames of TCP, of UDP
 	// on the way out of the kernel, super-frames on the way into it.
 	NoTSO, NoUSO, NoGRO bool
+	// Down leaves the device here and down, without addresses and routes: who moves it to
+	// where it belongs does the rest.
+	Down bool
 	// Log takes warnings about offloads that failed their self-test.
 	Log *slog.Logger
 

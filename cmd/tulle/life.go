@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -100,6 +101,8 @@ func (l *life) inherit(ctx context.Context) (*handover.Set, error) {
 // serve runs the node until it stops. What it returns is to be made a node of again:
 // an upgrade has failed.
 func (l *life) serve(ctx context.Context, n *node.Node, upgrades <-chan node.Upgrade) (*handover.Set, error) {
+	var beside sync.WaitGroup
+	defer beside.Wait()
 	running, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	ended := make(chan error, 1)
@@ -115,6 +118,7 @@ func (l *life) serve(ctx context.Context, n *node.Node, upgrades <-chan node.Upg
 			ready = nil
 			l.isUp()
 			go l.watchdog(running, n)
+			beside.Go(func() { serveDocker(running, l.cfg, l.log, n.Shares()) })
 			l.tellFailed(errors.New("the old version goes on"))
 		case <-stopping:
 			stopping = nil

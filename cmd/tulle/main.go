@@ -10,5 +10,8 @@ func main() {
 	if os.Getenv("CNI_COMMAND") != "" {
 		os.Exit(cniPlugin(context.Background()))
 	}
+	if netavarkCalls(os.Args[1:]) {
+		os.Exit(netavarkPlugin(context.Background(), os.Args[1:]))
+	}
 	os.Exit(execute(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
 }

@@ -100,7 +100,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(upCommand(), demoCommand(), statusCommand(), peersCommand(), overlaysCommand(), fdbCommand(),
 		tokenCommand(), nodeCommand(), gossipCommand(), caCommand(), overlayCommand(),
-		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), dnsCommand(), traceCommand(), historyCommand(), cniCommand(), ipamCommand(), storeCommand(), doctorCommand(),
+		exposeCommand(), unexposeCommand(), attachCommand(), detachCommand(), dockerCommand(), runCommand(), inNamespaceCommand(), endpointsCommand(), dnsCommand(), traceCommand(), historyCommand(), cniCommand(), ipamCommand(), storeCommand(), doctorCommand(),
 		offloadCommand(), upgradeCommand(), waitCommand(), versionCommand(), completionCommand())
 	root.AddCommand(manCommands()...)
 	root.SetHelpCommand(helpCommand())

@@ -62,6 +62,8 @@ driver, netns, queues, tso, uso, gro.`,
 	f.String("name", "", "name of the node (default: the host's)")
 	f.String("dns", "", "where the host itself, and who has an address in its overlays, may ask for names, ADDRESS[:PORT] (default nowhere)")
 	f.String("token", "", "what tulle token create printed, to join a secure cluster with (or set "+tokenVariable+"); once joined it may be left out")
+	f.String("docker", "", "serve Docker's network and IPAM driver API: auto, on or off (default auto: once this host has Docker)")
+	completeFlag(cmd, "docker", func(*cobra.Command) []string { return []string{"auto", "on", "off"} })
 	f.StringArray("overlay", nil, "an overlay, name=…,vni=…,address=…,tap=…,encryption=…,peer=…; again for more")
 	level := addChoice(cmd, "log-level", "", "what to log", "info", "debug", "warn", "error")
 	format := addChoice(cmd, "log-format", "", "how to log", "text", "json")
@@ -129,8 +131,8 @@ func settings(cmd *cobra.Command) (config.Config, error) {
 	if cfg.Rootless {
 		cfg.ForUser()
 	}
-	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir", "dns"} {
-		if f.Changed(key) {
+	for _, key := range []string{"name", "listen", "advertise", "gossip", "token", "state-dir", "dns", "docker"} {
+		if l := f.Lookup(key); l != nil && l.Changed {
 			faults = append(faults, cfg.Set(key, f.Lookup(key).Value.String()))
 		}
 	}

@@ -107,8 +107,8 @@ func TestDocker(t *testing.T) {
 	})
 
 	step("names", func(t *testing.T) {
-		da.runs("cd", "--network", "blue", "--dns", "169.254.53.53")
-		for name, want := range map[string]string{"cb-1.blue.tulle": atB, "ca.blue.tulle": da.address("ca", "blue"), "ca": da.address("ca", "blue")} {
+		da.runs("cd", "--network", "blue", "--network-alias", "other.name", "--dns", "169.254.53.53")
+		for name, want := range map[string]string{"cb-1.blue.tulle": atB, "ca.blue.tulle": da.address("ca", "blue"), "ca": da.address("ca", "blue"), "other-name.blue.tulle": da.address("cd", "blue")} {
 			eventually(t, 10*time.Second, name+" is "+want, func() bool {
 				out, err := da.try("exec", "cd", "nslookup", "-type=a", name)
 				return err == nil && strings.Contains(out, "Address: "+want)

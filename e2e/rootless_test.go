@@ -260,6 +260,16 @@ func TestRootless(t *testing.T) {
 		}{{h[0], c1.Pid(), at3}, {h[1], d1.Pid(), at1}, {h[0], c1.Pid(), at2}, {h[0], c2.Pid(), at3}, {h[0], c1.Pid(), at36}, {h[1], d1.Pid(), at16}} {
 			pings(t, x.h, x.pid, x.to)
 		}
+		for _, pid := range []int{c1.Pid(), d1.Pid()} { // names too, on both hosts
+			h := h[0]
+			if pid == d1.Pid() {
+				h = b.host
+			}
+			b.eventually(5*time.Second, "the container's name is answered", func() bool {
+				out, err := h.Run(t.Context(), "nsenter", "-t", fmt.Sprint(pid), "-n", "dig", "+short", "+time=2", "+tries=1", "@169.254.53.53", "web.blue.tulle")
+				return err == nil && strings.TrimSpace(string(out)) == at1.String()
+			})
+		}
 		t.Log(what + ": all answer")
 	}
 	both("attached")
@@ -366,6 +376,7 @@ func TestRootlessRun(t *testing.T) {
 		{[]string{"--", "/dev/null"}, 126},
 		{[]string{"--ip", "10.32.0.50", "--", "sh", "-c",
 			"test $(id -u) = 0 && ip -o addr show eth0 | grep -q 10.32.0.50/16 && ip -o link show lo | grep -q LOOPBACK,UP && ip link set eth0 mtu 1300 && ping -c 1 -W 5 " + at.String()}, 0},
+		{[]string{"--", "sh", "-c", "grep -q '^nameserver 169.254.53.53$' /etc/resolv.conf && grep -q '^search blue.tulle' /etc/resolv.conf"}, 0},
 	} {
 		status, stdout, stderr := u.run(append([]string{u.tulle(), "run", "blue"}, tt.args...)...)
 		if status != tt.status {

@@ -465,8 +465,11 @@ func TestSharedOpen(t *testing.T) {
 	if list := asked[node.SharedOverlays](a, "overlay", "ls").Overlays; len(list) != 1 || list[0].Name != "blue" || list[0].Shared {
 		t.Errorf("overlay ls: %+v, want the static overlay alone", list)
 	}
-	if list := asked[node.Endpoints](a, "endpoints").Endpoints; len(list) != 0 {
+	if list := asked[node.Endpoints](a, "endpoints", "--local").Endpoints; len(list) != 0 {
 		t.Errorf("endpoints: %+v, want none", list)
+	}
+	if list := asked[node.Endpoints](a, "endpoints").Endpoints; len(list) != 1 || list[0].Name != "a" || list[0].Overlay != "blue" || list[0].IPs[0].Addr() != address(1) {
+		t.Errorf("endpoints: %+v, want the host's", list)
 	}
 }
 

@@ -12,7 +12,7 @@ FUZZTIME   ?= 20000x
 PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qemu-user-static nftables \
               containerd runc podman conmon netavark aardvark-dns containernetworking-plugins busybox-static iptables curl \
               ndisc6 iputils-arping bind9-dnsutils musl-tools systemd man-db uidmap slirp4netns fuse-overlayfs \
-              docker.io docker-compose
+              docker.io docker-compose smcroute
 
 .DEFAULT_GOAL := build
 .PHONY: build demo test race soak ci bench scale lint cross fuzz deb image docker-plugin tools clean

@@ -21,7 +21,7 @@ import (
 var dnsMetrics = []metric{
 	{"full_qps", "most queries a second, 1000/s", true, true},
 	{"full_avg", "latency meanwhile, average, µs", true, false},
-	{"full_cpu", "CPU s/million queries, the server", true, true},
+	{"full_cpu", "CPU s/million queries, the server, meanwhile", true, true},
 	{"full_lost", "lost, %", false, false},
 	{"full_size", "size of an answer, average, bytes", false, false},
 	{"fixed_avg", fmt.Sprintf("latency at %d queries a second, average, µs", dnsRate), true, true},
@@ -100,6 +100,7 @@ func (b *bench) measureDNS(ctx context.Context, l *lab.Lab) error {
 			return fmt.Errorf("bench: %s and %s answer differently: %s", servers[0].name, s.name, firstDifference(first, said))
 		}
 	}
+	b.started = time.Now()
 	for round := range b.rounds {
 		order := slices.Clone(servers)
 		if round%2 == 1 {
@@ -154,7 +155,12 @@ func (b *bench) askAll(ctx context.Context, s *dnsServer, round int, file string
 	got := &sample{Round: round, Underlay: dnsMark, Peer: s.name, Values: values{}, Foreign: values{}, Errors: map[string]string{}}
 	for _, t := range dnsTests {
 		for again := range 2 {
-			s.rig.quiet(ctx, b.foreign, b.patience)
+			switch late := time.Since(b.started) > b.within; {
+			case !late:
+				s.rig.quiet(ctx, b.foreign, b.patience)
+			case again > 0 && got.Foreign[t.name] < failed:
+				continue // the first try counts as it is
+			}
 			before := s.rig.usage()
 			v, err := s.perf(ctx, t, b.secs, file)
 			if ctx.Err() != nil {

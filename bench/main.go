@@ -12,6 +12,8 @@
 // Waiting for others and repeating end where the run would take longer than
 // -within. It needs root and iperf3; it does not tune the machine.
 //
+// With -dns it measures names instead: a node's resolver beside CoreDNS.
+//
 // Sealed Tulle is a secure cluster, made anew for each sample: its time to the
 // first ping holds the CA, a token and two certificates, as nebula's does.
 package main

@@ -1,4 +1,4 @@
-# Targets: build demo test race soak ci bench scale lint cross fuzz deb image docker-plugin tools clean
+# Targets: build demo test race soak ci bench bench-dns scale lint cross fuzz deb image docker-plugin tools clean
 # Everything but Go, gcc, git and make is installed by `make tools` (Debian packages; needs root).
 
 SHELL      := /bin/bash
@@ -12,10 +12,10 @@ FUZZTIME   ?= 20000x
 PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qemu-user-static nftables \
               containerd runc podman conmon netavark aardvark-dns containernetworking-plugins busybox-static iptables curl \
               ndisc6 iputils-arping bind9-dnsutils musl-tools systemd man-db uidmap slirp4netns fuse-overlayfs \
-              docker.io docker-compose
+              docker.io docker-compose smcroute
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test race soak ci bench scale lint cross fuzz deb image docker-plugin tools clean
+.PHONY: build demo test race soak ci bench bench-dns scale lint cross fuzz deb image docker-plugin tools clean
 
 build: bin/tulle
 
@@ -80,6 +80,12 @@ ci: tools
 bench: tools bin/tulle
 	$(BUILD) -o bin/bench ./bench
 	$(SUDO) bin/bench -write docs/performance.md $(BENCHFLAGS)
+
+# A node's resolver beside CoreDNS; docs/dns.md says how.
+bench-dns: bin/tulle
+	@$(SUDO) ./.ci/tools dnsperf bind9-dnsutils
+	$(BUILD) -o bin/bench ./bench
+	$(SUDO) bin/bench -dns -write docs/dns.md $(BENCHFLAGS)
 
 # A cluster of a thousand nodes, simulated: without root or a network, in some 6 GB;
 # docs/scale.md says what SCALEFLAGS can be.

@@ -223,18 +223,19 @@ func TestAdd(t *testing.T) {
 }
 
 func TestReplaceBetween(t *testing.T) {
+	markBegin, markEnd := markBegin("bench"), markEnd("bench")
 	for _, c := range []struct{ in, want string }{
 		{"# A\n" + markBegin + "\nold\n" + markEnd + "\nB\n", "# A\n" + markBegin + "\n\nnew\n\n" + markEnd + "\nB\n"},
 		{markBegin + markEnd, markBegin + "\n\nnew\n\n" + markEnd},
 		{"none", ""}, {markBegin, ""}, {markEnd, ""}, {markEnd + markBegin, ""},
 		{markBegin + markEnd + markBegin + markEnd, ""},
 	} {
-		got, err := replaceBetween([]byte(c.in), "\nnew\n")
+		got, err := replaceBetween([]byte(c.in), "bench", "\nnew\n")
 		if string(got) != c.want || (err == nil) != (c.want != "") {
 			t.Errorf("replaceBetween(%q) = %q, %v; want %q", c.in, got, err, c.want)
 			continue
 		}
-		if again, err := replaceBetween(got, "new"); err == nil && !bytes.Equal(again, got) {
+		if again, err := replaceBetween(got, "bench", "new"); err == nil && !bytes.Equal(again, got) {
 			t.Errorf("a second time makes %q of %q", again, got)
 		}
 	}
@@ -322,7 +323,7 @@ func TestPrivilegedSmoke(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	if err := os.WriteFile(doc, []byte("# Performance\n"+markBegin+"\n"+markEnd+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(doc, []byte("# Performance\n"+markBegin(tunnelMark)+"\n"+markEnd(tunnelMark)+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	b, err := parse([]string{"-tulle", bin, "-peers", "tulle-plain,tulle-aes", "-underlays", "wire", "-tests", "tcp1",

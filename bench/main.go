@@ -12,6 +12,8 @@
 // Waiting for others and repeating end where the run would take longer than
 // -within. It needs root and iperf3; it does not tune the machine.
 //
+// With -dns it measures names instead: a node's resolver beside CoreDNS.
+//
 // Sealed Tulle is a secure cluster, made anew for each sample: its time to the
 // first ping holds the CA, a token and two certificates, as nebula's does.
 package main
@@ -44,6 +46,9 @@ type bench struct {
 	peers     []peer
 	underlays []underlay
 	tests     []test
+	metrics   []metric // the rows of the report
+	mark      string   // of where it is written
+	dns       bool     // names, not tunnels
 	rounds    int
 	secs      int           // of a throughput test, after one second that does not count
 	foreign   float64       // cores that others may use during a test
@@ -89,7 +94,7 @@ func main() {
 
 // parse makes a bench of a command line.
 func parse(args []string, log io.Writer) (*bench, error) {
-	b := &bench{log: log}
+	b := &bench{log: log, metrics: metrics, mark: tunnelMark}
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.SetOutput(log)
 	tulleBin := f.String("tulle", "bin/tulle", "the binary to measure")
@@ -97,6 +102,7 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	peerList := f.String("peers", usualPeers(), "comma-separated, of "+names(peers(""), peerName)+"; \"\" is all")
 	underlayList := f.String("underlays", "", "comma-separated; default: all of "+names(underlays, underlayName))
 	testList := f.String("tests", usualTests, "comma-separated, of "+names(tests, testName)+"; \"\" is all")
+	f.BoolVar(&b.dns, "dns", false, "measure names beside CoreDNS instead, with dnsperf: of the other flags -peers, -underlays and -tests have no meaning then")
 	f.IntVar(&b.rounds, "rounds", 3, "rounds; below three there is no spread worth the name")
 	f.IntVar(&b.secs, "secs", 2, "seconds of a TCP test, after one that is omitted; UDP and the idle round trip take half")
 	f.Float64Var(&b.foreign, "foreign", 0.15, "cores that others may use during a test before it counts as disturbed")
@@ -116,6 +122,13 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	b.tests, err3 = pick(tests, testName, *testList)
 	if err := errors.Join(err1, err2, err3); err != nil {
 		return nil, err
+	}
+	if b.dns {
+		b.peers, b.metrics, b.mark = dnsPeers(*tulleBin), dnsMetrics, dnsMark
+		if *other != "" {
+			b.peers = withOther(b.peers, dnsPeers(*other))
+		}
+		return b, nil
 	}
 	if *other != "" {
 		b.peers = withOther(b.peers, peers(*other))
@@ -166,11 +179,11 @@ func (b *bench) run(ctx context.Context, out io.Writer) error {
 	if os.Geteuid() != 0 {
 		return errors.New("bench: network namespaces need root: run it with sudo")
 	}
-	if _, err := exec.LookPath("iperf3"); err != nil {
+	if _, err := exec.LookPath("iperf3"); err != nil && !b.dns {
 		return fmt.Errorf("bench: %w: install iperf3", err)
 	}
 	if b.writeTo != "" { // now, not after a quarter of an hour
-		if err := writeBetween(b.writeTo, ""); err != nil {
+		if err := writeBetween(b.writeTo, b.mark, ""); err != nil {
 			return err
 		}
 	}
@@ -180,6 +193,9 @@ func (b *bench) run(ctx context.Context, out io.Writer) error {
 	b.describe()
 	if err := b.prepare(ctx); err != nil {
 		return err
+	}
+	if b.dns {
+		return b.runDNS(ctx, out)
 	}
 	quick, slow := b.estimate()
 	fmt.Fprintf(b.log, "%d peers × %d underlays × %d rounds × %d tests: about %s, %s if others use this machine\n",
@@ -192,7 +208,7 @@ func (b *bench) run(ctx context.Context, out io.Writer) error {
 	text := b.markdown()
 	fmt.Fprint(out, text)
 	if err == nil && b.writeTo != "" {
-		err = writeBetween(b.writeTo, text)
+		err = writeBetween(b.writeTo, b.mark, text)
 	}
 	if n := len(b.failures()); err == nil && n > 0 {
 		err = fmt.Errorf("bench: %d tests failed, see the end of the report", n)
@@ -205,8 +221,12 @@ func (b *bench) describe() {
 	b.about = []string{
 		fmt.Sprintf("Measured %s on %s, %d cores, Linux %s, %s.", time.Now().UTC().Format("2006-01-02 15:04 MST"),
 			cpuModel(), runtime.NumCPU(), firstLine("/proc/sys/kernel/osrelease"), runtime.Version()),
-		fmt.Sprintf("Median (min–max) of %d rounds, %d s a TCP test after one omitted, CUBIC everywhere.", b.rounds, b.secs),
 	}
+	if b.dns {
+		b.about = append(b.about, fmt.Sprintf("Median (min–max) of %d rounds, %d s a test.", b.rounds, b.secs))
+		return
+	}
+	b.about = append(b.about, fmt.Sprintf("Median (min–max) of %d rounds, %d s a TCP test after one omitted, CUBIC everywhere.", b.rounds, b.secs))
 	if slices.ContainsFunc(b.tests, func(t test) bool { return t.name == "udp1400" }) {
 		b.about = append(b.about, "UDP datagrams of 1400 bytes are as much smaller as the tunnel's MTU asks for.")
 	}

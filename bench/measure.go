@@ -214,7 +214,7 @@ func (s *sample) add(test string, again bool, v values, foreign float64, err err
 // String is the line of progress.
 func (s *sample) String() string {
 	var out []string
-	for _, m := range metrics {
+	for _, m := range slices.Concat(metrics, dnsMetrics) {
 		if v, ok := s.Values[m.key]; ok && m.progress {
 			out = append(out, m.key+" "+number(v))
 		}

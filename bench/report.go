@@ -214,7 +214,7 @@ func (b *bench) ratioTable(out *strings.Builder, underlay string) {
 
 // rows makes a row of each metric that has a reading in any of n columns.
 func (b *bench) rows(n int, readings func(m metric, column int) map[int]reading) (rows [][]string) {
-	for _, m := range metrics {
+	for _, m := range b.metrics {
 		row, found := []string{m.title}, 0
 		for i := range n {
 			s := b.spread(readings(m, i))
@@ -236,14 +236,15 @@ func writeTable(out *strings.Builder, head []string, rows [][]string) {
 	}
 }
 
-// The report stands between these lines of a document.
-const (
-	markBegin = "<!-- bench:begin -->"
-	markEnd   = "<!-- bench:end -->"
-)
+// The report stands between two lines of a document, which have a mark's name.
+const tunnelMark = "bench"
+
+func markBegin(mark string) string { return "<!-- " + mark + ":begin -->" }
+func markEnd(mark string) string   { return "<!-- " + mark + ":end -->" }
 
 // replaceBetween puts text on lines of its own between the markers of doc.
-func replaceBetween(doc []byte, text string) ([]byte, error) {
+func replaceBetween(doc []byte, mark, text string) ([]byte, error) {
+	markBegin, markEnd := markBegin(mark), markEnd(mark)
 	begin, end := bytes.Index(doc, []byte(markBegin)), bytes.Index(doc, []byte(markEnd))
 	if begin < 0 || end < begin || bytes.Count(doc, []byte(markBegin)) != 1 || bytes.Count(doc, []byte(markEnd)) != 1 {
 		return nil, errors.New("it needs one line " + markBegin + " and one " + markEnd + " after it")
@@ -253,10 +254,10 @@ func replaceBetween(doc []byte, text string) ([]byte, error) {
 
 // writeBetween replaces what stands between the markers of a file; with an
 // empty text it only checks that it could.
-func writeBetween(path, text string) error {
+func writeBetween(path, mark, text string) error {
 	doc, err := os.ReadFile(path)
 	if err == nil {
-		doc, err = replaceBetween(doc, text)
+		doc, err = replaceBetween(doc, mark, text)
 	}
 	if err == nil && text != "" {
 		err = os.WriteFile(path, doc, 0o644)

@@ -116,14 +116,14 @@ func (s *Server) named(q wire.Question, rest string, a asker) found {
 	labels := strings.Split(rest, ".")
 	last := len(labels) - 1
 	overlay, seen := a.view.find(labels[last])
-	var z Zone
+	var z *Zone
 	if seen {
-		z, seen = s.cfg.Source.Zone(overlay)
+		z = s.cfg.Source.Zone(overlay)
 	}
 	switch {
-	case !seen && rest == nsLabel && a.at.IsValid():
+	case z == nil && rest == nsLabel && a.at.IsValid():
 		return typed(q, zone, []wire.RR{address(q.Name, a.at, ttl)})
-	case !seen:
+	case z == nil:
 		return found{rcode: wire.RcodeNameError, owner: zone}
 	case last == 0:
 		return apex(q, labels[0]+"."+zone)
@@ -132,14 +132,14 @@ func (s *Server) named(q wire.Question, rest string, a asker) found {
 }
 
 // inOverlay answers for a name in an overlay, whose zone is owner.
-func (s *Server) inOverlay(q wire.Question, overlay string, z Zone, labels []string, owner string) found {
+func (s *Server) inOverlay(q wire.Question, overlay string, z *Zone, labels []string, owner string) found {
 	name := strings.Join(labels, ".")
 	var all, glue []wire.RR
-	below := false // the name is there, be it for what is below it
+	below := z.above[name] // the name is there, be it for what is below it
 	switch {
 	case len(labels) == 1:
 		list := s.cfg.Source.Lookup(overlay, name)
-		all, below = addresses(q.Name, list), len(list) > 0
+		all, below = addresses(q.Name, list), below || len(list) > 0
 	case len(labels) == 2 && isProtocol(labels[0]):
 		for _, e := range s.cfg.Source.Lookup(overlay, labels[1]) {
 			below = below || slices.ContainsFunc(e.Services, func(v Service) bool { return "_"+v.Protocol == labels[0] })
@@ -151,12 +151,7 @@ func (s *Server) inOverlay(q wire.Question, overlay string, z Zone, labels []str
 		}
 	}
 	alias := ""
-	for _, r := range z.Records {
-		at := strings.ToLower(r.Name)
-		below = below || strings.HasSuffix(at, "."+name)
-		if at != name {
-			continue
-		}
+	for _, r := range z.records[name] {
 		if rr := r.rr(q.Name, owner); rr != nil {
 			if c, is := rr.(*wire.CNAME); is {
 				if len(all) > 0 {

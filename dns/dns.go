@@ -48,22 +48,10 @@ type Service struct {
 	Protocol string // tcp or udp
 }
 
-// Record is one that somebody has added. Name is relative to the overlay.
-type Record struct {
-	Name, Type, Value string
-	TTL               int // in seconds; 0: that of endpoints
-}
-
-// Zone is what is defined of an overlay.
-type Zone struct {
-	Subnets []netip.Prefix
-	Records []Record
-}
-
 // Source knows the overlays. Its methods are called for each query, concurrently.
 type Source interface {
-	// Zone returns what is defined of an overlay; false: there is none of that name.
-	Zone(overlay string) (Zone, bool)
+	// Zone returns what is defined of an overlay; nil: there is none of that name.
+	Zone(overlay string) *Zone
 	// Lookup returns the endpoints of a name, which is in lower case.
 	Lookup(overlay, name string) []Endpoint
 	// Reverse returns the names of who has an address.

@@ -21,11 +21,11 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // world is a Source: endpoints by overlay.
 type world struct {
-	zones map[string]Zone
+	zones map[string]*Zone
 	at    map[string][]Endpoint
 }
 
-func (w world) Zone(o string) (Zone, bool) { z, ok := w.zones[o]; return z, ok }
+func (w world) Zone(o string) *Zone { return w.zones[o] }
 
 func (w world) Lookup(o, name string) (list []Endpoint) {
 	for _, e := range w.at[o] {
@@ -47,7 +47,7 @@ func (w world) Reverse(o string, ip netip.Addr) (list []string) {
 
 func (w world) Within(ip netip.Addr) bool {
 	for _, z := range w.zones {
-		if slices.ContainsFunc(z.Subnets, func(p netip.Prefix) bool { return p.Contains(ip) }) {
+		if slices.ContainsFunc(z.subnets, func(p netip.Prefix) bool { return p.Contains(ip) }) {
 			return true
 		}
 	}
@@ -68,12 +68,12 @@ func aWorld() world {
 		many[i] = Endpoint{Name: "many", IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 32, 9, byte(i)})}}
 	}
 	return world{
-		zones: map[string]Zone{
-			"Blue": {Subnets: []netip.Prefix{p("10.32.0.0/20"), p("fd32::/62")}, Records: []Record{
+		zones: map[string]*Zone{
+			"Blue": NewZone([]netip.Prefix{p("10.32.0.0/20"), p("fd32::/62")}, []Record{
 				{Name: "www", Type: "CNAME", Value: "web"}, {Name: "out", Type: "CNAME", Value: "a.example"}, {Name: "other", Type: "CNAME", Value: "db.red.tulle"},
 				{Name: "web", Type: "CNAME", Value: "nobody"}, {Name: "a.b.c", Type: "A", Value: "192.0.2.1", TTL: 60}, {Name: "broken", Type: "A", Value: "x"}, {Name: "later", Type: "WKS", Value: "x"},
-			}},
-			"red": {Subnets: []netip.Prefix{p("10.33.0.0/16")}},
+			}),
+			"red": NewZone([]netip.Prefix{p("10.33.0.0/16")}, nil),
 		},
 		at: map[string][]Endpoint{
 			"Blue": append(many, Endpoint{Name: "Web", IPs: addrs("10.32.0.1", "fd32::1"), Services: []Service{{"http", 80, "tcp"}}},

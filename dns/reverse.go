@@ -23,15 +23,15 @@ func (s *Server) reverse(q wire.Question, name string, a asker) (found, bool) {
 	seen, owner := false, ""
 	var all []wire.RR
 	for _, o := range a.view {
-		z, there := s.cfg.Source.Zone(o)
-		if !there {
+		z := s.cfg.Source.Zone(o)
+		if z == nil {
 			continue
 		}
-		i := slices.IndexFunc(z.Subnets, func(n netip.Prefix) bool { return n.Contains(p.Addr()) && p.Bits() >= n.Bits() })
+		i := slices.IndexFunc(z.subnets, func(n netip.Prefix) bool { return n.Contains(p.Addr()) && p.Bits() >= n.Bits() })
 		if i < 0 {
 			continue
 		}
-		seen, owner = true, reverseZone(name, z.Subnets[i])
+		seen, owner = true, reverseZone(name, z.subnets[i])
 		if !p.IsSingleIP() {
 			continue
 		}

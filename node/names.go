@@ -26,6 +26,8 @@ type names struct {
 	server *dns.Server
 	at     netip.AddrPort // in each namespace; invalid: nowhere
 
+	zones sync.Map // of shared overlays, by name: definedZone
+
 	paused bool // New's and Run's goroutine's: much changes, and follow comes
 
 	mu     sync.Mutex
@@ -82,6 +84,12 @@ func (s *names) follow() {
 	if s == nil || s.paused || s.n.restoring {
 		return
 	}
+	s.zones.Range(func(name, z any) bool {
+		if s.n.secure.place.SharedOverlay(name.(string)) != z.(definedZone).def {
+			s.zones.Delete(name)
+		}
+		return true
+	})
 	want := s.wanted()
 	s.mu.Lock()
 	gone := map[tap.Namespace]*resolver{}
@@ -262,27 +270,40 @@ func (s *names) isOwn(a netip.Addr) bool {
 	return slices.ContainsFunc(s.own, func(p netip.Prefix) bool { return p.Addr().Unmap() == a })
 }
 
+// definedZone is an overlay's zone, and what it was made of.
+type definedZone struct {
+	def  *store.Overlay
+	zone *dns.Zone
+}
+
 // Zone implements dns.Source.
-func (s *names) Zone(overlay string) (dns.Zone, bool) {
+func (s *names) Zone(overlay string) *dns.Zone {
 	if s.n.secure != nil {
 		if def := s.n.secure.place.SharedOverlay(overlay); def != nil {
-			return zoneOf(def), true
+			return s.zoneOf(def)
 		}
 	}
 	for _, ov := range s.n.list() {
 		if ov.cfg.Name == overlay {
-			return dns.Zone{Subnets: ov.subnets()}, true
+			return dns.NewZone(ov.subnets(), nil)
 		}
 	}
-	return dns.Zone{}, false
+	return nil
 }
 
-func zoneOf(def *store.Overlay) dns.Zone {
-	z := dns.Zone{Subnets: def.Subnets}
-	for _, r := range def.Records {
-		z.Records = append(z.Records, dns.Record(r))
+// zoneOf returns a shared overlay's zone, which is made once of each definition: a
+// change makes another one.
+func (s *names) zoneOf(def *store.Overlay) *dns.Zone {
+	if z, ok := s.zones.Load(def.Name); ok && z.(definedZone).def == def {
+		return z.(definedZone).zone
 	}
-	return z
+	var records []dns.Record
+	for _, r := range def.Records {
+		records = append(records, dns.Record(r))
+	}
+	z := definedZone{def, dns.NewZone(def.Subnets, records)}
+	s.zones.Store(def.Name, z)
+	return z.zone
 }
 
 // Lookup implements dns.Source. Of an address that several claim it knows one owner.

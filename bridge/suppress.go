@@ -171,6 +171,8 @@ func (p *Port) heardOf(ip netip.Addr, mac ether.MAC, now int64) {
 		return
 	}
 	if next := p.readdress.Load(); now >= next && p.readdress.CompareAndSwap(next, now+second) {
+		// Who asks here is answered rightly from now on, until the tables say the same.
+		b.dir.index.Store(ip, &claimant{mac: mac, local: true})
 		b.cfg.Readdressed(c.mac, mac)
 	}
 }

@@ -30,8 +30,8 @@ func twoDrivers(t *testing.T, unfinished string) (v *fastVTEP, sw *lab.Switch, a
 	v = playVTEP(t, h[2], sw.Addr(h[2]))
 	peer := "peer=" + sw.Addr(h[2]).String()
 	conf := unfinishedChecksums(t, l, unfinished)
-	a = up(t, l, h[0], "--config", conf, "--overlay", overlay(1, "driver=offload", "bum-limit=0", peer))
-	b = up(t, l, h[1], "--config", conf, "--overlay", overlay(2, "driver=plain", "bum-limit=0", peer))
+	a = up(t, l, h[0], "--config", conf, "--overlay", overlay(1, "driver=offload", "bum-limit=0", "unknown-unicast=flood", peer))
+	b = up(t, l, h[1], "--config", conf, "--overlay", overlay(2, "driver=plain", "bum-limit=0", "unknown-unicast=flood", peer))
 	inOrder(t, a, b)
 	for _, n := range []*tulle{a, b} {
 		want := map[*tulle]string{a: "offload", b: "plain"}[n]

@@ -134,6 +134,6 @@ func TestLoopOfTwoNodes(t *testing.T) {
 	if got := n[0].said(); len(got) != 0 {
 		t.Errorf("the smaller name said %v", got)
 	}
-	ping(t, station, address(1), 5*time.Second)
+	ping(t, station, address(1), 15*time.Second)
 	ping(t, far, address(9), 5*time.Second)
 }

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -37,7 +38,8 @@ const dockerCLI = "/usr/bin/docker"
 // dockerMounts has an argument: what resolv.conf is there.
 const dockerMounts = `mkdir -p /run/docker && mount -t tmpfs t /run/docker && mkdir /run/docker/plugins && mount --bind "$0" /etc/resolv.conf && exec sleep 600`
 
-// dockerUpstream is the resolver that hosts with Docker ask, whether there is one or not.
+// dockerUpstream is the resolver that the first host with Docker asks, and each second
+// one after it, whether there is one or not. Others have one on their loopback.
 const dockerUpstream = "192.168.77.1"
 
 // dockers starts a dockerd on each host, with an image "bb" of busybox.
@@ -47,12 +49,13 @@ func dockers(t *testing.T, l *lab.Lab, hosts []*lab.Host, flags ...string) []*do
 	if err := writeRootfs(image); err != nil {
 		t.Fatal(err)
 	}
-	resolv := filepath.Join(l.Dir(), "docker-resolv.conf")
-	if err := os.WriteFile(resolv, []byte("nameserver "+dockerUpstream+"\n"), 0o644); err != nil {
+	direct, stub := filepath.Join(l.Dir(), "direct.conf"), filepath.Join(l.Dir(), "stub.conf")
+	if err := errors.Join(os.WriteFile(direct, []byte("nameserver "+dockerUpstream+"\n"), 0o644), os.WriteFile(stub, []byte("nameserver 127.0.0.53\n"), 0o644)); err != nil {
 		t.Fatal(err)
 	}
 	var list []*dockerHost
-	for _, h := range hosts {
+	for i, h := range hosts {
+		resolv := []string{direct, stub}[i%2]
 		d := &dockerHost{t: t, host: h, dir: filepath.Join(l.Dir(), "docker-"+h.Name()), flags: flags}
 		if err := os.Mkdir(d.dir, 0o755); err != nil {
 			t.Fatal(err)

@@ -25,6 +25,7 @@ func TestDocker(t *testing.T) {
 	t.Parallel()
 	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
 	upstream(t, h[0], dockerUpstream+":53")
+	upstream(t, h[1], "127.0.0.53:53")
 	const outside, outsideIs = "web.example.test", "192.0.2.77"
 	ds := dockers(t, l, h, "--live-restore")
 	da, db := ds[0], ds[1]
@@ -118,7 +119,11 @@ func TestDocker(t *testing.T) {
 				da.resolves(c, name, want)
 			}
 		}
-		db.resolves("cb_1", "ca.blue.tulle", da.address("ca", "blue"))
+		// Docker asks a resolver on b's loopback from b's namespace.
+		db.resolves("cb_1", outside, outsideIs)
+		if out, err := db.try("exec", "cb_1", "nslookup", "-type=a", "ca.blue.tulle"); err == nil {
+			t.Errorf("where Docker does not ask from inside, it is answered: %s", out)
+		}
 		da.do("exec", "cs", "ping", "-c", "1", "-W", "5", "cb-1")
 		if out, err := da.try("exec", "ca", "nslookup", "-type=a", "cb-1"); err == nil {
 			t.Errorf("without a search list the other host's container is found: %s", out)

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -16,24 +17,13 @@ import (
 // there such a question is led to the resolver of the node, which asks the same ones for
 // what it does not know.
 
-const (
-	hostResolvConf = "/etc/resolv.conf"
-	// systemdResolvConf is what Docker reads where the host's asks only systemdStub.
-	systemdResolvConf = "/run/systemd/resolve/resolv.conf"
-)
-
-var systemdStub = netip.MustParseAddr("127.0.0.53")
+const hostResolvConf = "/etc/resolv.conf"
 
 // askedByEngine are the resolvers that a container engine asks from inside a namespace
-// that it makes now: those of IPv4, but not the host's loopback, which it asks from there.
+// that it makes now: those of IPv4. One on the host's loopback it asks from the host's.
 func askedByEngine() []netip.Addr {
 	b, _ := os.ReadFile(hostResolvConf) // none: nobody is asked
-	list := dns.Resolvers(b)
-	if len(list) == 1 && list[0] == systemdStub {
-		b, _ = os.ReadFile(systemdResolvConf)
-		list = dns.Resolvers(b)
-	}
-	return slices.DeleteFunc(list, func(a netip.Addr) bool { return !a.Is4() || a.IsLoopback() || a.IsUnspecified() })
+	return slices.DeleteFunc(dns.Resolvers(b), func(a netip.Addr) bool { return !a.Is4() || a.IsLoopback() || a.IsUnspecified() })
 }
 
 // divert has an engine's resolver in a namespace ask that of the node. What it asks is
@@ -43,15 +33,17 @@ func (s *names) divert(r *resolver, list []*endpoint) {
 		return
 	}
 	var asked []netip.Addr
+	engine := false
 	for _, e := range list {
-		if !e.Sandbox {
-			continue
-		}
+		engine = engine || e.Sandbox
 		for _, a := range e.Resolvers {
 			if a != s.at.Addr() && !slices.Contains(asked, a) {
 				asked = append(asked, a)
 			}
 		}
+	}
+	if engine && len(asked) == 0 {
+		s.tellUndiverted(list[0], errors.New("when the container came, the host's resolv.conf had no address that Docker asks from inside it: one of IPv4 that is not loopback"))
 	}
 	if slices.Equal(asked, r.asked) {
 		return
@@ -67,13 +59,18 @@ func (s *names) divert(r *resolver, list []*endpoint) {
 		r.diverted, err = gateway.Divert(int(ns.Fd()), fmt.Sprintf("%s-dns-%d", s.n.tableName(), os.Getpid()), asked, s.at)
 	}
 	if err != nil {
-		if text := oneLine(err); text != s.undiverted {
-			s.undiverted = text
-			s.n.log.Warn("Docker's resolver does not ask the node's: give containers --dns "+s.at.Addr().String(), "port", list[0].Name, "err", err)
-		}
+		s.tellUndiverted(list[0], err)
 		return
 	}
 	r.asked = asked
+}
+
+// tellUndiverted tells of a reason once.
+func (s *names) tellUndiverted(e *endpoint, err error) {
+	if text := oneLine(err); text != s.undiverted {
+		s.undiverted = text
+		s.n.log.Info("Docker's resolver does not ask the node's for names of overlays: give containers --dns "+s.at.Addr().String(), "port", e.Name, "err", err)
+	}
 }
 
 // undivert has an engine's resolver ask whom it would.

@@ -625,3 +625,17 @@ func FuzzPrefixOf(f *testing.F) {
 		}
 	})
 }
+
+// TestResolvers: whom a resolv.conf tells to ask.
+func TestResolvers(t *testing.T) {
+	for conf, want := range map[string]string{
+		"": "[]",
+		"# nameserver 192.0.2.1\nsearch example.test\nnameserver 192.0.2.2 # of us\n": "[192.0.2.2]",
+		"nameserver\nnameserver none\nnameserver 2001:db8::1\nnameserver 127.0.0.53":  "[2001:db8::1 127.0.0.53]",
+		strings.Repeat("nameserver 192.0.2.3\n", 4):                                   "[192.0.2.3 192.0.2.3 192.0.2.3]",
+	} {
+		if got := fmt.Sprint(Resolvers([]byte(conf))); got != want {
+			t.Errorf("Resolvers(%q) = %s, want %s", conf, got, want)
+		}
+	}
+}

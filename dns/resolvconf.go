@@ -14,6 +14,20 @@ import (
 // NAME.OVERLAY are searched for. musl never searches for others.
 const minDots = 2
 
+// Resolvers are what a resolv.conf(5) tells to ask, three at most.
+func Resolvers(conf []byte) (list []netip.Addr) {
+	for lines := bufio.NewScanner(bytes.NewReader(conf)); lines.Scan() && len(list) < maxServers; {
+		f := strings.Fields(lines.Text())
+		if len(f) < 2 || f[0] != "nameserver" {
+			continue
+		}
+		if a, err := netip.ParseAddr(f[1]); err == nil {
+			list = append(list, a)
+		}
+	}
+	return list
+}
+
 // ResolvConf returns a resolv.conf(5) for who asks at nameserver and searches in search
 // first, then where the host does; host is the host's.
 func ResolvConf(host []byte, nameserver netip.Addr, search []string) []byte {

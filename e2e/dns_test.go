@@ -25,15 +25,15 @@ import (
 //
 // Names, as programs in containers ask for them.
 
-// upstream answers on a host's 127.0.0.53, as a stub resolver of systemd does: of
-// big.example.test over TCP only, of others an address.
-func upstream(t *testing.T, h *lab.Host) {
+// upstream answers on a host's address, as a stub resolver of systemd does on
+// 127.0.0.53: of big.example.test over TCP only, of others an address.
+func upstream(t *testing.T, h *lab.Host, at string) {
 	t.Helper()
-	udp, err := h.ListenPacket("127.0.0.53:53")
+	udp, err := h.ListenPacket(at)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tcp, err := h.Listen("127.0.0.53:53")
+	tcp, err := h.Listen(at)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func comments(t *testing.T, in *lab.Host, args ...string) string {
 func TestDNS(t *testing.T) {
 	t.Parallel()
 	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4})
-	upstream(t, h[0])
+	upstream(t, h[0], "127.0.0.53:53")
 	a := upResolving(t, l, h[0], "nameserver 127.0.0.53\nsearch example.test\n", "--dns", "127.0.0.1:5353")
 	b := up(t, l, h[1], "--token", a.token())
 	nodes := []*tulle{a, b}

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -34,7 +35,12 @@ type dockerHost struct {
 // dockerCLI is that of the package, beside which a machine may have another one.
 const dockerCLI = "/usr/bin/docker"
 
-const dockerMounts = `mkdir -p /run/docker && mount -t tmpfs t /run/docker && mkdir /run/docker/plugins && exec sleep 600`
+// dockerMounts has an argument: what resolv.conf is there.
+const dockerMounts = `mkdir -p /run/docker && mount -t tmpfs t /run/docker && mkdir /run/docker/plugins && mount --bind "$0" /etc/resolv.conf && exec sleep 600`
+
+// dockerUpstream is the resolver that the first host with Docker asks, and each second
+// one after it, whether there is one or not. Others have one on their loopback.
+const dockerUpstream = "192.168.77.1"
 
 // dockers starts a dockerd on each host, with an image "bb" of busybox.
 func dockers(t *testing.T, l *lab.Lab, hosts []*lab.Host, flags ...string) []*dockerHost {
@@ -43,13 +49,18 @@ func dockers(t *testing.T, l *lab.Lab, hosts []*lab.Host, flags ...string) []*do
 	if err := writeRootfs(image); err != nil {
 		t.Fatal(err)
 	}
+	direct, stub := filepath.Join(l.Dir(), "direct.conf"), filepath.Join(l.Dir(), "stub.conf")
+	if err := errors.Join(os.WriteFile(direct, []byte("nameserver "+dockerUpstream+"\n"), 0o644), os.WriteFile(stub, []byte("nameserver 127.0.0.53\n"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
 	var list []*dockerHost
-	for _, h := range hosts {
+	for i, h := range hosts {
+		resolv := []string{direct, stub}[i%2]
 		d := &dockerHost{t: t, host: h, dir: filepath.Join(l.Dir(), "docker-"+h.Name()), flags: flags}
 		if err := os.Mkdir(d.dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		p, err := h.Start(exec.Command("unshare", "--mount", "--propagation", "slave", "sh", "-c", dockerMounts))
+		p, err := h.Start(exec.Command("unshare", "--mount", "--propagation", "slave", "sh", "-c", dockerMounts, resolv))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -249,6 +260,21 @@ func (d *dockerHost) runs(name string, more ...string) {
 func (d *dockerHost) address(container, network string) string {
 	d.t.Helper()
 	return d.do("inspect", "-f", `{{(index .NetworkSettings.Networks "`+network+`").IPAddress}}`, container)
+}
+
+// resolves waits until a container is told an address of a name.
+func (d *dockerHost) resolves(container, name, address string) {
+	d.t.Helper()
+	var said string
+	for until := time.Now().Add(15 * time.Second); time.Now().Before(until); time.Sleep(50 * time.Millisecond) {
+		out, err := d.try("exec", container, "nslookup", "-type=a", name)
+		if err == nil && strings.Contains(out, "Address: "+address) {
+			return
+		}
+		said = out
+	}
+	state := runIn(d.t, d.host, "nsenter", "-t", d.do("inspect", "-f", "{{.State.Pid}}", container), "-n", "sh", "-c", "nft list ruleset; ip route show table all; ss -nulp")
+	d.t.Fatalf("%s of %s is not told that %s is %s: %s\n%s", container, d.host.Name(), name, address, said, state)
 }
 
 // pings waits until an address answers to a container.

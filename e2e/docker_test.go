@@ -24,6 +24,9 @@ import (
 func TestDocker(t *testing.T) {
 	t.Parallel()
 	l, _, h := hosts(t, 2, lab.Underlay{Prefix4: underlay4, Offloads: lab.Wire})
+	upstream(t, h[0], dockerUpstream+":53")
+	upstream(t, h[1], "127.0.0.53:53")
+	const outside, outsideIs = "web.example.test", "192.0.2.77"
 	ds := dockers(t, l, h, "--live-restore")
 	da, db := ds[0], ds[1]
 	a := upDocker(t, l, da)
@@ -108,13 +111,27 @@ func TestDocker(t *testing.T) {
 
 	step("names", func(t *testing.T) {
 		da.runs("cd", "--network", "blue", "--network-alias", "other.name", "--dns", "169.254.53.53")
-		for name, want := range map[string]string{"cb-1.blue.tulle": atB, "ca.blue.tulle": da.address("ca", "blue"), "ca": da.address("ca", "blue"), "other-name.blue.tulle": da.address("cd", "blue")} {
-			eventually(t, 10*time.Second, name+" is "+want, func() bool {
-				out, err := da.try("exec", "cd", "nslookup", "-type=a", name)
-				return err == nil && strings.Contains(out, "Address: "+want)
-			})
+		da.runs("cs", "--network", "blue", "--dns-search", "blue.tulle")
+		for name, want := range map[string]string{
+			"cb-1.blue.tulle": atB, "ca.blue.tulle": da.address("ca", "blue"), "ca": da.address("ca", "blue"), "other-name.blue.tulle": da.address("cd", "blue"), outside: outsideIs,
+		} {
+			for _, c := range []string{"cd", "ca"} { // told of the resolver, and not
+				da.resolves(c, name, want)
+			}
 		}
-		da.do("rm", "-f", "cd")
+		// Docker asks a resolver on b's loopback from b's namespace.
+		db.resolves("cb_1", outside, outsideIs)
+		if out, err := db.try("exec", "cb_1", "nslookup", "-type=a", "ca.blue.tulle"); err == nil {
+			t.Errorf("where Docker does not ask from inside, it is answered: %s", out)
+		}
+		if said := b.proc.Log(); strings.Count(said, "give containers --dns 169.254.53.53") != 1 {
+			t.Errorf("b says %s", said)
+		}
+		da.do("exec", "cs", "ping", "-c", "1", "-W", "5", "cb-1")
+		if out, err := da.try("exec", "ca", "nslookup", "-type=a", "cb-1"); err == nil {
+			t.Errorf("without a search list the other host's container is found: %s", out)
+		}
+		da.do("rm", "-f", "cd", "cs")
 	})
 
 	step("neither bridge nor veth", func(t *testing.T) {
@@ -124,6 +141,7 @@ func TestDocker(t *testing.T) {
 		if out := da.do("exec", "in", "ip", "-o", "link"); strings.Count(out, "\n") != 1 || !strings.Contains(out, "eth0") {
 			t.Errorf("devices of a container on an internal network: %s", out)
 		}
+		da.resolves("in", "in.inner.tulle", da.address("in", "inner")) // Docker knows in.inner
 		if out := da.do("exec", "in", "ip", "route"); strings.Contains(out, "default") {
 			t.Errorf("its routes: %s", out)
 		}
@@ -173,8 +191,14 @@ func TestDocker(t *testing.T) {
 		eventually(t, 5*time.Second, "eth0 of ca stays, without a carrier", func() bool {
 			return strings.Contains(da.do("exec", "ca", "ip", "-o", "link", "show", "eth0"), "NO-CARRIER")
 		})
+		da.resolves("ca", outside, outsideIs) // as without the node
+		if out, err := da.try("exec", "ca", "nslookup", "-type=a", "cb-1.blue.tulle"); err == nil {
+			t.Errorf("without the node a name of the overlay is answered: %s", out)
+		}
 		a.start()
 		da.pings("ca", atB)
+		da.resolves("ca", "cb-1.blue.tulle", atB)
+		da.resolves("ca", outside, outsideIs)
 		want, err1 := json.Marshal(before)
 		got, err2 := json.Marshal(a.named("ca"))
 		if err1 != nil || err2 != nil || string(got) != string(want) {
@@ -185,6 +209,7 @@ func TestDocker(t *testing.T) {
 	step("the node is upgraded", func(t *testing.T) {
 		a.do("upgrade")
 		da.pings("ca", atB)
+		da.resolves("ca", "cb-1.blue.tulle", atB)
 		da.do("run", "--rm", "--network", "blue", "bb", "ping", "-c", "1", "-W", "5", atB)
 		if list := a.attached(func(node.Endpoint) bool { return true }); len(list) != 1 || list[0].Name != "ca" || !list[0].Up {
 			t.Errorf("endpoints: %+v, want ca's", list)
@@ -213,6 +238,7 @@ func TestDocker(t *testing.T) {
 		da.pings("ca", atB)
 		da.restart(syscall.SIGKILL)
 		da.pings("ca", atB)
+		da.resolves("ca", "cb-1.blue.tulle", atB)
 		da.runs("c4", "--network", "blue")
 		da.pings("c4", atB)
 		a.named("c4")

@@ -115,6 +115,8 @@ type endpoint struct {
 	// Namespace. Lent are what its addresses are assigned to, if that is not owner.
 	Sandbox bool     `json:"sandbox,omitempty"`
 	Lent    []string `json:"lent,omitempty"`
+	// Resolvers are whom the engine's resolver in the namespace asks (divert.go).
+	Resolvers []netip.Addr `json:"resolvers,omitempty"`
 	// Services are ports of it that have names.
 	Services []Service `json:"services,omitempty"`
 

@@ -42,6 +42,16 @@ type exit struct {
 	unrouted string // why routes could not be added, as it was last told
 }
 
+// tableName is that of nftables' tables of this node, and of no other on this host.
+func (n *Node) tableName() string {
+	dir, err := filepath.Abs(n.cfg.StateDir)
+	if err != nil {
+		dir = n.cfg.StateDir
+	}
+	digest := sha256.Sum256([]byte(dir))
+	return "tulle-" + n.cfg.Name + "-" + hex.EncodeToString(digest[:3])
+}
+
 // openGateways takes what an earlier run left on this host.
 func (n *Node) openGateways() (err error) {
 	if n.cfg.Rootless {
@@ -51,14 +61,13 @@ func (n *Node) openGateways() (err error) {
 	if err != nil {
 		return fmt.Errorf("node: %w", err)
 	}
-	digest := sha256.Sum256([]byte(dir))
 	machine := ""
 	if ns, err := tap.OwnNamespace(); err == nil {
 		machine = fmt.Sprintf("%s/%d/%d", ns.Boot, ns.Inode, ns.Cookie)
 	}
 	file := filepath.Join(dir, fileGateway)
 	n.gateways, err = gateway.New(gateway.Config{
-		Table: "tulle-" + n.cfg.Name + "-" + hex.EncodeToString(digest[:3]), Machine: machine, Log: n.log,
+		Table: n.tableName(), Machine: machine, Log: n.log,
 		Load: func() ([]byte, error) {
 			b, err := os.ReadFile(file)
 			if errors.Is(err, fs.ErrNotExist) {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/tulle-net/tulle/config"
 	"github.com/tulle-net/tulle/dns"
+	"github.com/tulle-net/tulle/gateway"
 	"github.com/tulle-net/tulle/store"
 	"github.com/tulle-net/tulle/tap"
 )
@@ -30,6 +31,8 @@ type names struct {
 
 	paused bool // New's and Run's goroutine's: much changes, and follow comes
 
+	undiverted string // why an engine's resolver is not diverted, as it was last told; New's and Run's goroutine's
+
 	mu     sync.Mutex
 	inside map[tap.Namespace]*resolver
 	own    []netip.Prefix // this host's addresses, as of asked
@@ -41,6 +44,10 @@ type resolver struct {
 	listener *dns.Listener // nil: it cannot be there, because of fault
 	view     atomic.Pointer[dns.View]
 	fault    string
+	// diverted leads what an engine's resolver asks of asked to the listener; New's and
+	// Run's goroutine's, as asked.
+	diverted *gateway.Diversion
+	asked    []netip.Addr
 	// files are what its namespaces' names have under /etc/netns.
 	files netnsFile
 }
@@ -63,9 +70,15 @@ func (n *Node) openNames() error {
 // close ends all listeners. What is in namespaces stays for the next process: address
 // and files.
 func (s *names) close() {
-	if s != nil {
-		s.server.Close()
+	if s == nil {
+		return
 	}
+	s.mu.Lock()
+	for _, r := range s.inside {
+		s.undivert(r)
+	}
+	s.mu.Unlock()
+	s.server.Close()
 }
 
 // pause has follow do nothing until the function that it returns is called, which
@@ -162,6 +175,7 @@ func (s *names) serve(ns tap.Namespace, list []*endpoint, again bool) {
 		s.open(r, ns, list)
 		again = true
 	}
+	s.divert(r, list)
 	if r.listener == nil || !again {
 		return
 	}
@@ -195,6 +209,7 @@ func (s *names) open(r *resolver, ns tap.Namespace, list []*endpoint) {
 // end closes a namespace's resolver, and takes away what it had there.
 func (s *names) end(r *resolver) {
 	r.files.remove()
+	s.undivert(r)
 	if r.listener == nil {
 		return
 	}

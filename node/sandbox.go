@@ -212,7 +212,9 @@ func (h *endpoints) followSandbox(ctx context.Context, e *endpoint, late bool) {
 		return
 	}
 	defer h.claim(e.place())()
-	_, err = h.replaced(ctx, e, func(next *endpoint) { next.Namespace, next.Tap = ns, name })
+	_, err = h.replaced(ctx, e, func(next *endpoint) {
+		next.Namespace, next.Tap, next.Resolvers = ns, name, askedByEngine()
+	})
 	if err != nil && !errors.Is(err, errStopped) {
 		h.n.log.Error("it is not remembered where a container's device is", "overlay", e.Overlay, "port", e.Name, "err", err)
 	}
@@ -225,7 +227,7 @@ func (h *endpoints) settleIn(e *endpoint) {
 	alias := h.n.aliasOf(e.Overlay)
 	if ns, err := tap.NamespaceAt(e.Netns); err == nil && ns != h.self {
 		if name, err := tap.FindLeft(e.Netns, alias, e.MAC); err == nil && name != "" {
-			e.Namespace, e.Tap = ns, name
+			e.Namespace, e.Tap, e.Resolvers = ns, name, askedByEngine()
 			return
 		}
 	}

@@ -107,13 +107,12 @@ func addLoopback(ns netns.NsHandle, a netip.Addr) error {
 	return nil
 }
 
-// LeaveInside takes the address of a socket that ListenInside has opened off its
-// namespace's loopback. The socket stays open.
-func LeaveInside(udp *net.UDPConn) error {
-	at := udp.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+// NamespaceOf returns a descriptor of the namespace of a socket that ListenInside has
+// opened. It is the caller's to close.
+func NamespaceOf(udp *net.UDPConn) (*os.File, error) {
 	raw, err := udp.SyscallConn()
 	if err != nil {
-		return fmt.Errorf("tap: leave the resolver's namespace: %w", err)
+		return nil, fmt.Errorf("tap: find the resolver's namespace: %w", err)
 	}
 	ns, errno := -1, error(nil)
 	if err := raw.Control(func(fd uintptr) {
@@ -125,13 +124,24 @@ func LeaveInside(udp *net.UDPConn) error {
 		ns = int(n)
 		unix.CloseOnExec(ns)
 	}); err != nil {
-		return fmt.Errorf("tap: leave the resolver's namespace: %w", err)
+		return nil, fmt.Errorf("tap: find the resolver's namespace: %w", err)
 	}
 	if errno != nil {
-		return fmt.Errorf("tap: leave the resolver's namespace: SIOCGSKNS: %w", errno)
+		return nil, fmt.Errorf("tap: find the resolver's namespace: SIOCGSKNS: %w", errno)
 	}
-	defer unix.Close(ns)
-	h, err := handleAt(netns.NsHandle(ns))
+	return os.NewFile(uintptr(ns), "namespace"), nil
+}
+
+// LeaveInside takes the address of a socket that ListenInside has opened off its
+// namespace's loopback. The socket stays open.
+func LeaveInside(udp *net.UDPConn) error {
+	at := udp.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+	ns, err := NamespaceOf(udp)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	h, err := handleAt(netns.NsHandle(ns.Fd()))
 	if err != nil {
 		return fmt.Errorf("tap: leave the resolver's namespace: %w", err)
 	}

@@ -87,7 +87,7 @@ bench-dns: bin/tulle
 	$(BUILD) -o bin/bench ./bench
 	$(SUDO) bin/bench -dns -write docs/dns.md $(BENCHFLAGS)
 
-# A cluster of a thousand nodes, simulated: without root or a network, in some 6 GB;
+# A cluster of a thousand nodes, simulated: without root or a network, in some 9 GB;
 # docs/scale.md says what SCALEFLAGS can be.
 SCALEFLAGS ?= -nodes 1000 -overlays 50 -each 3
 scale:

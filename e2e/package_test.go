@@ -202,11 +202,12 @@ func (d debian) run(deb string) {
 		}
 	}
 
-	const settings = "# edited\nname: b\n"
+	const settings = "# edited\nname: b\ndocker: on\n"
 	m.write("/etc/tulle/tulle.yaml", settings)
 	m.write("/etc/tulle/tulle.env", "TULLE_TOKEN="+a.token()+"\n")
 	m.do("systemctl", "enable", "--now", "tulle")
 	a.eventually(20*time.Second, "b is there", func() bool { return a.sees("b") == "alive" })
+	a.eventually(10*time.Second, "b serves Docker", func() bool { return m.has("/run/docker/plugins/tulle.sock") })
 	a.do("overlay", "create", "blue", "--subnet", "10.32.0.0/16", "--gateway", "true")
 	known(t, 10*time.Second, "blue", true, a, b)
 	d.use(b, deb)

@@ -46,21 +46,8 @@ func (h *endpoints) attach(ctx context.Context, r AttachRequest) (*endpoint, err
 		return nil, bad{fmt.Errorf("%s is this host's own network namespace: `tulle expose %s` puts the host itself on the overlay", e.Netns, r.Overlay)}
 	}
 	e.Name = cmp.Or(r.Name, nameOf(e.Netns))
-	if err := checkNames(e.Name, e.Aliases); err != nil {
-		return nil, err
-	}
-	def, err := h.n.mayJoin(ctx, r.Overlay)
+	def, err := h.allowed(ctx, e, r)
 	if err != nil {
-		return nil, err
-	}
-	e.ID = def.ID
-	if err := within(def, r.IPs); err != nil {
-		return nil, err
-	}
-	if _, err := h.n.settingsOf(def, e); err != nil {
-		return nil, err
-	}
-	if err := h.n.leads(def, e, r); err != nil {
 		return nil, err
 	}
 	defer h.claim(e.place())()
@@ -86,6 +73,26 @@ func (n *Node) leads(def *store.Overlay, e *endpoint, r AttachRequest) error {
 		}
 	}
 	return mayPublish(def, e)
+}
+
+// allowed checks what does not depend on where the device will be, completes e, and
+// returns the overlay's definition.
+func (h *endpoints) allowed(ctx context.Context, e *endpoint, r AttachRequest) (*store.Overlay, error) {
+	if err := checkNames(e.Name, e.Aliases); err != nil {
+		return nil, err
+	}
+	def, err := h.n.mayJoin(ctx, r.Overlay)
+	if err != nil {
+		return nil, err
+	}
+	e.ID = def.ID
+	if err := within(def, r.IPs); err != nil {
+		return nil, err
+	}
+	if _, err := h.n.settingsOf(def, e); err != nil {
+		return nil, err
+	}
+	return def, h.n.leads(def, e, r)
 }
 
 // newKey returns what tells endpoints of one name apart.

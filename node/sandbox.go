@@ -60,21 +60,8 @@ func (h *endpoints) attachSandbox(ctx context.Context, r AttachRequest) (*endpoi
 	if err := checkExtras(r); err != nil {
 		return nil, err
 	}
-	if err := checkNames(e.Name, e.Aliases); err != nil {
-		return nil, err
-	}
-	def, err := h.n.mayJoin(ctx, r.Overlay)
+	def, err := h.allowed(ctx, e, r)
 	if err != nil {
-		return nil, err
-	}
-	e.ID = def.ID
-	if err := within(def, r.IPs); err != nil {
-		return nil, err
-	}
-	if _, err := h.n.settingsOf(def, e); err != nil {
-		return nil, err
-	}
-	if err := h.n.leads(def, e, r); err != nil {
 		return nil, err
 	}
 	defer h.claim(e.place())()

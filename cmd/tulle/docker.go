@@ -199,11 +199,12 @@ const (
 )
 
 // serveDocker serves Docker beside a node until ctx ends, as the settings say. shares:
-// the node can be on shared overlays.
+// the node can be on shared overlays. Docker's sandboxes are root's, so a rootless node serves none.
 func serveDocker(ctx context.Context, cfg config.Config, log *slog.Logger, shares bool) {
-	if cfg.Docker == "off" || !shares {
+	if cfg.Docker == "off" || !shares || cfg.Rootless {
 		return
 	}
+	told := "" // once, not at every try
 	for wait := time.Duration(0); ; {
 		t := time.NewTimer(wait)
 		select {
@@ -219,7 +220,8 @@ func serveDocker(ctx context.Context, cfg config.Config, log *slog.Logger, share
 		if err == nil {
 			err = d.Run(ctx)
 		}
-		if err != nil {
+		if err != nil && err.Error() != told {
+			told = err.Error()
 			log.Error("Docker is not served", "err", err)
 		}
 		wait = dockerRetry

@@ -69,7 +69,7 @@ func TestNumber(t *testing.T) {
 
 // two is a run of two peers: the machine gets slower from round to round.
 func two() *bench {
-	b := &bench{foreign: 0.15, underlays: underlays[1:2], peers: []peer{{name: "kernel-vxlan", reference: true}, {name: "tulle-plain", ours: true}}}
+	b := &bench{foreign: 0.15, metrics: metrics, underlays: underlays[1:2], peers: []peer{{name: "kernel-vxlan", reference: true}, {name: "tulle-plain", ours: true}}}
 	add := func(round int, peer string, gbps, foreign float64) {
 		b.samples = append(b.samples, &sample{Round: round, Underlay: "wire", Peer: peer,
 			Values: values{"tcp1_gbps": gbps}, Foreign: values{"tcp1": foreign}})

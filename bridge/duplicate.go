@@ -75,7 +75,8 @@ func (p *Port) Probe(ctx context.Context, addrs []netip.Addr, sibling func(ether
 // known returns the first of the addresses that the tables say is another station's.
 func (p *Port) known(addrs []netip.Addr, own func(ether.MAC) bool) (Duplicate, bool) {
 	for _, a := range addrs {
-		if c, ok := p.bridge.dir.index.Load(a); ok && !own(c.mac) {
+		// Its own, at the MAC that it has by now, is no other station's.
+		if c, ok := p.bridge.dir.index.Load(a); ok && !own(c.mac) && !(c.local && p.bridge.fdb.lookup(c.mac) == p.at) {
 			return Duplicate{a, c.mac}, true
 		}
 	}

@@ -265,18 +265,30 @@ func (f *fdb) unfreeze(mac ether.MAC) (was bool) {
 
 // age removes what was not seen since the tick before.
 func (f *fdb) age(before int64) {
-	f.remove(func(e *entry) bool { return !e.static && e.table == nil && e.seen.Load() < before })
+	f.remove(func(mac ether.MAC, e *entry) bool {
+		return !e.static && e.table == nil && e.seen.Load() < before && !f.stays(mac, e)
+	})
+}
+
+// stays reports whether an entry is of an endpoint of this node, which the tables say is
+// here: everybody is told to send to it, so nobody asks it to speak.
+func (f *fdb) stays(mac ether.MAC, e *entry) bool {
+	if e.at.port == nil {
+		return false
+	}
+	_, own := f.own.Load(mac)
+	return own
 }
 
 // forget removes everything at p, which must be marked gone, static entries too.
 func (f *fdb) forget(p *place) {
-	f.remove(func(e *entry) bool { return e.at == p })
+	f.remove(func(_ ether.MAC, e *entry) bool { return e.at == p })
 }
 
-func (f *fdb) remove(match func(*entry) bool) {
+func (f *fdb) remove(match func(ether.MAC, *entry) bool) {
 	f.entries.Range(func(mac ether.MAC, e *entry) bool {
-		if match(e) {
-			f.removeOne(mac, match)
+		if match(mac, e) {
+			f.removeOne(mac, func(e *entry) bool { return match(mac, e) })
 		}
 		return true
 	})

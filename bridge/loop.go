@@ -257,7 +257,7 @@ func (l *loops) block(p *Port, other string, now int64) {
 		return
 	}
 	// Stations behind it are to be found where else they are.
-	l.b.fdb.remove(func(e *entry) bool { return e.at == p.at && !e.static })
+	l.b.fdb.remove(func(mac ether.MAC, e *entry) bool { return e.at == p.at && !e.static && !l.b.fdb.stays(mac, e) })
 	l.b.cfg.Loop(LoopEvent{Overlay: l.b.cfg.Name, Port: p.dev.Name(), Other: other, Blocked: true})
 }
 

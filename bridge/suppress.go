@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"net/netip"
 
+	"github.com/puzpuzpuz/xsync/v4"
+
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/tap"
 )
@@ -171,8 +173,14 @@ func (p *Port) heardOf(ip netip.Addr, mac ether.MAC, now int64) {
 		return
 	}
 	if next := p.readdress.Load(); now >= next && p.readdress.CompareAndSwap(next, now+second) {
-		// Who asks here is answered rightly from now on, until the tables say the same.
-		b.dir.index.Store(ip, &claimant{mac: mac, local: true})
+		// Who asks here is answered rightly from now on, and who has asked is told, until the tables say the same.
+		b.dir.index.Compute(ip, func(old *claimant, loaded bool) (*claimant, xsync.ComputeOp) {
+			if !loaded || old != c {
+				return old, xsync.CancelOp
+			}
+			return &claimant{mac: mac, local: true}, xsync.UpdateOp
+		})
+		b.correct(ip, mac)
 		b.cfg.Readdressed(c.mac, mac)
 	}
 }

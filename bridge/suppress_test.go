@@ -1,6 +1,7 @@
 package bridge
 
 import (
+	"bytes"
 	"context"
 	"net/netip"
 	"testing"
@@ -359,6 +360,10 @@ func TestReaddressed(t *testing.T) {
 		defer end(n)
 		const fresh ether.MAC = 0x0200_0000_0077
 		b, me := n[0].bridge, macOf(1)
+		other := taptest.New("blue1", 0x0200_0000_0099, 1450, 1)
+		if _, err := b.AddPort(other); err != nil {
+			t.Fatal(err)
+		}
 		own4, own6 := netip.MustParseAddr("10.32.0.1"), netip.MustParseAddr("fd00::1")
 		b.SetEndpoint(Endpoint{MAC: me, IPs: []netip.Addr{own4, own6}})
 		b.SetEndpoint(at(2, tabled))
@@ -371,6 +376,13 @@ func TestReaddressed(t *testing.T) {
 			n[0].dev.Inject(frame, ether.Meta{})
 			synctest.Wait()
 		}
+		corrected := false
+		for f, ok := other.TryNext(); ok; f, ok = other.TryNext() {
+			corrected = corrected || bytes.Equal(f.B, ethertest.ARPRequest(fresh, own4, own4))
+		}
+		if !corrected {
+			t.Error("a neighbour here is not told of the new MAC")
+		}
 		time.Sleep(2 * time.Second)
 		n[0].dev.Inject(ethertest.Solicit(fresh, own6, tabled6), ether.Meta{})
 		synctest.Wait()
@@ -381,6 +393,13 @@ func TestReaddressed(t *testing.T) {
 		}
 		if len(told) > 0 {
 			t.Errorf("told of %v too", <-told)
+		}
+		// The tables follow. However silent it is then, it is found.
+		b.RemoveEndpoint(me)
+		b.SetEndpoint(Endpoint{MAC: fresh, IPs: []netip.Addr{own4, own6}})
+		b.fdb.age(1 << 60)
+		if at := b.fdb.lookup(fresh); at == nil || at.port == nil {
+			t.Error("it is not known where the station is any more")
 		}
 	})
 }

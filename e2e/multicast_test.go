@@ -453,9 +453,10 @@ func TestMulticastAttached(t *testing.T) {
 	if log := a.proc.Log(); !strings.Contains(log, "a port is blocked") || !strings.Contains(log, "port1") {
 		t.Error("the node's log does not say so")
 	}
-	if n := a.status().Drops["bridge_port_blocked"]; n == 0 {
-		t.Error("no drop is counted as bridge_port_blocked")
-	}
+	a.eventually(5*time.Second, "what is dropped at a blocked port is counted", func() bool {
+		broadcast(t, station, netip.MustParseAddr("10.32.255.255"), 100)
+		return a.status().Drops["bridge_port_blocked"] > 0
+	})
 }
 
 // eventuallyGot waits until a listener has got so many packets, for a second.

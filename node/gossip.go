@@ -45,6 +45,7 @@ func (n *Node) openGossip() error {
 		return err
 	}
 	n.disc.Store(d)
+	ring(n.tables.own) // what came in between was told to the one before
 	if n.secure != nil {
 		n.secure.place.TellRing() // the keys may have changed since they were read
 	}

@@ -1,12 +1,14 @@
 package node
 
 import (
+	"cmp"
 	"fmt"
 	"net/http"
 	"net/netip"
 	"strings"
 
 	"github.com/tulle-net/tulle/bridge"
+	"github.com/tulle-net/tulle/discovery"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/table"
 )
@@ -174,7 +176,7 @@ func (t *tracer) known(e bridge.Entry) {
 		t.add("fdb", "local", "%s is at port %s of this node: the frame goes there whole", e.MAC, e.Port)
 		return
 	}
-	name := t.n.nameAt(e.VTEP)
+	name := cmp.Or(e.Peer, t.n.nameAt(e.VTEP))
 	t.add("fdb", how, "%s is at %s", e.MAC, strings.TrimSpace(name+" "+e.VTEP.String()))
 	if t.session(name) {
 		t.path(name)
@@ -184,7 +186,7 @@ func (t *tracer) known(e bridge.Entry) {
 // nameAt returns the name of the node with a VTEP; empty: it is no node.
 func (n *Node) nameAt(vtep netip.AddrPort) string {
 	for _, m := range n.disc.Load().Members() {
-		if m.VTEP == vtep {
+		if m.VTEP == vtep && m.Status == discovery.Alive {
 			return m.Name
 		}
 	}

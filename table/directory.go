@@ -82,6 +82,8 @@ type peer struct{ overlays map[string]*held }
 type held struct {
 	records map[string]*Entry
 	traits  *Traits
+	// untold are the keys that a node which began anew has not told again yet.
+	untold map[string]struct{}
 }
 
 // view is an overlay as it follows from everybody's records.
@@ -134,10 +136,15 @@ func (d *Directory) Put(overlay string, r Record, given bool) error {
 	defer d.mu.Unlock()
 	r.IPs, r.Aliases, r.Services = slices.Clone(r.IPs), slices.Clone(r.Aliases), slices.Clone(r.Services)
 	d.order(overlay, &r, given)
+	blind := given
+	if o := d.own.overlays[overlay]; o != nil && o.records[r.Key] != nil && slices.Equal(o.records[r.Key].IPs, r.IPs) {
+		blind = o.records[r.Key].blind
+	}
 	changed, err := d.own.put(overlay, r)
 	if err != nil || !changed {
 		return err
 	}
+	d.own.overlays[overlay].records[r.Key].blind = blind
 	ch := d.change(overlay)
 	ch.put(d.heldOf(d.cfg.Self, overlay), &Entry{Overlay: overlay, Node: d.cfg.Self, Record: r})
 	ch.finish()
@@ -149,9 +156,12 @@ func (d *Directory) Put(overlay string, r Record, given bool) error {
 func (d *Directory) order(overlay string, r *Record, given bool) {
 	r.Sequence, r.Since = 0, d.cfg.Now().UnixMilli()
 	if old := d.own.overlays[overlay]; old != nil {
-		if o := old.records[r.Key]; o != nil && o.MAC == r.MAC && slices.Equal(o.IPs, r.IPs) {
-			r.Sequence, r.Since = o.Sequence, o.Since
-			return
+		if o := old.records[r.Key]; o != nil {
+			r.Sequence = o.Sequence
+			if slices.Equal(o.IPs, r.IPs) {
+				r.Since = o.Since
+				return
+			}
 		}
 	}
 	v := d.views[overlay]
@@ -251,30 +261,65 @@ func (d *Directory) apply(node string, p *part) int {
 	defer d.mu.Unlock()
 	h := d.heldOf(node, p.overlay)
 	ch := d.change(p.overlay)
-	fresh := map[string]struct{}{}
-	for _, r := range p.records {
-		fresh[r.Key] = struct{}{}
-	}
 	if p.whole {
+		h.untold = make(map[string]struct{}, len(h.records))
 		for key := range h.records {
-			if _, again := fresh[key]; !again {
-				ch.remove(h, key)
-			}
+			h.untold[key] = struct{}{}
 		}
 	}
 	for _, key := range p.gone {
 		ch.remove(h, key)
 	}
 	for _, r := range p.records {
-		if len(h.records) < MaxRecords || h.records[r.Key] != nil {
+		delete(h.untold, r.Key)
+	}
+	if !p.more {
+		for key := range h.untold {
+			ch.remove(h, key)
+		}
+		h.untold = nil
+	}
+	for _, r := range p.records {
+		if len(h.records)-len(h.untold) < MaxRecords || h.records[r.Key] != nil {
 			ch.put(h, &Entry{Overlay: p.overlay, Node: node, Record: *r})
 		}
 	}
+	raised := d.raise(ch, p)
 	ch.finish()
+	if raised {
+		d.cfg.Changed()
+	}
 	if p.traits != nil {
 		h.traits = p.traits
 	}
 	return len(h.records)
+}
+
+// raise has this node's records that were given their addresses before it knew who else
+// claimed them surpass the claims of p that are older: those who made them have the
+// addresses no more. Each does so once, and never for a claim that is younger than its
+// own, so that two do not go on outbidding each other. d.mu is held.
+func (d *Directory) raise(ch *change, p *part) (raised bool) {
+	o := d.own.overlays[p.overlay]
+	if o == nil {
+		return false
+	}
+	for _, r := range p.records {
+		for _, ip := range r.IPs {
+			claims := ch.v.byIP[ip]
+			for _, c := range claims {
+				mine := o.records[c.Key]
+				if c.Node != d.cfg.Self || mine == nil || !mine.blind || claims[0].Node == d.cfg.Self || claims[0].Since >= mine.Since {
+					continue
+				}
+				mine.Sequence, mine.blind, mine.at = claims[0].Sequence+1, false, d.own.next()
+				ch.put(d.heldOf(d.cfg.Self, p.overlay), &Entry{Overlay: p.overlay, Node: d.cfg.Self, Record: mine.Record})
+				raised = true
+				break // claims is another list now
+			}
+		}
+	}
+	return raised
 }
 
 // Forget forgets all that a node told: it is not there any more.

@@ -1,10 +1,11 @@
 package table
 
 import (
-	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -30,7 +31,8 @@ type Journal struct {
 	events  []Event // a ring, of which next is the oldest once it is full
 	next    int
 	unsaved []Event
-	lost    int // events that were not written, since the last that was
+	lost    int  // events that were not written, since the last that was
+	torn    bool // the file does not end with a whole line
 }
 
 // OpenJournal reads what an earlier run wrote at a path; empty: nothing is kept on
@@ -49,18 +51,18 @@ func OpenJournal(path string) (*Journal, error) {
 		if err != nil {
 			return nil, fmt.Errorf("table: journal: %w", err)
 		}
-		lines := bufio.NewScanner(f)
-		for lines.Scan() {
+		b, err := io.ReadAll(io.LimitReader(f, 2*maxJournal))
+		_ = f.Close()
+		if err != nil {
+			return nil, fmt.Errorf("table: journal: %w", err)
+		}
+		for line := range bytes.Lines(b) {
 			var e Event
-			if json.Unmarshal(lines.Bytes(), &e) == nil {
+			if json.Unmarshal(line, &e) == nil {
 				j.keep(e)
 			}
 		}
-		err = lines.Err()
-		_ = f.Close()
-		if err != nil && !errors.Is(err, bufio.ErrTooLong) {
-			return nil, fmt.Errorf("table: journal: %w", err)
-		}
+		j.torn = len(b) > 0 && b[len(b)-1] != '\n'
 	}
 	return j, nil
 }
@@ -127,12 +129,17 @@ func (j *Journal) write(b []byte) error {
 		if err := os.Rename(j.path, j.path+".1"); err != nil {
 			return err
 		}
+		j.torn = false
 	}
 	f, err := os.OpenFile(j.path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(b)
+	if j.torn {
+		b = append([]byte{'\n'}, b...)
+	}
+	n, err := f.Write(b)
+	j.torn = n < len(b) && (n > 0 || j.torn)
 	return errors.Join(err, f.Close())
 }
 

@@ -31,7 +31,8 @@ type ownOverlay struct {
 
 type ownRecord struct {
 	Record
-	at uint32
+	at    uint32
+	blind bool // it may have been given its addresses before others' claims were known
 }
 
 type goneKey struct {
@@ -80,7 +81,7 @@ func (o *own) put(overlay string, r Record) (changed bool, err error) {
 	if old == nil && len(v.records) >= MaxRecords {
 		return false, fmt.Errorf("table: overlay %s has %d endpoints on this node: %w", overlay, MaxRecords, errFull)
 	}
-	v.records[r.Key] = &ownRecord{r, o.next()}
+	v.records[r.Key] = &ownRecord{Record: r, at: o.next()}
 	return true, nil
 }
 

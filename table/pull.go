@@ -16,7 +16,7 @@ const (
 	// maxPulls run at once.
 	maxPulls = 32
 	// maxPages bounds what one pull asks for: MaxRecords of the longest in one overlay.
-	maxPages = 256
+	maxPages = 320
 
 	pullRetryMin = 100 * time.Millisecond
 	pullRetryMax = 5 * time.Second

@@ -424,10 +424,20 @@ func TestJournal(t *testing.T) {
 	if j, err = OpenJournal(path); err != nil {
 		t.Fatal(err)
 	}
+	j.Add(Event{At: at, Overlay: "green", What: Gone, IP: ip("10.0.0.9"), MAC: mac, Node: "c"})
+	if _, err := j.Save(); err != nil {
+		t.Fatal(err)
+	}
+	if j, err = OpenJournal(path); err != nil {
+		t.Fatal(err)
+	}
+	if got := j.Of("green", ip("10.0.0.9"), 0); len(got) != 1 {
+		t.Errorf("what was written behind a torn line: %v", got)
+	}
 	if got := j.Of("blue", ip("10.0.0.1"), 0); len(got) != 1 || got[0].Node != "a" || !got[0].At.Equal(at) {
 		t.Errorf("history %v", got)
 	}
-	if got := j.Of("", netip.Addr{}, mac); len(got) != 2 {
+	if got := j.Of("", netip.Addr{}, mac); len(got) != 3 {
 		t.Errorf("history of the MAC %v", got)
 	}
 	// It is bounded, on disk too.
@@ -514,5 +524,54 @@ func BenchmarkApply(b *testing.B) {
 	for b.Loop() {
 		i := rand.IntN(len(parts))
 		d.apply(fmt.Sprint("node", i), &parts[i])
+	}
+}
+
+// Who was given an address before it knew that another still claims it has it once it
+// knows, and the other does not take it back.
+func TestGivenBlindly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNet(t, "a", "b", "c")
+		for _, d := range n.dirs {
+			d.SetTraits("blue", Traits{})
+		}
+		n.put("a", "blue", record("1", "old", "10.0.0.1"), true)
+		time.Sleep(time.Second)
+		n.put("b", "blue", record("1", "new", "10.0.0.1"), true) // it has heard of nobody yet
+		for range 3 {                                            // each hears of what the others made of it
+			n.gossip([]string{"blue"})
+			synctest.Wait()
+		}
+		for name, d := range n.dirs {
+			if got := nodeOf(d.ByIP("blue", ip("10.0.0.1"))); got != "b" {
+				t.Errorf("by %s it is %q that has it, want b", name, got)
+			}
+		}
+		version := n.dirs["a"].Version()
+		n.gossip([]string{"blue"})
+		synctest.Wait()
+		if n.dirs["a"].Version() != version {
+			t.Error("a outbids b")
+		}
+	})
+}
+
+// What a node told before it began anew stays until it has told all, however many pages
+// that takes.
+func TestWholeInPages(t *testing.T) {
+	gone := 0
+	d := NewDirectory(DirectoryConfig{Self: "me", Event: func(e Event) {
+		if e.What == Gone {
+			gone++
+		}
+	}})
+	one, two, three := record("1", "one", "10.0.0.1"), record("2", "two", "10.0.0.2"), record("3", "three", "10.0.0.3")
+	d.apply("a", &part{overlay: "blue", whole: true, records: []*Record{&one, &two, &three}})
+	d.apply("a", &part{overlay: "blue", whole: true, more: true, records: []*Record{&one}})
+	if len(d.Entries("")) != 3 || gone != 0 {
+		t.Errorf("after the first page %d are known, %d have gone", len(d.Entries("")), gone)
+	}
+	if known := d.apply("a", &part{overlay: "blue", records: []*Record{&three}}); known != 2 || gone != 1 {
+		t.Errorf("after the last %d are known, %d have gone", known, gone)
 	}
 }

@@ -220,7 +220,7 @@ func madeInside(f *ready.File) (inside bool) {
 }
 
 // takeOver learns what the device is like and has it do what cfg says that is
-// this program's affair: offloads, MTU, queue. exact: it must have the addresses.
+// this program's affair: offloads, MTU, queue. exact: it must have the MAC and the addresses.
 func (d *offloadDevice) takeOver(cfg Config, exact bool) error {
 	h, dev, err := d.find()
 	if err != nil {
@@ -231,10 +231,10 @@ func (d *offloadDevice) takeOver(cfg Config, exact bool) error {
 	d.addresses, d.gateways, d.routes = slices.Clone(cfg.Addresses), slices.Clone(cfg.Gateways), slices.Clone(cfg.Routes)
 	d.mac = ether.MACFrom(dev.Attrs().HardwareAddr)
 	d.kept.persistent.Store(isPersistent(dev))
-	if cfg.MAC != 0 && d.mac != cfg.MAC {
-		return fmt.Errorf("its MAC is %v, want %v", d.mac, cfg.MAC)
-	}
 	if exact {
+		if cfg.MAC != 0 && d.mac != cfg.MAC { // in a container it may have been changed
+			return fmt.Errorf("its MAC is %v, want %v", d.mac, cfg.MAC)
+		}
 		if err := hasAll(h, dev, cfg); err != nil {
 			return err
 		}

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -29,6 +28,7 @@ type dockerHost struct {
 	holder *lab.Process
 	daemon *lab.Process
 	dir    string
+	resolv string // is its /etc/resolv.conf
 	flags  []string
 }
 
@@ -49,18 +49,15 @@ func dockers(t *testing.T, l *lab.Lab, hosts []*lab.Host, flags ...string) []*do
 	if err := writeRootfs(image); err != nil {
 		t.Fatal(err)
 	}
-	direct, stub := filepath.Join(l.Dir(), "direct.conf"), filepath.Join(l.Dir(), "stub.conf")
-	if err := errors.Join(os.WriteFile(direct, []byte("nameserver "+dockerUpstream+"\n"), 0o644), os.WriteFile(stub, []byte("nameserver 127.0.0.53\n"), 0o644)); err != nil {
-		t.Fatal(err)
-	}
 	var list []*dockerHost
 	for i, h := range hosts {
-		resolv := []string{direct, stub}[i%2]
 		d := &dockerHost{t: t, host: h, dir: filepath.Join(l.Dir(), "docker-"+h.Name()), flags: flags}
 		if err := os.Mkdir(d.dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		p, err := h.Start(exec.Command("unshare", "--mount", "--propagation", "slave", "sh", "-c", dockerMounts, resolv))
+		d.resolv = filepath.Join(d.dir, "resolv.conf")
+		d.asks([]string{dockerUpstream, "127.0.0.53"}[i%2])
+		p, err := h.Start(exec.Command("unshare", "--mount", "--propagation", "slave", "sh", "-c", dockerMounts, d.resolv))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -112,6 +109,15 @@ func writeRootfs(path string) error {
 		return err
 	}
 	return os.WriteFile(path, b.Bytes(), 0o600)
+}
+
+// asks has the host ask a resolver, and containers that start from now on.
+func (d *dockerHost) asks(resolver string) {
+	d.t.Helper()
+	// Written in place: it is mounted.
+	if err := os.WriteFile(d.resolv, []byte("nameserver "+resolver+"\n"), 0o644); err != nil {
+		d.t.Fatal(err)
+	}
 }
 
 // inMounts is a command in the host's mount namespace.

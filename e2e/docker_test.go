@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -285,14 +286,21 @@ func TestDocker(t *testing.T) {
 	})
 
 	step("a Compose project on each host", func(t *testing.T) {
+		db.asks(dockerUpstream)
 		ours := filepath.Join(l.Dir(), "compose.yaml")
 		if err := os.WriteFile(ours, []byte("services:\n  web:\n    image: bb\n    init: true\n    command: sleep 600\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		compose(t, ds, ours, "up", "-d")
-		e := b.named("shop1-web-1")
-		da.pings("shop0_web_1", e.IPs[0].Addr().String())
-		a.eventually(10*time.Second, "the service's name is an alias", func() bool { return slices.Contains(a.named("shop0-web-1").Aliases, "web") })
+		at := []string{a.named("shop0-web-1").IPs[0].Addr().String(), b.named("shop1-web-1").IPs[0].Addr().String()}
+		for i, d := range ds {
+			from, other := fmt.Sprintf("shop%d_web_1", i), fmt.Sprintf("shop%d-web-1.blue.tulle", 1-i)
+			d.resolves(from, other, at[1-i])
+			d.pings(from, other)
+			for _, one := range at { // the service's name is an alias of both
+				d.resolves(from, "web.blue.tulle", one)
+			}
+		}
 		compose(t, ds, ours, "down", "-t", "0")
 		if _, there := a.knows("blue"); !there {
 			t.Error("Compose has removed the overlay of others")

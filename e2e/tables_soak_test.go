@@ -21,11 +21,11 @@ import (
 	"github.com/tulle-net/tulle/node"
 )
 
-// wire counts what passes a host's device on the underlay: VXLAN datagrams, and ARP
+// wireCount counts what passes a host's device on the underlay: VXLAN datagrams, and ARP
 // frames in them.
-type wire struct{ datagrams, arp atomic.Int64 }
+type wireCount struct{ datagrams, arp atomic.Int64 }
 
-func watchWire(t *testing.T, h *lab.Host) *wire {
+func watchWire(t *testing.T, h *lab.Host) *wireCount {
 	t.Helper()
 	var fd int
 	if err := h.Do(func() (err error) {
@@ -38,7 +38,7 @@ func watchWire(t *testing.T, h *lab.Host) *wire {
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 100000}); err != nil {
 		t.Fatal(err)
 	}
-	w := &wire{}
+	w := &wireCount{}
 	ctx, stop := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() {
@@ -88,7 +88,7 @@ func TestSoakPairs(t *testing.T) {
 		return !slices.ContainsFunc(nodes, func(n *tulle) bool { return len(get[node.Endpoints](n, "/v1/endpoints").Endpoints) != len(stations) })
 	})
 	settled(t, "blue", nodes...)
-	var wires []*wire
+	var wires []*wireCount
 	for _, host := range h {
 		wires = append(wires, watchWire(t, host))
 	}

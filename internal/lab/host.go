@@ -23,10 +23,10 @@ type Host struct {
 	nl   *netlink.Handle
 }
 
-func newHost(l *Lab, name string) (*Host, error) {
+func newHost(l *Lab, name string, enter func() error) (*Host, error) {
 	h := &Host{lab: l, name: name}
 	var err error
-	if h.path, h.ns, err = makeNamespace(l.name+"-"+name, l.home); err != nil {
+	if h.path, h.ns, err = makeNamespace(l.name+"-"+name, l.home, enter); err != nil {
 		return nil, err
 	}
 	err = h.Do(func() (err error) {

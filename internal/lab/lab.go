@@ -96,7 +96,15 @@ func (l *Lab) Dir() string { return l.dir }
 
 // AddHost makes a host: a namespace /run/netns/LAB-name with lo up. name is 1
 // to 10 of a-z and 0-9, unique in the lab.
-func (l *Lab) AddHost(name string) (*Host, error) {
+func (l *Lab) AddHost(name string) (*Host, error) { return l.addHost(name, newNamespace) }
+
+// AddHostOf is AddHost with a namespace that is there: that of a process, such as a
+// container's first one. Close kills what is in it, too.
+func (l *Lab) AddHostOf(name string, pid int) (*Host, error) {
+	return l.addHost(name, namespaceOf(pid))
+}
+
+func (l *Lab) addHost(name string, enter func() error) (*Host, error) {
 	if !validName.MatchString(name) {
 		return nil, fmt.Errorf("lab: host name %q is not 1 to 10 of a-z and 0-9", name)
 	}
@@ -105,7 +113,7 @@ func (l *Lab) AddHost(name string) (*Host, error) {
 	if l.closed {
 		return nil, errors.New("lab: closed")
 	}
-	h, err := newHost(l, name)
+	h, err := newHost(l, name, enter)
 	if err != nil {
 		return nil, fmt.Errorf("lab: host %s: %w", name, err)
 	}

@@ -15,9 +15,10 @@ import (
 // netnsDir is where iproute2 looks for named namespaces.
 const netnsDir = "/run/netns"
 
-// makeNamespace makes a named namespace and returns a locked descriptor of it.
-// The lock, taken before the name shows, tells Sweep that the owner lives.
-func makeNamespace(name string, home int) (path string, fd int, err error) {
+// makeNamespace names a namespace, which enter puts the calling thread into, and returns
+// a locked descriptor of it. The lock, taken before the name shows, tells Sweep that the
+// owner lives.
+func makeNamespace(name string, home int, enter func() error) (path string, fd int, err error) {
 	if err := shareNetnsDir(); err != nil {
 		return "", -1, err
 	}
@@ -27,7 +28,7 @@ func makeNamespace(name string, home int) (path string, fd int, err error) {
 		return "", -1, err
 	}
 	f.Close()
-	onThread(home, func() { fd, err = mountNewNamespace(path) })
+	onThread(home, func() { fd, err = mountNamespace(path, enter) })
 	if err != nil {
 		os.Remove(path)
 		return "", -1, err
@@ -35,10 +36,33 @@ func makeNamespace(name string, home int) (path string, fd int, err error) {
 	return path, fd, nil
 }
 
-// mountNewNamespace leaves the calling thread in the new namespace.
-func mountNewNamespace(path string) (int, error) {
+// newNamespace leaves the calling thread in a new namespace.
+func newNamespace() error {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		return -1, fmt.Errorf("unshare: %w (it needs root and a kernel with network namespaces)", err)
+		return fmt.Errorf("unshare: %w (it needs root and a kernel with network namespaces)", err)
+	}
+	return nil
+}
+
+// namespaceOf leaves the calling thread in the namespace of a process.
+func namespaceOf(pid int) func() error {
+	return func() error {
+		fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/net", pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("process %d: %w", pid, err)
+		}
+		defer unix.Close(fd)
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter process %d: %w", pid, err)
+		}
+		return nil
+	}
+}
+
+// mountNamespace leaves the calling thread in the namespace.
+func mountNamespace(path string, enter func() error) (int, error) {
+	if err := enter(); err != nil {
+		return -1, err
 	}
 	self := fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid())
 	fd, err := unix.Open(self, unix.O_RDONLY|unix.O_CLOEXEC, 0)

@@ -1,4 +1,4 @@
-# Targets: build demo test race soak ci bench bench-dns scale lint cross fuzz deb image docker-plugin tools clean
+# Targets: build demo test race soak ci bench bench-dns bench-docker scale lint cross fuzz deb image docker-plugin tools clean
 # Everything but Go, gcc, git and make is installed by `make tools` (Debian packages; needs root).
 
 SHELL      := /bin/bash
@@ -15,7 +15,7 @@ PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qem
               docker.io docker-compose smcroute
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test race soak ci bench bench-dns scale lint cross fuzz deb image docker-plugin tools clean
+.PHONY: build demo test race soak ci bench bench-dns bench-docker scale lint cross fuzz deb image docker-plugin tools clean
 
 build: bin/tulle
 
@@ -81,6 +81,12 @@ ci: tools
 bench: tools bin/tulle
 	$(BUILD) -o bin/bench ./bench
 	$(SUDO) bin/bench -write docs/performance.md $(BENCHFLAGS)
+
+# Containers of Docker, on Tulle's overlay beside the Swarm's own.
+bench-docker: tools bin/tulle
+	$(BUILD) -o bin/bench ./bench
+	$(SUDO) bin/bench -peers swarm,swarm-encrypted,docker-plain,docker-aes -underlays nic -tests idle,tcp1,tcp4,udp64 \
+		-mark bench-docker -write docs/performance.md $(BENCHFLAGS)
 
 # A node's resolver beside CoreDNS; docs/dns.md says how.
 bench-dns: bin/tulle

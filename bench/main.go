@@ -12,6 +12,9 @@
 // Waiting for others and repeating end where the run would take longer than
 // -within. It needs root and iperf3; it does not tune the machine.
 //
+// Rows that only some want are measured when they are named: containers by `tulle attach`,
+// by Docker and by its Swarm.
+//
 // With -dns it measures names instead: a node's resolver beside CoreDNS.
 //
 // Sealed Tulle is a secure cluster, made anew for each sample: its time to the
@@ -94,7 +97,7 @@ func main() {
 
 // parse makes a bench of a command line.
 func parse(args []string, log io.Writer) (*bench, error) {
-	b := &bench{log: log, metrics: metrics, mark: tunnelMark}
+	b := &bench{log: log, metrics: metrics}
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.SetOutput(log)
 	tulleBin := f.String("tulle", "bin/tulle", "the binary to measure")
@@ -109,6 +112,7 @@ func parse(args []string, log io.Writer) (*bench, error) {
 	f.DurationVar(&b.patience, "wait", 3*time.Second, "how long to wait for a quiet machine before each test")
 	f.DurationVar(&b.within, "within", 25*time.Minute, "how long the run may take before it neither waits nor repeats a disturbed test")
 	f.StringVar(&b.writeTo, "write", "", "put the tables between the markers in this Markdown file")
+	f.StringVar(&b.mark, "mark", tunnelMark, "of the markers that -write looks for, <!-- MARK:begin --> and <!-- MARK:end -->")
 	f.StringVar(&b.jsonTo, "json", "", "keep the raw numbers in this file")
 	if err := f.Parse(args); err != nil {
 		return nil, err

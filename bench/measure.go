@@ -136,6 +136,9 @@ func (b *bench) measure(ctx context.Context, u underlay, p peer, round int) *sam
 	r, err := newRig(u, b.secs)
 	if err == nil {
 		err = b.measureOn(ctx, r, p, s)
+		if r.tun.down != nil {
+			r.tun.down()
+		}
 		err = errors.Join(err, r.lab.Close())
 	}
 	if err != nil {

@@ -38,6 +38,8 @@ type tunnel struct {
 	ends [2]*lab.Host
 	// procs are the processes whose CPU time and memory are the peer's.
 	procs []*lab.Process
+	// down ends what the lab cannot; nil: nothing.
+	down func()
 }
 
 // plainTulle is the row that the sealed ones are measured against.
@@ -53,7 +55,7 @@ func peers(bin string) []peer {
 		tulle("tulle-chacha", "sealed, ChaCha20-Poly1305", bin, "cipher=chacha20-poly1305", true),
 		{name: "wireguard-go", about: "layer 3, ChaCha20-Poly1305, " + wireguardVersion, reference: true, prepare: buildWireguard, up: upWireguard},
 		{name: "nebula", about: "layer 3, AES-256-GCM, " + nebulaVersion, prepare: buildNebula, up: upNebula},
-	}, containerRows(bin)...)
+	}, slices.Concat(containerRows(bin), dockerRows(bin))...)
 }
 
 // withOther puts behind each of Tulle's rows the one of that name in others,
@@ -119,6 +121,17 @@ func tulle(name, about, bin, settings string, sealed bool) peer {
 
 // startTulle starts a node on the host of this number; the second joins the first.
 func startTulle(ctx context.Context, r *rig, host int, bin string, sealed bool, flags ...string) (*lab.Process, error) {
+	args, err := tulleUp(ctx, r, host, bin, sealed, flags...)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(bin, args...)
+	cmd.Env = withoutTulle(os.Environ())
+	return r.sides[host].Start(cmd)
+}
+
+// tulleUp are the arguments of the host's `tulle up`.
+func tulleUp(ctx context.Context, r *rig, host int, bin string, sealed bool, flags ...string) ([]string, error) {
 	s := r.sides[host]
 	args := append([]string{"up", "--name", s.Name(), "--advertise", s.under.String(),
 		"--state-dir", filepath.Join(r.lab.Dir(), s.Name()), "--socket", tulleSocket(r, s)}, flags...)
@@ -132,9 +145,7 @@ func startTulle(ctx context.Context, r *rig, host int, bin string, sealed bool, 
 	case host > 0:
 		args = append(args, "--join", r.sides[0].under.String())
 	}
-	cmd := exec.Command(bin, args...)
-	cmd.Env = withoutTulle(os.Environ())
-	return s.Start(cmd)
+	return args, nil
 }
 
 func tulleSocket(r *rig, s side) string { return filepath.Join(r.lab.Dir(), s.Name()+".sock") }

@@ -59,7 +59,7 @@ func espThere(ctx context.Context) error {
 	const state = "xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 1 mode transport aead rfc4106(gcm(aes)) 0x0102030405060708090a0b0c0d0e0f1011121314 64"
 	out, err := exec.CommandContext(ctx, "unshare", append([]string{"--net", "ip"}, strings.Fields(state)...)...).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("this kernel cannot do IPsec's ESP (CONFIG_INET_ESP): %w: %s", err, tail(string(out)))
+		return fmt.Errorf("this kernel cannot do IPsec's ESP (CONFIG_INET_ESP): %w: %s", err, strings.TrimRight(tail(string(out)), "."))
 	}
 	return nil
 }

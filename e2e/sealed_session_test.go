@@ -76,6 +76,10 @@ func TestSealedRestart(t *testing.T) {
 				continue
 			}
 			from, to := s.nodes[other], address(victim+1)
+			// One that dies within milliseconds of a handshake, before the other end has
+			// confirmed it, is given up there after probeTimeout (package peer) only.
+			settled(t, sealedName, s.nodes...)
+			time.Sleep(300 * time.Millisecond)
 			ping(t, from.host, to, 10*time.Second)
 			b := heartbeat(t, from.host, to)
 			b.since(t, time.Now(), 5*time.Second)

@@ -135,6 +135,7 @@ type joiner struct {
 	since time.Time // when joining was last reported to fail; zero: it did not
 	again time.Time // when to say once more where this node is; zero: no need
 	hurry bool      // the network may be back
+	begun bool      // it has looked once
 }
 
 // keepJoined joins at once, and whenever it is needed, until ctx ends.
@@ -197,6 +198,14 @@ func (j *joiner) step(ctx context.Context) {
 		resolveErr = j.resolve(ctx)
 	}
 	now, targets := rejoin(j.d.self, j.seeds, j.state.remembered, knownOf(members))
+	if !j.begun && now != alone {
+		// Somebody's gossip was faster than the first join, which tells of all: a node that
+		// was killed is still gossiped to, and would learn of the others at push/pull only.
+		if _, all := rejoin(j.d.self, j.seeds, j.state.remembered, nil); len(all) > 0 {
+			_ = j.try(ctx, all) // whom it does not reach is looked for as ever
+		}
+	}
+	j.begun = true
 	if j.turn(now, targets) {
 		return
 	}

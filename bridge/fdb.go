@@ -84,21 +84,25 @@ func (f *fdb) learn(mac ether.MAC, at *place, now int64) learned {
 		return known
 	}
 	if ok {
-		if why, held := e.held(); held {
+		if why, held := e.held(now); held {
 			return why
 		}
 	}
 	return f.put(mac, at, now)
 }
 
+// thawAfter is how long, in ticks, a frozen MAC must be silent where it is, to move again
+// when it is heard elsewhere: a loop that is over, or a second station that is gone.
+const thawAfter = 5 * second
+
 // held says why the entry does not move, if it does not.
-func (e *entry) held() (learned, bool) {
+func (e *entry) held(now int64) (learned, bool) {
 	switch {
 	case e.static:
 		return fixed, true
 	case e.table != nil:
 		return claimed, true
-	case e.frozen:
+	case e.frozen && now-e.seen.Load() <= thawAfter:
 		return frozen, true
 	}
 	return 0, false
@@ -118,11 +122,11 @@ func (f *fdb) put(mac ether.MAC, at *place, now int64) (result learned) {
 		}
 		e := &entry{at: at}
 		if loaded {
-			if why, held := old.held(); held {
+			if why, held := old.held(now); held {
 				result = why
 				return old, xsync.CancelOp
 			}
-			if e.moves, e.since = old.moved(now); e.moves == maxMoves {
+			if e.moves, e.since = old.moved(now); e.moves == maxMoves && !old.frozen {
 				result, froze = frozen, true
 				f.frozen.Add(1)
 				return old.with(func(e *entry) { e.frozen, e.moves = true, 0 }), xsync.UpdateOp
@@ -136,6 +140,9 @@ func (f *fdb) put(mac ether.MAC, at *place, now int64) (result learned) {
 		if loaded {
 			old.at.macs.Add(-1)
 			f.countStranger(old, -1)
+			if old.frozen {
+				f.frozen.Add(-1)
+			}
 			f.moves.Add(1)
 			result = moved
 		} else {

@@ -231,3 +231,29 @@ func BenchmarkFDB(b *testing.B) {
 		f.lookup(mac)
 	}
 }
+
+// A frozen MAC that is silent where it is moves again.
+func TestThaws(t *testing.T) {
+	f := newFDB(10, 10)
+	here, there := &place{}, &place{}
+	const mac ether.MAC = 0x0200_0000_0001
+	f.learn(mac, here, 1)
+	at, now := here, int64(1)
+	for f.frozen.Load() == 0 {
+		if now++; now > 100 {
+			t.Fatal("it does not freeze")
+		}
+		if at == here {
+			at = there
+		} else {
+			at = here
+		}
+		f.learn(mac, at, now)
+	}
+	if got := f.learn(mac, at, now+thawAfter-1); got != frozen {
+		t.Errorf("it is %v while it was heard where it is a moment ago, want frozen", got)
+	}
+	if got := f.learn(mac, at, now+thawAfter+1); got != moved || f.frozen.Load() != 0 || f.lookup(mac) != at {
+		t.Errorf("it is %v after it was silent, want moved; %d are frozen", got, f.frozen.Load())
+	}
+}

@@ -10,6 +10,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
+
+	"github.com/tulle-net/tulle/internal/hostname"
 )
 
 // config is the network configuration of one plugin, as a runtime derives it
@@ -204,8 +206,6 @@ func parseArgs(s string) (map[string]string, error) {
 	return out, nil
 }
 
-const maxName = 63
-
 // nameFor is what an endpoint is called: as the pod, or as the container; what no
 // name may have becomes a hyphen.
 func nameFor(pod, container string) string {
@@ -213,12 +213,5 @@ func nameFor(pod, container string) string {
 	if name == "" {
 		name = container
 	}
-	name = strings.Map(func(r rune) rune {
-		if r|0x20 >= 'a' && r|0x20 <= 'z' || r >= '0' && r <= '9' {
-			return r
-		}
-		return '-'
-	}, name)
-	name = strings.TrimLeft(name, "-")
-	return name[:min(len(name), maxName)]
+	return hostname.Of(name)
 }

@@ -21,6 +21,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/tulle-net/tulle/ether"
+	"github.com/tulle-net/tulle/internal/hostname"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -589,8 +590,8 @@ func TestHostNames(t *testing.T) {
 	for in, want := range map[string]string{
 		"web": "web", "a_b.c": "a-b-c", "_x": "x", "Köln": "K-ln", "": "", "--": "", strings.Repeat("a", 80): strings.Repeat("a", 63),
 	} {
-		if got := hostName(in); got != want {
-			t.Errorf("hostName(%q) = %q, want %q", in, got, want)
+		if got := hostname.Of(in); got != want {
+			t.Errorf("hostname.Of(%q) = %q, want %q", in, got, want)
 		}
 	}
 	if got := hostNames([]string{"web", "a_b", "a-b", "_", "c"}, "web"); fmt.Sprint(got) != "[a-b c]" {

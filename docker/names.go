@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/tulle-net/tulle/internal/hostname"
 )
 
 const (
@@ -16,7 +18,6 @@ const (
 	nameRetryMax = 5 * time.Second
 	// nameEvery is how often all endpoints are looked at: an event may be missed.
 	nameEvery  = 30 * time.Second
-	maxName    = 63
 	maxAliases = 32
 )
 
@@ -123,7 +124,7 @@ func (d *Driver) nameIn(ctx context.Context, network string, mine map[string]End
 		}
 		name, aliases := full.names(network)
 		e := mine[c.EndpointID]
-		name, aliases = cmp.Or(hostName(name), e.Name), hostNames(aliases, hostName(name))
+		name, aliases = cmp.Or(hostname.Of(name), e.Name), hostNames(aliases, hostname.Of(name))
 		if name == e.Name && slices.Equal(aliases, e.Aliases) {
 			continue
 		}
@@ -134,23 +135,11 @@ func (d *Driver) nameIn(ctx context.Context, network string, mine map[string]End
 	return nil
 }
 
-// hostName makes a name of Docker's one that an endpoint may have.
-func hostName(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r|0x20 >= 'a' && r|0x20 <= 'z' || r >= '0' && r <= '9' {
-			return r
-		}
-		return '-'
-	}, s)
-	s = strings.TrimLeft(s, "-")
-	return s[:min(len(s), maxName)]
-}
-
 // hostNames are the aliases beside a name, each once.
 func hostNames(list []string, name string) []string {
 	var out []string
 	for _, s := range list {
-		if s = hostName(s); s != "" && s != name && !slices.Contains(out, s) && len(out) < maxAliases {
+		if s = hostname.Of(s); s != "" && s != name && !slices.Contains(out, s) && len(out) < maxAliases {
 			out = append(out, s)
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"strings"
 
 	"github.com/tulle-net/tulle/ether"
+	"github.com/tulle-net/tulle/internal/hostname"
 )
 
 const (
@@ -33,7 +34,6 @@ const (
 	optionOverlay = "overlay"
 	// maxIfname is IFNAMSIZ less the terminating zero.
 	maxIfname = 15
-	maxName   = 63
 )
 
 // verbs are the calls, with the number of arguments behind the verb.
@@ -241,11 +241,11 @@ func (p *Plugin) setup(ctx context.Context, c *call, netns string) (any, error) 
 		return nil, err
 	}
 	a := Attachment{
-		Overlay: c.Network.overlay(), Netns: netns, Ifname: c.Options.Ifname, Name: hostName(c.ContainerName), Container: c.key(),
+		Overlay: c.Network.overlay(), Netns: netns, Ifname: c.Options.Ifname, Name: hostname.Of(c.ContainerName), Container: c.key(),
 		IPs: c.Options.StaticIPs, NoDefaultRoute: c.Network.Internal,
 	}
 	for _, s := range c.Options.Aliases {
-		if s = hostName(s); s != "" && s != a.Name && !slices.Contains(a.Aliases, s) {
+		if s = hostname.Of(s); s != "" && s != a.Name && !slices.Contains(a.Aliases, s) {
 			a.Aliases = append(a.Aliases, s)
 		}
 	}
@@ -310,16 +310,4 @@ func (p *Plugin) teardown(ctx context.Context, c *call) error {
 		return nil
 	}
 	return err
-}
-
-// hostName makes a name of Podman's one that an endpoint may have.
-func hostName(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r|0x20 >= 'a' && r|0x20 <= 'z' || r >= '0' && r <= '9' {
-			return r
-		}
-		return '-'
-	}, s)
-	s = strings.TrimLeft(s, "-")
-	return s[:min(len(s), maxName)]
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/tulle-net/tulle/internal/hostname"
 	"github.com/tulle-net/tulle/store"
 	"github.com/tulle-net/tulle/tap"
 )
@@ -143,14 +144,7 @@ func nameOf(path string) string {
 	if pid, of := pidOf(path); of {
 		name = "pid-" + pid
 	}
-	name = strings.Map(func(r rune) rune {
-		if r|0x20 >= 'a' && r|0x20 <= 'z' || r >= '0' && r <= '9' {
-			return r
-		}
-		return '-'
-	}, name)
-	name = strings.TrimLeft(name, "-")
-	return cmp.Or(name[:min(len(name), maxEndpointName)], "endpoint")
+	return cmp.Or(hostname.Of(name), "endpoint")
 }
 
 // asked returns the endpoint that a container asked for, or nil.

@@ -31,11 +31,10 @@ const (
 	endpointsNetns  = 2 // and of namespaces
 	// ownerHost and the overlay's name is who an address of the host is assigned to;
 	// ownerNetns, its name and its key who one of a namespace's endpoint is.
-	ownerHost       = "host/"
-	ownerNetns      = "netns/"
-	maxDeviceName   = 15 // IFNAMSIZ less the terminating zero
-	maxEndpointName = 63
-	defaultIfname   = "eth0"
+	ownerHost     = "host/"
+	ownerNetns    = "netns/"
+	maxDeviceName = 15 // IFNAMSIZ less the terminating zero
+	defaultIfname = "eth0"
 	// keyLen characters of rand.Text tell endpoints of one name apart: 50 bits.
 	keyLen = 10
 	// assignPatience is how long an address is asked for of keepers whose store is

@@ -42,13 +42,6 @@ var (
 	routeSocket = opening{domain: unix.AF_NETLINK, kind: unix.SOCK_RAW | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK, proto: unix.NETLINK_ROUTE}
 )
 
-func (o opening) String() string {
-	if o.path != "" {
-		return "open " + o.path
-	}
-	return fmt.Sprintf("a socket (family %d)", o.domain)
-}
-
 // here opens it in the thread's namespace.
 func (o opening) here() (int, error) {
 	if o.path != "" {

@@ -9,12 +9,12 @@ const module = "github.com/tulle-net/tulle/"
 var imports = map[string][]string{
 	"cmd/tulle": {"config", "node", "cni", "dns", "docker", "netavark", "handover", "doctor", "internal/demo", "internal/version"},
 
-	"node":     {"config", "cluster", "keeper", "ipam", "dns", "table", "store", "doctor", "gateway", "outward", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/version"},
+	"node":     {"config", "cluster", "keeper", "ipam", "dns", "table", "store", "doctor", "gateway", "outward", "peer", "bridge", "discovery", "tap", "underlay", "handover", "crypto", "vxlan", "ether", "internal/hostname", "internal/version"},
 	"cluster":  {"keeper", "store", "peer", "crypto"},
 	"config":   {"tap", "vxlan", "ether"},
-	"cni":      {"tap", "ether"},
-	"docker":   {"ether"},
-	"netavark": {"ether"},
+	"cni":      {"tap", "ether", "internal/hostname"},
+	"docker":   {"ether", "internal/hostname"},
+	"netavark": {"ether", "internal/hostname"},
 	"doctor":   {"crypto", "tap", "underlay"},
 	"gateway":  {},
 	"dns":      {},
@@ -49,6 +49,7 @@ var imports = map[string][]string{
 	"ether/ethertest": {"ether"},
 
 	"internal/ready":       {},
+	"internal/hostname":    {},
 	"internal/version":     {},
 	"internal/archtest":    {},
 	"internal/lab":         {},

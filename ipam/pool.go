@@ -45,9 +45,10 @@ type Pool struct {
 
 	mu      sync.Mutex
 	s       *state
-	stopped bool     // told Lost because the lease ran out
-	anchor  *instant // of a lease from before the last boot
-	lastErr error    // of the last request to the keepers
+	stopped bool                    // told Lost because the lease ran out
+	anchor  *instant                // of a lease from before the last boot
+	lastErr error                   // of the last request to the keepers
+	low     map[kind]*store.Overlay // what Run is to lease ahead
 }
 
 // NewPool returns a Pool that goes on from what was saved.
@@ -236,6 +237,7 @@ func (p *Pool) assign(q *Request, families []int) (Assignment, need, error) {
 		p.s.remove(ep, p.now())
 		return Assignment{}, need{}, err
 	}
+	p.noteLow(q.Overlay, families)
 	return ep.assignment(), need{}, nil
 }
 

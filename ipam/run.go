@@ -19,8 +19,8 @@ const (
 	requestFor = 20 * time.Second
 )
 
-// Run renews what the node has, gives back what it does not need, and tells Lost
-// and Back, until ctx ends. It returns nil.
+// Run renews what the node has, leases what it will need, gives back what it does not
+// need, and tells Lost and Back, until ctx ends. It returns nil.
 func (p *Pool) Run(ctx context.Context) error {
 	retry, due, away := firstRetry, time.Duration(0), false
 	timer := time.NewTimer(0)
@@ -47,6 +47,9 @@ func (p *Pool) Run(ctx context.Context) error {
 			} else {
 				due, retry, away = now+p.interval(), firstRetry, false
 			}
+		}
+		if !away && p.isLow() {
+			p.leaseAhead(ctx)
 		}
 		timer.Reset(p.pause(due))
 	}
@@ -104,10 +107,6 @@ func (s *state) idle(f *fixedEntry) bool { return s.used[usedKey{f.OverlayID, f.
 // spareBlocks returns the blocks that have been empty for some time: all of an
 // overlay without endpoints, all but one of a family of another.
 func (s *state) spareBlocks(now time.Duration) []*block {
-	type kind struct {
-		id     string
-		family int
-	}
 	endpoints := map[string]bool{}
 	for _, ep := range s.list {
 		endpoints[ep.OverlayID] = true

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/tulle-net/tulle/store"
 )
 
 // bubbleClock is the clock of a synctest bubble.
@@ -66,6 +68,56 @@ func TestRun(t *testing.T) {
 		synctest.Wait()
 		if use, err := c.r.InUse(ctx, "blue"); err != nil || len(use) > 0 {
 			t.Errorf("in use by %q, %v", use, err)
+		}
+		cancel()
+		running.Wait()
+	})
+}
+
+// TestLeasedAhead: the next block comes before the last address is given, and only where
+// others have enough.
+func TestLeasedAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		large, small, both := overlay("large", "10.32.0.0/18"), overlay("small", "10.33.0.0/19"), overlay("both", "10.34.0.0/16", "fd00::/64")
+		c := newCluster(t, large, small, both)
+		n := c.node("n")
+		n.cfg.Clock = bubbleClock{time.Now()}
+		ctx, cancel := context.WithCancel(context.Background())
+		var running sync.WaitGroup
+		running.Go(func() { n.Run(ctx) })
+		blocks := func() map[string]int {
+			synctest.Wait()
+			out := map[string]int{}
+			for _, b := range n.Status().Blocks {
+				out[b.Overlay]++
+			}
+			return out
+		}
+		for i := range 64 - lowWater - 2 { // two are nobody's, or the gateway's, if it is the first block
+			for _, o := range []*store.Overlay{large, small, both} {
+				n.assign(o, o.Name+strconv.Itoa(i))
+			}
+		}
+		if got := blocks(); got["large"] != 1 || got["small"] != 1 || got["both"] != 2 {
+			t.Errorf("with enough addresses left: %v", got)
+		}
+		for i := range 3 {
+			for _, o := range []*store.Overlay{large, small, both} {
+				n.assign(o, o.Name+"+"+strconv.Itoa(i))
+			}
+		}
+		if got := blocks(); got["large"] != 2 || got["small"] != 1 || got["both"] != 3 {
+			t.Errorf("with few left: %v", got)
+		}
+		c.cut.Store(true)
+		for i := range 64 { // nobody waits for a keeper
+			n.assign(large, "more"+strconv.Itoa(i))
+		}
+		time.Sleep(time.Hour)
+		c.cut.Store(false)
+		n.assign(large, "last")
+		if got := blocks(); got["large"] != 3 || got["small"] != 1 {
+			t.Errorf("when keepers are back: %v", got)
 		}
 		cancel()
 		running.Wait()

@@ -198,14 +198,9 @@ func (j *joiner) step(ctx context.Context) {
 		resolveErr = j.resolve(ctx)
 	}
 	now, targets := rejoin(j.d.self, j.seeds, j.state.remembered, knownOf(members))
-	if !j.begun && now != alone {
-		// Somebody's gossip was faster than the first join, which tells of all: a node that
-		// was killed is still gossiped to, and would learn of the others at push/pull only.
-		if _, all := rejoin(j.d.self, j.seeds, j.state.remembered, nil); len(all) > 0 {
-			_ = j.try(ctx, all) // whom it does not reach is looked for as ever
-		}
+	if all := j.greet(now); len(all) > 0 {
+		_ = j.try(ctx, all) // whom it does not reach is looked for as ever
 	}
-	j.begun = true
 	if j.turn(now, targets) {
 		return
 	}
@@ -229,6 +224,17 @@ func (j *joiner) step(ctx context.Context) {
 	if now == alone && err != nil && ctx.Err() == nil {
 		j.report(err)
 	}
+}
+
+// greet returns whom a node joins with its first look although it is not alone. Somebody's
+// gossip was faster than its first join, which tells of all: a node that was killed is
+// still gossiped to, and would learn of the others at push/pull only.
+func (j *joiner) greet(now need) (all []netip.AddrPort) {
+	if !j.begun && now != alone {
+		_, all = rejoin(j.d.self, j.seeds, j.state.remembered, nil)
+	}
+	j.begun = true
+	return all
 }
 
 // reclaim says once more where this node is when it came back at another

@@ -54,6 +54,26 @@ func TestRejoin(t *testing.T) {
 	}
 }
 
+// The first look joins all, also where somebody's gossip came before it; no later one does.
+func TestGreet(t *testing.T) {
+	const self, x, y = "192.0.2.1:7946", "192.0.2.2:7946", "192.0.2.3:7946"
+	for _, first := range []need{settled, split, alone} {
+		j := &joiner{d: &Discovery{self: netip.MustParseAddrPort(self)}, seeds: addrs(self, x), state: memory{remembered: addrs(x, y)}}
+		want := addrs(x, y)
+		if first == alone { // as step goes on anyway
+			want = nil
+		}
+		if got := j.greet(first); !slices.Equal(got, want) {
+			t.Errorf("first look, need %v: %v, want %v", first, got, want)
+		}
+		for _, now := range []need{settled, split, alone} {
+			if got := j.greet(now); len(got) > 0 {
+				t.Errorf("later look, need %v: %v", now, got)
+			}
+		}
+	}
+}
+
 // The pace: a new loss resets what a long one has slowed down.
 func TestTurn(t *testing.T) {
 	d := &Discovery{log: quiet}

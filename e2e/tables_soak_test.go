@@ -5,6 +5,7 @@ package e2e
 import (
 	"context"
 	bin "encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -120,8 +121,9 @@ func TestSoakPairs(t *testing.T) {
 		t.Fatalf("the pairs cover %d endpoints and %d pairs of nodes", len(covered), len(between))
 	}
 	// Each pair is two entries in the kernel's table of neighbours, which has room for 1,024
-	// of all namespaces and forgets those of the last 5 s not at all: 40 a second, not 80.
-	pace := rate.NewLimiter(40, 1)
+	// of all namespaces and keeps those of the last 5 s at all cost: both are removed, so that
+	// each pair resolves anew.
+	pace := rate.NewLimiter(80, 1)
 	var failed atomic.Int32
 	work := make(chan pair)
 	var wg sync.WaitGroup
@@ -129,12 +131,16 @@ func TestSoakPairs(t *testing.T) {
 		wg.Go(func() {
 			for p := range work {
 				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-				if _, err := stations[p.from].host.WaitPing(ctx, stations[p.to].ip); err != nil {
+				from, to := stations[p.from], stations[p.to]
+				if _, err := from.host.WaitPing(ctx, to.ip); err != nil {
 					if failed.Add(1) < 10 {
 						t.Errorf("c%d → c%d: %v", p.from, p.to, err)
 					}
 				}
 				cancel()
+				if err := errors.Join(from.host.ForgetNeighbour("eth0", to.ip), to.host.ForgetNeighbour("eth0", from.ip)); err != nil {
+					t.Error(err)
+				}
 			}
 		})
 	}

@@ -213,6 +213,19 @@ func (h *Host) Neighbour(dev string, addr netip.Addr) (string, error) {
 	return "", nil
 }
 
+// ForgetNeighbour removes what the host has resolved addr to at dev; that there is
+// nothing is no error. All namespaces of a machine share the kernel's table, which has
+// room for 1,024 by default.
+func (h *Host) ForgetNeighbour(dev string, addr netip.Addr) error {
+	return h.change(dev, "forget neighbour "+addr.String(), func(l netlink.Link) error {
+		err := h.nl.NeighDel(&netlink.Neigh{LinkIndex: l.Attrs().Index, IP: addr.AsSlice()})
+		if errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		return err
+	})
+}
+
 // VXLAN is the kernel's own tunnel device, the oracle for the wire.
 type VXLAN struct {
 	VNI    int

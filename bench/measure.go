@@ -353,7 +353,21 @@ func (r *rig) udp(ctx context.Context, name string, size int) (values, error) {
 	}, nil
 }
 
-// loaded measures round trips beside one TCP stream.
+// received returns the bytes that the tunnel's device at the second end has received.
+func (r *rig) received() (uint64, error) {
+	text, err := r.end(1).ReadProcNet("dev")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(text) {
+		if name, counters, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == r.tun.dev {
+			return strconv.ParseUint(strings.Fields(counters)[0], 10, 64)
+		}
+	}
+	return 0, fmt.Errorf("bench: no counters of device %s", r.tun.dev)
+}
+
+// loaded measures round trips beside one TCP stream, and how fast that is meanwhile.
 func (r *rig) loaded(ctx context.Context) (values, error) {
 	p, out, err := r.startIperf(r.secs+3, cubic...)
 	if err != nil {
@@ -363,7 +377,18 @@ func (r *rig) loaded(ctx context.Context) (values, error) {
 	if err := pause(ctx, 800*time.Millisecond); err != nil {
 		return nil, err
 	}
+	before, err := r.received()
+	if err != nil {
+		return nil, err
+	}
+	began := time.Now()
 	v, err := r.roundTrips(ctx, "load", r.secs, 2*time.Millisecond)
+	if err == nil {
+		var after uint64
+		if after, err = r.received(); err == nil {
+			v["load_gbps"] = float64(after-before) * 8 / 1e9 / time.Since(began).Seconds()
+		}
+	}
 	select {
 	case <-p.Done():
 		return nil, fmt.Errorf("bench: the load ended early: %s", tail(out.String()))

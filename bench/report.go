@@ -31,6 +31,7 @@ var metrics = []metric{
 	{"load_p99", "… p99", true, false},
 	{"load_p999", "… p99.9", false, false},
 	{"load_lost", "… lost, %", false, false},
+	{"load_gbps", "… the stream meanwhile, Gbit/s", true, true},
 	{"tcp1_retransmits", "TCP, 1 stream, retransmits", false, false},
 	{"tcp1_peer_cpu", "CPU s/GB, the peer's processes (TCP, 1 stream)", true, true},
 	{"tcp1_machine_cpu", "CPU s/GB, the whole machine", true, false},

@@ -98,6 +98,11 @@ const (
 	// DropLoopProbe: a probe for loops that contradicts itself, or is a forged one of
 	// this node.
 	DropLoopProbe
+	// DropAQM: a segment of a TCP stream because of which a queue stands that others
+	// wait in, too. See aqm.
+	DropAQM
+	// DropAQMMarked: not a lost segment but one that was marked instead (RFC 3168).
+	DropAQMMarked
 
 	numDrops
 )
@@ -143,6 +148,8 @@ var dropNames = [numDrops]string{
 	DropUnknownMulticast: "unknown_multicast",
 	DropPortBlocked:      "bridge_port_blocked",
 	DropLoopProbe:        "loop_probe",
+	DropAQM:              "aqm",
+	DropAQMMarked:        "aqm_marked",
 }
 
 // String returns the snake_case name that `tulle status` shows.

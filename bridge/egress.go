@@ -19,6 +19,7 @@ type lane struct {
 	parts [1][]byte
 	now   int64
 	from  *Port // whose frames these are
+	queue *aqm  // the queue that they come from, while it stands
 
 	scratch crypto.Scratch
 	answer  []byte // memory of what the sender of a frame that is too large is told
@@ -29,12 +30,14 @@ func (p *Port) run(q tap.Queue) {
 	defer p.done.Done()
 	defer p.ended()
 	t := p.bridge.tunnel
+	var queue aqm
 	for q.Wait() == nil {
 		if p.limits != nil && p.pause() {
 			continue // the device may be gone meanwhile
 		}
 		l := t.lanes.Get().(*lane)
-		if !p.drain(q, l) {
+		there := p.drain(q, l, &queue)
+		if l.queue = nil; !there {
 			return
 		}
 		t.lanes.Put(l)
@@ -43,7 +46,7 @@ func (p *Port) run(q tap.Queue) {
 
 // drain forwards what waits in q, or as much of it as the port's limit lets through;
 // it reports whether the device is still there.
-func (p *Port) drain(q tap.Queue, l *lane) bool {
+func (p *Port) drain(q tap.Queue, l *lane, queue *aqm) bool {
 	for {
 		if err := q.Read(l.batch); err != nil {
 			if err == tap.ErrClosed {
@@ -52,7 +55,11 @@ func (p *Port) drain(q tap.Queue, l *lane) bool {
 			p.bridge.tunnel.drops.add(DropTapRead)
 		}
 		if len(l.batch.Frames) == 0 {
+			queue.drained()
 			return true
+		}
+		if l.queue = nil; !p.bridge.tunnel.cfg.NoAQM && queue.stands(p.bridge.tunnel.nanos()) {
+			l.queue = queue
 		}
 		enough := p.limits != nil && p.owes(l.batch.Frames) // first: forwarding changes them
 		l.now, l.from = p.bridge.tunnel.now(), p
@@ -200,6 +207,7 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool)
 		return
 	}
 	l.cut.Unfilled = false
+	shed := l.sheds(b, f.B, flow)
 	if l.cut.Reset(f.B, f.Meta) != nil {
 		b.tunnel.drops.add(DropMalformed)
 		return
@@ -207,6 +215,9 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool)
 	room := vxlan.HeaderLen + l.cut.MaxLen()
 	if room > to.path.most() {
 		b.tooLarge(l, to, f)
+		return
+	}
+	if shed && l.shed(b) {
 		return
 	}
 	frames, bytes := 0, 0

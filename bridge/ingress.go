@@ -41,6 +41,9 @@ type ingress struct {
 	session *session
 	scratch crypto.Scratch
 
+	queue  aqm
+	stands bool // the queue does, so it is told of all frames
+
 	// Counted since the last flush for b and from.
 	frames, bytes int
 }
@@ -69,6 +72,12 @@ func (in *ingress) run(r underlay.Receiver) {
 // handle delivers the batch.
 func (in *ingress) handle() {
 	in.now = in.t.now()
+	in.stands = false
+	if !in.batch.More {
+		in.queue.drained()
+	} else if !in.t.cfg.NoAQM {
+		in.stands = in.queue.stands(in.t.nanos())
+	}
 	for i := range in.batch.Slots {
 		in.slot(&in.batch.Slots[i])
 	}
@@ -290,6 +299,10 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 	}
 	if in.b.clamp.Load() {
 		in.b.clampMSS(frame, m, in.from)
+	}
+	if in.stands && in.queue.picks(frame, ether.FlowHash(frame)) && !in.t.marked(frame) {
+		in.t.drops.add(DropAQM)
+		return
 	}
 	in.frames++
 	in.bytes += len(frame)

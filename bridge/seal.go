@@ -56,6 +56,7 @@ func (b *Bridge) encapSealed(l *lane, to *place, f *tap.Frame, flow uint32, last
 // left it, and written once, sealed. It is false when tx is used up.
 func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head []byte, flow uint32) bool {
 	l.cut.Unfilled = true // the AEAD authenticates: nobody need sum the payload
+	shed := l.sheds(b, f.B, flow)
 	if l.cut.Reset(f.B, f.Meta) != nil {
 		b.tunnel.drops.add(DropMalformed)
 		return true
@@ -63,6 +64,9 @@ func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head 
 	room := sealedRoom + l.cut.MaxLen() + crypto.TagLen
 	if room > to.path.most() {
 		b.tooLarge(l, to, f)
+		return true
+	}
+	if shed && l.shed(b) {
 		return true
 	}
 	count := l.cut.Count()

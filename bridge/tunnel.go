@@ -33,6 +33,8 @@ type TunnelConfig struct {
 	// checksums and uncut super-frames, as the kernel's vxlan does on a virtual
 	// underlay. It weakens the check of their checksums by one in 65,536.
 	Unfinished bool
+	// NoAQM: nobody is told to slow down where a queue stands.
+	NoAQM bool
 	// Node is this node's name, by which two that see each other's probes for loops
 	// know which of them gives way.
 	Node string
@@ -101,6 +103,9 @@ func (t *Tunnel) SetSelf(addrs []netip.Addr) {
 
 // now returns the FDB's clock.
 func (t *Tunnel) now() int64 { return int64(time.Since(t.start) / tick) }
+
+// nanos returns what time it is to whoever needs it finer.
+func (t *Tunnel) nanos() int64 { return int64(time.Since(t.start)) }
 
 // Drops returns the counters of what went no further.
 func (t *Tunnel) Drops() *Drops { return &t.drops }

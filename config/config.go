@@ -101,6 +101,9 @@ type Config struct {
 	// NoGSO and NoGRO (keys gso and gro: on, off; default on) switch off trains
 	// of datagrams on the way out of the node and on the way in.
 	NoGSO, NoGRO bool
+	// NoAQM (key aqm: on, off; default on) lets TCP streams fill queues that others wait
+	// in, too.
+	NoAQM bool
 	// Docker says whether the node serves Docker's network and IPAM driver API: auto
 	// (default: once this host has Docker), on, off. In an open cluster it has no effect.
 	Docker string

@@ -71,6 +71,7 @@ var nodeFields = []field[Config]{
 	{key: "unfinished-checksums", set: text(func(c *Config) *string { return &c.UnfinishedChecksums })},
 	{key: "gso", set: offSwitch(func(c *Config) *bool { return &c.NoGSO })},
 	{key: "gro", set: offSwitch(func(c *Config) *bool { return &c.NoGRO })},
+	{key: "aqm", set: offSwitch(func(c *Config) *bool { return &c.NoAQM })},
 	{key: "docker", set: text(func(c *Config) *string { return &c.Docker })},
 	{key: "dns", set: func(c *Config, s string) (err error) {
 		c.DNS, err = ParseListen(s, DNSPort)

@@ -251,6 +251,13 @@ func (s *Segmenter) NextInPlace(head []byte) []byte {
 	return head[start : free+end : free+end]
 }
 
+// Skip passes over the next segment, which is lost: before the first Next or NextInPlace,
+// and only where Count is more than 1.
+func (s *Segmenter) Skip() {
+	n := int(s.m.SegmentLen)
+	s.off, s.seq, s.id = s.off+n, s.seq+uint32(n), s.id+1
+}
+
 // put makes the headers of dst, the next segment with those of the super-frame
 // or of any segment, its own.
 func (s *Segmenter) put(dst []byte) {

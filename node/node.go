@@ -188,6 +188,7 @@ func (n *Node) openUnderlay(ctx context.Context) (err error) {
 		Port:       n.cfg.Listen.Port(),
 		Unfinished: unfinishedChecksums(n.cfg.UnfinishedChecksums, n.addr()),
 		Node:       n.cfg.Name,
+		NoAQM:      n.cfg.NoAQM,
 	}
 	if n.secure != nil {
 		if err := n.secure.listen(ctx, n); err != nil {

@@ -94,7 +94,7 @@ func (r *receiver) Receive(b *Batch) error {
 		m = newRxMemory(MaxDatagram)
 		b.Memory, b.Slots = m, make([]Slot, 0, rxSlots)
 	}
-	b.Slots = b.Slots[:0]
+	b.Slots, b.More = b.Slots[:0], false
 	m.reset()
 	r.mem = m
 	for try := 0; ; try++ {
@@ -115,7 +115,7 @@ func (r *receiver) Receive(b *Batch) error {
 
 // slots turns what the call filled into b.Slots.
 func (r *receiver) slots(b *Batch, m *rxMemory) {
-	m.used = r.n
+	m.used, b.More = r.n, r.n == rxSlots
 	var datagrams, bytes, truncated, drops uint64
 	for i := range m.hdrs[:r.n] {
 		h := &m.hdrs[i]

@@ -116,6 +116,8 @@ type Slot struct {
 // Batch is the memory of one worker's receives.
 type Batch struct {
 	Slots []Slot
+	// More: the batch is full, and more may wait.
+	More bool
 	// Memory belongs to the Conn that fills the Batch; it is made on the first Receive.
 	Memory any
 }

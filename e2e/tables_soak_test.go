@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -24,7 +25,11 @@ import (
 
 // wireCount counts what passes a host's device on the underlay: VXLAN datagrams, and ARP
 // frames in them.
-type wireCount struct{ datagrams, arp atomic.Int64 }
+type wireCount struct {
+	datagrams, arp atomic.Int64
+	lastARP        atomic.Int64 // Unix time, ms
+	strict         atomic.Bool  // ARP is a fault, and the first frames are told
+}
 
 func watchWire(t *testing.T, h *lab.Host) *wireCount {
 	t.Helper()
@@ -40,6 +45,7 @@ func watchWire(t *testing.T, h *lab.Host) *wireCount {
 		t.Fatal(err)
 	}
 	w := &wireCount{}
+	w.lastARP.Store(time.Now().UnixMilli())
 	ctx, stop := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() {
@@ -52,8 +58,12 @@ func watchWire(t *testing.T, h *lab.Host) *wireCount {
 				continue
 			}
 			w.datagrams.Add(1)
-			if bin.BigEndian.Uint16(b[14+20+8+8+12:]) == unix.ETH_P_ARP {
-				w.arp.Add(1)
+			if inner := b[14+20+8+8 : n]; bin.BigEndian.Uint16(inner[12:]) == unix.ETH_P_ARP && len(inner) >= 42 {
+				w.lastARP.Store(time.Now().UnixMilli())
+				if w.strict.Load() && w.arp.Add(1) <= 5 {
+					t.Errorf("%s: ARP on the underlay: %x → %x, operation %d, %x %v asks or tells %x %v", h.Name(), inner[6:12], inner[:6],
+						inner[21], inner[22:28], net.IP(inner[28:32]), inner[32:38], net.IP(inner[38:42]))
+				}
 			}
 		}
 	})
@@ -92,6 +102,14 @@ func TestSoakPairs(t *testing.T) {
 	var wires []*wireCount
 	for _, host := range h {
 		wires = append(wires, watchWire(t, host))
+	}
+	// Who was attached last is still asking whether its address is anybody else's,
+	// with a probe a second.
+	eventually(t, 10*time.Second, "checks for duplicates are over", func() bool {
+		return !slices.ContainsFunc(wires, func(w *wireCount) bool { return time.Now().UnixMilli()-w.lastARP.Load() < 1500 })
+	})
+	for _, w := range wires {
+		w.strict.Store(true)
 	}
 	type pair struct{ from, to int }
 	var list []pair

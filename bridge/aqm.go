@@ -17,8 +17,10 @@ const (
 	aqmAfter = int64(10 * time.Millisecond)
 	// aqmMemory is how long the pace outlives a queue that has run empty.
 	aqmMemory = 16 * aqmAfter
-	// aqmMost bounds the pace, for senders that do not listen: 800 a second.
-	aqmMost = 64
+	// aqmMost and aqmShare bound the pace, for senders that do not listen: 800 a second,
+	// and one large frame of so many.
+	aqmMost  = 64
+	aqmShare = 32
 	// bulkLen: a flow with frames of so many bytes fills queues.
 	bulkLen = 1000
 	// aqmFlows is how many flows are told apart, by their hash.
@@ -38,6 +40,7 @@ type aqm struct {
 	told  int64 // since, when a sender was last told
 	next  int64 // when one may be told again
 	count int   // how often one was, without a pause
+	large int   // frames since one was
 
 	bulk      *[aqmFlows]int64 // when flows, by their hash, had a large frame; nil: it never stood
 	other     int64            // when a flow that is not bulk had a frame; 0: never
@@ -72,7 +75,8 @@ func (q *aqm) picks(frame []byte, flow uint32) bool {
 		return false
 	}
 	q.bulk[flow%aqmFlows] = q.now
-	if q.now < q.next || q.other == 0 || q.now-q.other > aqmRecent || q.isBulk(q.otherFlow) {
+	q.large++
+	if q.now < q.next || q.large < aqmShare || q.other == 0 || q.now-q.other > aqmRecent || q.isBulk(q.otherFlow) {
 		return false
 	}
 	if h, ok := ether.ParseHeaders(frame); !ok || h.Proto != ether.ProtoTCP {
@@ -84,7 +88,7 @@ func (q *aqm) picks(frame []byte, flow uint32) bool {
 			q.count = 0
 		}
 	}
-	q.count = min(q.count+1, aqmMost)
+	q.count, q.large = min(q.count+1, aqmMost), 0
 	q.next = q.now + int64(float64(aqmAfter)/math.Sqrt(float64(q.count)))
 	return true
 }

@@ -58,7 +58,9 @@ func (p *Port) drain(q tap.Queue, l *lane, queue *aqm) bool {
 			queue.drained()
 			return true
 		}
-		if l.queue = nil; !p.bridge.tunnel.cfg.NoAQM && queue.stands(p.bridge.tunnel.nanos()) {
+		// A port with a limit reads no more than that: its queue is not seen empty.
+		l.queue = nil
+		if !p.bridge.tunnel.cfg.NoAQM && (p.limits == nil || p.limits.from == nil) && queue.stands(p.bridge.tunnel.nanos()) {
 			l.queue = queue
 		}
 		enough := p.limits != nil && p.owes(l.batch.Frames) // first: forwarding changes them

@@ -73,6 +73,12 @@ func (c *dockerChurner) churn(slot int, stop <-chan struct{}) {
 			time.Sleep(time.Duration(r.IntN(800)) * time.Millisecond)
 			_, _ = c.try("rm", "-f", name)
 			<-done
+			// dockerd may go on removing it when both commands have ended.
+			settles(10*time.Second, func() bool {
+				_, _ = c.try("rm", "-f", name)
+				_, err := c.try("inspect", name)
+				return err != nil
+			})
 		case err != nil:
 			c.began.Add(1)
 			c.run(start...)

@@ -64,8 +64,10 @@ func (c *dockerChurner) churn(slot int, stop <-chan struct{}) {
 			return
 		default:
 		}
-		running, err := c.try("inspect", "-f", "{{.State.Running}}", name)
+		status, err := c.try("inspect", "-f", "{{.State.Status}}", name)
 		switch {
+		case status == "removing": // dockerd goes on when the command has failed
+			time.Sleep(20 * time.Millisecond)
 		case err != nil && r.IntN(4) == 0: // removed in the middle of its start
 			c.began.Add(1)
 			done := make(chan struct{})
@@ -73,16 +75,10 @@ func (c *dockerChurner) churn(slot int, stop <-chan struct{}) {
 			time.Sleep(time.Duration(r.IntN(800)) * time.Millisecond)
 			_, _ = c.try("rm", "-f", name)
 			<-done
-			// dockerd may go on removing it when both commands have ended.
-			settles(10*time.Second, func() bool {
-				_, _ = c.try("rm", "-f", name)
-				_, err := c.try("inspect", name)
-				return err != nil
-			})
 		case err != nil:
 			c.began.Add(1)
 			c.run(start...)
-		case running == "true":
+		case status == "running":
 			c.run([][]string{{"kill", name}, {"stop", "-t", "0", name}, {"rm", "-f", name}}[r.IntN(3)]...)
 		case r.IntN(2) == 0:
 			c.began.Add(1)

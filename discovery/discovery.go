@@ -182,7 +182,9 @@ type Discovery struct {
 	serf    atomic.Pointer[serf.Serf]
 	leaving func() // has Serf wait for longer
 	carried atomic.Pointer[list]
-	tables  atomic.Uint64
+	// mark names carried in the passports: each change of it draws another.
+	mark   digest
+	tables atomic.Uint64
 
 	mu    sync.Mutex // guards peers, and members' making
 	peers map[string]*peer
@@ -225,6 +227,7 @@ func New(cfg Config) (*Discovery, error) {
 		return nil, err
 	}
 	d.carried.Store(empty)
+	d.mark = newMark()
 	d.seen = newSightings(d.log)
 	if cfg.Secure != nil {
 		if d.keys, err = newKeyring(cfg.Secure.Keys); err != nil {
@@ -388,6 +391,7 @@ func (d *Discovery) SetOverlays(overlays []Overlay) error {
 	if old.digest == l.digest {
 		return nil
 	}
+	d.mark = newMark()
 	d.mu.Lock()
 	d.renew()
 	d.mu.Unlock()

@@ -182,7 +182,9 @@ type Discovery struct {
 	serf    atomic.Pointer[serf.Serf]
 	leaving func() // has Serf wait for longer
 	carried atomic.Pointer[list]
-	tables  atomic.Uint64
+	// mark names carried in the passports: each change of it draws another.
+	mark   digest
+	tables atomic.Uint64
 
 	mu    sync.Mutex // guards peers, and members' making
 	peers map[string]*peer
@@ -225,6 +227,7 @@ func New(cfg Config) (*Discovery, error) {
 		return nil, err
 	}
 	d.carried.Store(empty)
+	d.mark = newMark()
 	d.seen = newSightings(d.log)
 	if cfg.Secure != nil {
 		if d.keys, err = newKeyring(cfg.Secure.Keys); err != nil {
@@ -388,6 +391,7 @@ func (d *Discovery) SetOverlays(overlays []Overlay) error {
 	if old.digest == l.digest {
 		return nil
 	}
+	d.mark = newMark()
 	d.mu.Lock()
 	d.renew()
 	d.mu.Unlock()
@@ -399,15 +403,9 @@ func (d *Discovery) SetOverlays(overlays []Overlay) error {
 }
 
 // gossip spreads what this node says of itself, and says it once more a while
-// later. d.publish is held. The error is that no passport was made.
-//
-// memberlist 0.7 forgets some of what it is to spread: its queue numbers messages
-// from 1 again when it is empty for a moment, although one that was sent once is
-// about to be put back, and of two with one number and one length, as those of
-// two nodes whose names are equally long, the later takes the place of the other.
-// Members that change something at the same moment, as in a rollout, meet with
-// that often, and one that changes twice in a row loses the second in one case of
-// some hundred; push/pull would mend it after pushPullInterval or longer.
+// later: datagrams get lost, and push/pull would mend that after pushPullInterval or
+// longer. What memberlist itself would lose, bolt keeps. d.publish is held. The error
+// is that no passport was made.
 func (d *Discovery) gossip(s *serf.Serf) error {
 	tags, err := d.tagsNow()
 	if err != nil {
@@ -515,6 +513,11 @@ func (d *Discovery) start() (*serf.Serf, error) {
 	if err != nil {
 		return nil, fmt.Errorf("discovery: start gossip: %w", err)
 	}
+	queue, err := queueOf(s)
+	if err != nil {
+		return nil, errors.Join(err, s.Shutdown())
+	}
+	queue.QueueBroadcast(bolt{})
 	if d.keys != nil {
 		// Serf would let any member install a key of its own at all others, and
 		// list theirs, by a query. memberlist has its own pointer to what it was

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"time"
@@ -133,7 +134,7 @@ func (d *Discovery) passport(l *list) (map[string]string, error) {
 		Count: uint32(len(l.overlays)),
 		Extra: binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint32(nil, d.boot), d.tables.Load()),
 	}
-	copy(s.Digest[:], l.digest[:])
+	copy(s.Digest[:], d.mark[:])
 	if d.cfg.Secure.Extra != nil {
 		s.Extra = append(s.Extra, d.cfg.Secure.Extra()...)
 	}
@@ -167,15 +168,26 @@ func (d *Discovery) passport(l *list) (map[string]string, error) {
 	return map[string]string{tagPassport: string(raw)}, nil
 }
 
-// EncodeList returns the answer to a Pull: overlays, which are all that this
-// node carries or those that the asker may know of. Within the bounds of
-// SetOverlays; in an open cluster nobody asks for it.
+// newMark draws what names a list in passports. Its digest would not do: an asker
+// that is told a part cannot hold that against the digest, so what it was told
+// after a change passes for the list before, and where a second change undoes the
+// first, as an overlay that is removed and made anew, nothing would ever have it
+// ask again.
+func newMark() (m digest) {
+	binary.BigEndian.PutUint64(m[:], rand.Uint64())
+	return m
+}
+
+// EncodeList returns the answer to a Pull: those overlays of SetOverlays that the
+// asker may know of. Any passport that the asker has seen names them or an earlier
+// list, and then the passport that names these is still to come. In an open cluster
+// nobody asks for it.
 //
 //	version (1): 1 | boot (4) | clock (6) | list
 //
 // boot is that of the passport, clock is Discovery.clock, and list is newList's.
-func (d *Discovery) EncodeList(overlays []Overlay) ([]byte, error) {
-	l, err := newList(overlays)
+func (d *Discovery) EncodeList(may func(overlay string) bool) ([]byte, error) {
+	l, err := granted(d.carried.Load(), may)
 	if err != nil {
 		return nil, err
 	}

@@ -18,7 +18,7 @@ import (
 func TestSecureNodesMeet(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
-	c.hidden["b"] = 9
+	c.hidden["b"] = "secret"
 	var extra atomic.Value
 	extra.Store([]byte("first"))
 	acfg := c.secureConfig("a", c.identity("a", crypto.NewPrivateKey(), true, time.Now()))
@@ -80,6 +80,51 @@ func TestSecureNodesMeet(t *testing.T) {
 	begin := time.Now()
 	third.cancel()
 	a.sees(time.Second-time.Since(begin), "c", Left)
+}
+
+// A list that changes and changes back while it is pulled: what was told in between
+// is not taken for what stands now.
+func TestSecureListThereAndBack(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t)
+	one := []Overlay{{7, "x", "required"}}
+	both := append(slices.Clone(one), Overlay{9, "y", "required"})
+	a := c.start(c.secureConfig("a", nil))
+	set := func(overlays []Overlay) {
+		if err := a.SetOverlays(overlays); err != nil {
+			t.Error(err)
+		}
+	}
+	set(one)
+	var b *testNode
+	var armed atomic.Bool
+	cfg := c.secureConfig("b", nil, a)
+	pull := cfg.Secure.Pull
+	cfg.Secure.Pull = func(ctx context.Context, from string) ([]byte, func(string) bool, error) {
+		if !armed.CompareAndSwap(true, false) {
+			return pull(ctx, from)
+		}
+		set(one)
+		list, may, err := pull(ctx, from)
+		set(both)
+		last := a.own.Load().Sequence
+		knows := func() bool {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			return b.peers["a"].passport.Sequence >= last
+		}
+		for !knows() && ctx.Err() == nil { // gossip overtakes the answer
+			time.Sleep(time.Millisecond)
+		}
+		return list, may, err
+	}
+	b = c.start(cfg)
+	meet(t, a, b)
+	armed.Store(true)
+	set(both)
+	b.await(3*time.Second, "what a carries now", func() bool {
+		return !armed.Load() && slices.Equal(b.member("a").Overlays, both)
+	})
 }
 
 // One node of ten keeps its name, key and certificate and moves, and then back.

@@ -25,7 +25,7 @@ const (
 type card struct {
 	vtep   netip.AddrPort
 	boot   uint32
-	digest digest
+	digest digest // in a secure cluster newMark's
 	count  int
 }
 

@@ -40,7 +40,8 @@ func (n *Node) openGossip() error {
 	if err != nil {
 		return err
 	}
-	if err := d.SetTables(uint64(n.tables.dir.Version())); err != nil {
+	// Before anybody can ask it: whom it told of none would end the sessions.
+	if err := errors.Join(d.SetTables(uint64(n.tables.dir.Version())), d.SetOverlays(n.carried())); err != nil {
 		d.Close()
 		return err
 	}

@@ -188,7 +188,7 @@ func (s *secure) listen(ctx context.Context, n *Node) (err error) {
 	}
 	s.place.Serve(s.endpoint)
 	s.endpoint.Handle(peer.KindOverlays, 0, func(_ context.Context, from peer.Peer, _ []byte) ([]byte, error) {
-		return n.listFor(from)
+		return n.disc.Load().EncodeList(from.Overlays.Allow)
 	})
 	s.endpoint.Handle(peer.KindKeep, maxOrder, s.keeping.ordered)
 	s.endpoint.Handle(peer.KindCede, maxOrder, n.ceded)
@@ -520,17 +520,6 @@ func (n *Node) wantKeys() {
 		}
 	}
 	n.secure.wanted = names
-}
-
-// listFor is what another node may know of what this one carries.
-func (n *Node) listFor(from peer.Peer) ([]byte, error) {
-	var list []discovery.Overlay
-	for _, o := range n.carried() {
-		if from.Overlays.Allow(o.Name) {
-			list = append(list, o)
-		}
-	}
-	return n.disc.Load().EncodeList(list)
 }
 
 // oneLine makes of joined errors, which have a line each, one.

@@ -55,7 +55,7 @@ func (c *dockerChurner) run(args ...string) {
 
 // churn does things at random with one container, until stop.
 func (c *dockerChurner) churn(slot int, stop <-chan struct{}) {
-	name := fmt.Sprintf("%s%d", c.host.Name(), slot)
+	name := fmt.Sprintf("%s-%d", c.host.Name(), slot) // a0 may be how another one's ID begins
 	r := rand.New(rand.NewPCG(c.seed, uint64(slot)))
 	start := []string{"run", "-d", "--init", "--name", name, "--network", "blue", "bb", "sleep", "600"}
 	for !c.t.Failed() {
@@ -64,10 +64,8 @@ func (c *dockerChurner) churn(slot int, stop <-chan struct{}) {
 			return
 		default:
 		}
-		status, err := c.try("inspect", "-f", "{{.State.Status}}", name)
+		running, err := c.try("inspect", "-f", "{{.State.Running}}", name)
 		switch {
-		case status == "removing": // dockerd goes on when the command has failed
-			time.Sleep(20 * time.Millisecond)
 		case err != nil && r.IntN(4) == 0: // removed in the middle of its start
 			c.began.Add(1)
 			done := make(chan struct{})
@@ -78,7 +76,7 @@ func (c *dockerChurner) churn(slot int, stop <-chan struct{}) {
 		case err != nil:
 			c.began.Add(1)
 			c.run(start...)
-		case status == "running":
+		case running == "true":
 			c.run([][]string{{"kill", name}, {"stop", "-t", "0", name}, {"rm", "-f", name}}[r.IntN(3)]...)
 		case r.IntN(2) == 0:
 			c.began.Add(1)

@@ -3,6 +3,7 @@ package bridge
 import (
 	"bytes"
 	"net/netip"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,90 +16,123 @@ import (
 	"github.com/tulle-net/tulle/vxlan"
 )
 
-// queueOf is a queue that a worker has read for some time, a batch each 0.1 ms: a large
-// frame of each stream in turn, and now and then a small one behind it.
-type queueOf struct {
-	streams []tap.Frame
-	small   []byte
-	every   int // batches between small ones; 0: none
-	empty   int // batches between times when it is empty; 0: never is
-}
+// scene returns the frames of batch i of a queue; there is one each 0.1 ms.
+type scene func(i int) [][]byte
 
-// picked returns when, of so many milliseconds, senders were told.
-func (o queueOf) picked(q *aqm, from, forMS int) (at []int) {
+// picked returns at which milliseconds senders were told, of so many from one on. The queue
+// is seen empty each empty batches; 0: never.
+func (s scene) picked(q *aqm, from, forMS, empty int) (at []int) {
 	for i := range forMS * 10 {
-		now := int64(from)*1e6 + int64(i+1)*1e5
-		if o.empty > 0 && i%o.empty == 0 {
+		if empty > 0 && i%empty == 0 {
 			q.drained()
 		}
-		if !q.stands(now) {
+		if !q.stands(int64(from)*1e6 + int64(i)*1e5) {
 			continue
 		}
-		f := o.streams[i%len(o.streams)]
-		if q.picks(f.B, ether.FlowHash(f.B)) {
-			at = append(at, i/10)
-		}
-		if o.every > 0 && i%o.every == 0 && q.picks(o.small, ether.FlowHash(o.small)) {
-			at = append(at, -1) // never
+		for _, f := range s(i) {
+			if q.picks(f, ether.FlowHash(f)) {
+				at = append(at, i/10)
+				if h, _ := ether.ParseHeaders(f); h.Proto != ether.ProtoTCP {
+					return []int{-1}
+				}
+			}
 		}
 	}
 	return at
 }
 
-// port is a TCP frame of the stream with that port.
-func port(p uint16, payload int) tap.Frame {
-	f := ethertest.TCP{SrcMAC: macOf(1), DstMAC: macOf(2), Src: netip.AddrPortFrom(address(1), p), Dst: netip.AddrPortFrom(address(2), 80), Payload: make([]byte, payload)}
-	return tap.Frame{B: f.Frame()}
+// every puts frames into a batch in so many of what is there anyway.
+func (s scene) every(n int, frames ...[]byte) scene {
+	return func(i int) [][]byte {
+		if i%n != 0 {
+			return s(i)
+		}
+		return append(slices.Clone(frames), s(i)...)
+	}
+}
+
+// stream is a TCP frame of the stream with that port.
+func stream(port uint16, payload int) []byte {
+	return ethertest.TCP{SrcMAC: macOf(1), DstMAC: macOf(2), Src: netip.AddrPortFrom(address(1), port), Dst: netip.AddrPortFrom(address(2), 80), Payload: make([]byte, payload)}.Frame()
 }
 
 func address(i byte) netip.Addr { return netip.AddrFrom4([4]byte{10, 32, 0, i}) }
 
 func TestAQM(t *testing.T) {
-	udp := ethertest.UDP{SrcMAC: macOf(1), DstMAC: macOf(2), Payload: make([]byte, 1400)}.Frame()
-	echo := ethertest.Echo{}.Frame()
-	query := ethertest.UDP{Payload: make([]byte, 40)}.Frame()
-	arp := ethertest.ARPRequest(macOf(1), address(1), address(2))
-	stream := []tap.Frame{port(1, 1400)}
+	v6 := netip.MustParseAddrPort("[fd00::1]:9")
+	datagram := func(payload int) []byte {
+		return ethertest.UDP{SrcMAC: macOf(1), DstMAC: macOf(2), Payload: make([]byte, payload)}.Frame()
+	}
+	echo, query := ethertest.Echo{SrcMAC: macOf(1), DstMAC: macOf(2)}.Frame(), datagram(40)
+	group := bytes.Clone(query)
+	ether.MAC(0x01005e000001).Put(group)
+	nothing := scene(func(int) [][]byte { return nil })
+	alone := nothing.every(1, stream(1, 60000))
+	// One of 100 frames a second, which is no super-frame; with 90,000 others beside it.
+	slow := stream(7, 1400)
+	many := scene(func(i int) (list [][]byte) {
+		for n := range 9 {
+			list = append(list, stream(uint16(100+9*i%300+n), 1400))
+		}
+		return list
+	})
+	largest := func(n int) int { return 10000 / n }
 	for _, tt := range []struct {
 		name     string
-		q        queueOf
+		s        scene
+		empty    int
 		min, max int // senders told in a second
 	}{
-		{"a stream by itself", queueOf{streams: stream}, 0, 0},
-		{"four by themselves", queueOf{streams: []tap.Frame{port(1, 1400), port(2, 1400), port(3, 1400), port(4, 1400)}}, 0, 0},
-		{"a stream and its own last bytes", queueOf{streams: stream, small: port(1, 10).B, every: 20}, 0, 0},
-		{"a stream beside acknowledgements", queueOf{streams: stream, small: port(9, 0).B, every: 20}, 0, 0},
-		{"a stream beside ARP", queueOf{streams: stream, small: arp, every: 20}, 0, 0},
-		{"no stream, but datagrams", queueOf{streams: []tap.Frame{{B: udp}}, small: echo, every: 20}, 0, 0},
-		{"a queue that holds bursts", queueOf{streams: stream, small: echo, every: 20, empty: 90}, 0, 0},
-		{"a stream beside an echo", queueOf{streams: stream, small: echo, every: 20}, 280, 10000 / aqmShare},
-		{"a stream beside queries", queueOf{streams: stream, small: query, every: 3000}, 200, 10000 / aqmShare},
-		{"a stream beside a request", queueOf{streams: stream, small: port(9, 200).B, every: 20}, 280, 10000 / aqmShare},
-		{"a queue that comes to stand now and then", queueOf{streams: stream, small: echo, every: 20, empty: 200}, 40, 160},
+		{"a stream by itself", alone, 0, 0, 0},
+		{"four by themselves", scene(func(i int) [][]byte { return [][]byte{stream(uint16(i%4), 60000)} }), 0, 0, 0},
+		{"a stream and its own last bytes", alone.every(20, stream(1, 10)), 0, 0, 0},
+		{"a stream beside acknowledgements", alone.every(20, stream(9, 0)), 0, 0, 0},
+		{"a stream beside ARP", alone.every(20, ethertest.ARPRequest(macOf(1), address(1), address(2))), 0, 0, 0},
+		{"a stream beside ND", alone.every(20, ethertest.Advertise(macOf(1), v6.Addr(), macOf(2), v6.Addr().Next())), 0, 0, 0},
+		{"a stream beside what is for a group", alone.every(20, group), 0, 0, 0},
+		{"no stream, but datagrams", nothing.every(1, datagram(1400)).every(20, echo), 0, 0, 0},
+		{"a slow stream beside many large datagrams", nothing.every(1, datagram(1400)).every(100, slow).every(20, echo), 0, 0, 0},
+		{"a slow stream beside a flood of small ones", nothing.every(1, slices.Repeat([][]byte{query}, 30)...).every(100, slow).every(20, echo), 0, 0, 0},
+		{"a queue that holds bursts", alone.every(20, echo), 90, 0, 0},
+		{"a stream beside an echo", alone.every(20, echo), 0, 280, largest(aqmShare)},
+		{"a stream beside an echo of IPv6", alone.every(20, ethertest.Echo{SrcMAC: macOf(1), DstMAC: macOf(2), Src: v6.Addr(), Dst: v6.Addr().Next()}.Frame()), 0, 280, largest(aqmShare)},
+		{"a stream beside a few queries", alone.every(3000, query), 0, 200, largest(aqmShare)},
+		{"a stream beside a request", alone.every(20, stream(9, 200)), 0, 280, largest(aqmShare)},
+		{"a stream beside who connects", alone.every(20, ethertest.TCP{SrcMAC: macOf(1), DstMAC: macOf(2), Flags: ether.TCPSyn}.Frame()), 0, 280, largest(aqmShare)},
+		{"a stream at 1,000 frames a second beside an echo", nothing.every(10, stream(1, 1400)).every(20, echo), 0, 10, 1000 / aqmShare},
+		{"300 streams beside an echo", many.every(20, echo), 0, 300, 800},
+		{"a queue that comes to stand now and then", alone.every(20, echo), 200, 30, 160},
 	} {
-		if got := tt.q.picked(&aqm{}, 5000, 1000); len(got) < tt.min || len(got) > tt.max {
-			t.Errorf("%s: %d told in a second, want %d to %d", tt.name, len(got), tt.min, tt.max)
-		} else if first := max(10, tt.q.every/10); len(got) > 0 && (got[0] < first || got[0] > first+aqmShare/10) {
-			t.Errorf("%s: first after %d ms, want %d or little more", tt.name, got[0], first)
+		got := tt.s.picked(&aqm{}, 5000, 1000, tt.empty)
+		if len(got) < tt.min || len(got) > tt.max || len(got) > 0 && got[0] < 10 {
+			t.Errorf("%s: %d told in a second, want %d to %d; the first at %v ms", tt.name, len(got), tt.min, tt.max, got[:min(len(got), 1)])
 		}
 	}
-	// The pace of CoDel, which is forgotten after a pause.
+	// The pace of CoDel, which is forgotten when nobody was told for some time: the queue
+	// ran empty, or whoever waited has left and comes back.
 	q := &aqm{}
-	beside := queueOf{streams: stream, small: echo, every: 20}
-	for _, from := range []int{5000, 6000} {
-		got := beside.picked(q, from, 50)
-		q.drained()
-		if want := []int{10, 20, 27, 32, 37, 42, 46}; len(got) < 6 || len(got) > 8 || got[1]-got[0] < 7 || got[5]-got[4] > 6 {
-			t.Errorf("told after %v ms, want about %v", got, want)
+	beside := alone.every(20, echo)
+	check := func(from, first int) {
+		t.Helper()
+		got := beside.picked(q, from, first+40, 0)
+		for i, after := range []int{0, 10, 17, 22, 27, 32, 36} {
+			if i >= len(got) || max(got[i]-first-after, first+after-got[i]) > 2 {
+				t.Errorf("told after %v ms, want %d, %d, %d, %d …", got, first, first+10, first+17, first+22)
+				return
+			}
 		}
 	}
-	// Whoever waited is gone after a second.
-	alone := queueOf{streams: stream}
-	q = &aqm{}
-	beside.picked(q, 5000, 20)
-	alone.picked(q, 5020, 1100)
-	if got := alone.picked(q, 6120, 1000); len(got) > 0 {
+	check(5000, 13)
+	q.drained()
+	check(6000, 10)
+	alone.picked(q, 6053, 1200, 0)
+	if got := alone.picked(q, 7260, 1000, 0); len(got) > 0 {
 		t.Errorf("%d told because of somebody who is gone", len(got))
+	}
+	check(8260, 0)
+	// One flow that has some large frames now and then is none that fills the queue.
+	if got := alone.every(500, stream(9, 1400)).every(20, stream(9, 50)).picked(&aqm{}, 5000, 1000, 0); len(got) < 250 {
+		t.Errorf("%d told because of a request with large answers, want about 300", len(got))
 	}
 }
 
@@ -111,7 +145,11 @@ func standing(t *testing.T) *aqm {
 	if !q.stands(2e9) || q.picks(echo, ether.FlowHash(echo)) {
 		t.Fatal("the queue does not stand")
 	}
-	q.large = aqmShare
+	for i := range q.flows { // whoever sends
+		q.flows[i] = aqmFlow{aqmCount{2, aqmBulk, 0}, aqmShare}
+	}
+	f := ether.FlowHash(echo)
+	q.flows[f%aqmFlows] = aqmFlow{}
 	return q
 }
 
@@ -185,9 +223,68 @@ func TestShed(t *testing.T) {
 	}
 }
 
+// standingQueue is a queue that gives a super-frame and an echo each millisecond, for 200.
+type standingQueue struct {
+	nullDevice
+	reads int
+}
+
+func (q *standingQueue) Read(b *tap.Batch) error {
+	time.Sleep(time.Millisecond) // of the bubble's time
+	b.Frames = b.Frames[:0]
+	if q.reads++; q.reads <= 200 {
+		echo := ethertest.Echo{SrcMAC: macOf(1), DstMAC: macOf(2)}.Frame()
+		b.Frames = append(b.Frames, tap.Frame{B: echo}, superFrame())
+	}
+	return nil
+}
+
+// TestShedByWorker: the worker of a TAP's queue finds out that it stands, unless that is
+// switched off or a limit's doing.
+func TestShedByWorker(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		off     bool
+		limited bool
+		want    bool
+	}{{"it stands", false, false, true}, {"switched off", true, false, false}, {"limited", false, true, false}} {
+		synctest.Test(t, func(t *testing.T) {
+			tunnel, _, p := hotBridge(t)
+			tunnel.cfg.NoAQM = tt.off
+			if tt.limited {
+				p.limits = newPortLimits(Limits{FromDevice: Rate{BitsPerSecond: 50e9}}, nil)
+			}
+			l, queue := &lane{batch: tap.NewBatch(), tx: &nullSender{}}, &aqm{}
+			time.Sleep(time.Hour)
+			if !p.drain(&standingQueue{}, l, queue) {
+				t.Fatal("the device is gone")
+			}
+			if n := tunnel.Drops().Count(DropAQM); (n > 0) != tt.want || n > 200/aqmShare {
+				t.Errorf("%s: %d segments were dropped", tt.name, n)
+			}
+			if queue.since != 0 {
+				t.Errorf("%s: it is empty, and stands", tt.name)
+			}
+		})
+	}
+}
+
+func TestAQMNoAllocs(t *testing.T) {
+	_, _, p := hotBridge(t)
+	l := &lane{tx: &nullSender{}, queue: standing(t)}
+	super, small := superFrame(), smallFrame()
+	if n := testing.AllocsPerRun(100, func() {
+		l.queue.stands(l.queue.now + 1e6)
+		p.forward(l, &small)
+		p.forward(l, &super)
+	}); n != 0 {
+		t.Errorf("%v allocations for two frames of a queue that stands, want 0", n)
+	}
+}
+
 // fullSlots makes in receive so many batches of a TCP stream and an echo, for 2 ms each.
 func fullSlots(t *testing.T, in *ingress, tos byte, batches int, more bool) {
-	tcp := ethertest.TCP{SrcMAC: macOf(2), DstMAC: macOf(1), TOS: tos, Payload: make([]byte, 1400)}.Frame()
+	tcp := ethertest.TCP{SrcMAC: macOf(2), DstMAC: macOf(1), TOS: tos, Payload: make([]byte, 8900)}.Frame()
 	echo := ethertest.Echo{SrcMAC: macOf(2), DstMAC: macOf(1)}.Frame()
 	for range batches {
 		in.batch.Slots, in.batch.More = in.batch.Slots[:0], more

@@ -98,10 +98,10 @@ const (
 	// DropLoopProbe: a probe for loops that contradicts itself, or is a forged one of
 	// this node.
 	DropLoopProbe
-	// DropAQM: a segment of a TCP stream because of which a queue stands that others
-	// wait in, too. See aqm.
+	// DropAQM: a segment of a TCP stream that fills a queue in which others wait, too.
+	// See aqm.
 	DropAQM
-	// DropAQMMarked: not a lost segment but one that was marked instead (RFC 3168).
+	// DropAQMMarked: not a lost segment but a frame that was marked instead (RFC 3168).
 	DropAQMMarked
 
 	numDrops

@@ -37,7 +37,8 @@ func (p *Port) run(q tap.Queue) {
 		}
 		l := t.lanes.Get().(*lane)
 		there := p.drain(q, l, &queue)
-		if l.queue = nil; !there {
+		l.queue = nil
+		if !there {
 			return
 		}
 		t.lanes.Put(l)
@@ -47,24 +48,26 @@ func (p *Port) run(q tap.Queue) {
 // drain forwards what waits in q, or as much of it as the port's limit lets through;
 // it reports whether the device is still there.
 func (p *Port) drain(q tap.Queue, l *lane, queue *aqm) bool {
+	t := p.bridge.tunnel
+	// A port with a limit reads no more than that: its queue is not seen empty.
+	managed := !t.cfg.NoAQM && (p.limits == nil || p.limits.from == nil)
 	for {
 		if err := q.Read(l.batch); err != nil {
 			if err == tap.ErrClosed {
 				return false
 			}
-			p.bridge.tunnel.drops.add(DropTapRead)
+			t.drops.add(DropTapRead)
 		}
 		if len(l.batch.Frames) == 0 {
 			queue.drained()
 			return true
 		}
-		// A port with a limit reads no more than that: its queue is not seen empty.
-		l.queue = nil
-		if !p.bridge.tunnel.cfg.NoAQM && (p.limits == nil || p.limits.from == nil) && queue.stands(p.bridge.tunnel.nanos()) {
+		nanos := t.nanos()
+		if l.queue = nil; managed && queue.stands(nanos) {
 			l.queue = queue
 		}
 		enough := p.limits != nil && p.owes(l.batch.Frames) // first: forwarding changes them
-		l.now, l.from = p.bridge.tunnel.now(), p
+		l.now, l.from = nanos/int64(tick), p
 		for i := range l.batch.Frames {
 			p.forward(l, &l.batch.Frames[i])
 		}

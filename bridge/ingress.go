@@ -300,7 +300,8 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 	if in.b.clamp.Load() {
 		in.b.clampMSS(frame, m, in.from)
 	}
-	if in.stands && in.queue.picks(frame, ether.FlowHash(frame)) && !in.t.marked(frame) {
+	// An uncut super-frame of a foreign VTEP is more than a segment.
+	if in.stands && in.queue.picks(frame, ether.FlowHash(frame)) && !in.t.marked(frame) && m.GSO == ether.GSONone {
 		in.t.drops.add(DropAQM)
 		return
 	}

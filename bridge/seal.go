@@ -66,14 +66,17 @@ func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head 
 		b.tooLarge(l, to, f)
 		return true
 	}
-	if shed && l.shed(b) {
-		return true
-	}
 	count := l.cut.Count()
 	counter, ok := tx.Reserve(count)
 	if !ok {
 		to.tx.CompareAndSwap(tx, nil)
 		return false
+	}
+	if shed { // its counter is not used
+		if l.shed(b) {
+			return true
+		}
+		count--
 	}
 	flags := byte(0)
 	if l.cut.Partial() {

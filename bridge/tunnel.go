@@ -102,9 +102,9 @@ func (t *Tunnel) SetSelf(addrs []netip.Addr) {
 }
 
 // now returns the FDB's clock.
-func (t *Tunnel) now() int64 { return int64(time.Since(t.start) / tick) }
+func (t *Tunnel) now() int64 { return t.nanos() / int64(tick) }
 
-// nanos returns what time it is to whoever needs it finer.
+// nanos returns the same time in nanoseconds.
 func (t *Tunnel) nanos() int64 { return int64(time.Since(t.start)) }
 
 // Drops returns the counters of what went no further.

@@ -434,8 +434,7 @@ func (d *Discovery) gossip(s *serf.Serf) error {
 }
 
 // sayAgain is about when what this node says of itself is said once more: soon enough
-// that others know within half a second also what was forgotten, and late enough that
-// two that have met once hardly meet again.
+// that others know within half a second also what was lost.
 const sayAgain = 250 * time.Millisecond
 
 // tagsNow returns this node's tags, in a secure cluster with a new passport.

@@ -20,6 +20,10 @@ import (
 // rollout, what one of them said reached nobody, nor did what it said next, and
 // only push/pull mended it: for up to half a minute the others did not know that
 // it was in an overlay. A queue that is never empty gives no number twice.
+//
+// Serf's own queues, of floods and of who leaves, are alike and have none: what they
+// hold has no name, so that one message takes another's place only where both are in
+// one burst that fits no packet.
 type bolt struct{}
 
 var (

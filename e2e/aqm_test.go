@@ -3,8 +3,6 @@ package e2e
 import (
 	"context"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -18,10 +16,7 @@ func TestAQM(t *testing.T) {
 	for _, value := range []string{"off", "on"} {
 		t.Run(value, func(t *testing.T) {
 			l, sw, h := hosts(t, 2, lab.Underlay{})
-			file := filepath.Join(l.Dir(), "aqm-"+value+".yaml")
-			if err := os.WriteFile(file, []byte("aqm: "+value+"\n"), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			file := settings(t, l, "aqm: "+value)
 			nodes := []*tulle{
 				up(t, l, h[0], "--config", file, "--overlay", overlay(1)),
 				up(t, l, h[1], "--config", file, "--overlay", overlay(2), "--join", seed(sw.Addr(h[0]))),

@@ -29,7 +29,7 @@ func twoDrivers(t *testing.T, unfinished string) (v *fastVTEP, sw *lab.Switch, a
 	l, sw, h := hosts(t, 3, lab.Underlay{Prefix4: underlay4, MTU: 1600})
 	v = playVTEP(t, h[2], sw.Addr(h[2]))
 	peer := "peer=" + sw.Addr(h[2]).String()
-	conf := unfinishedChecksums(t, l, unfinished)
+	conf := settings(t, l, "unfinished-checksums: "+unfinished, nothingShed)
 	a = up(t, l, h[0], "--config", conf, "--overlay", overlay(1, "driver=offload", "bum-limit=0", "unknown-unicast=flood", peer))
 	b = up(t, l, h[1], "--config", conf, "--overlay", overlay(2, "driver=plain", "bum-limit=0", "unknown-unicast=flood", peer))
 	inOrder(t, a, b)

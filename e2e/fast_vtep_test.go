@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"sync/atomic"
@@ -111,16 +110,6 @@ func (v *fastVTEP) send(to netip.Addr, datagrams ...[]byte) {
 	}
 }
 
-// unfinishedChecksums returns a file of settings with this one.
-func unfinishedChecksums(t *testing.T, l *lab.Lab, value string) (file string) {
-	t.Helper()
-	file = filepath.Join(l.Dir(), "unfinished-"+value+".yaml")
-	if err := os.WriteFile(file, []byte("unfinished-checksums: "+value+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return file
-}
-
 // inOrder keeps each node, and the calling test, on one core. A veth delivers
 // through a queue of the core that sends (netif_rx), so the kernel itself
 // reorders what a thread sends while it is moved from core to core on a busy
@@ -182,7 +171,7 @@ type fastRelay struct {
 func relayed(t *testing.T, u lab.Underlay, unfinished string, optionsA, optionsB []string) (*lab.Lab, *fastRelay, *tulle, *tulle) {
 	t.Helper()
 	l, sw, h := hosts(t, 3, u)
-	conf := unfinishedChecksums(t, l, unfinished)
+	conf := settings(t, l, "unfinished-checksums: "+unfinished, nothingShed)
 	r := &fastRelay{fastVTEP: playVTEP(t, h[2], sw.Addr(h[2])), sw: sw, ends: [2]netip.Addr{sw.Addr(h[0]), sw.Addr(h[1])}}
 	peer := "peer=" + sw.Addr(h[2]).String()
 	a := up(t, l, h[0], "--config", conf, "--overlay", overlay(1, append(optionsA, peer)...))

@@ -120,6 +120,23 @@ func upAs(t *testing.T, l *lab.Lab, h *lab.Host, program []string, args ...strin
 	return n
 }
 
+// settings returns a file of them, a line each.
+func settings(t *testing.T, l *lab.Lab, lines ...string) (file string) {
+	t.Helper()
+	f, err := os.CreateTemp(l.Dir(), "settings-*.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(strings.Join(lines, "\n") + "\n"); err != nil {
+		t.Fatal(err)
+	}
+	return f.Name()
+}
+
+// nothingShed are settings with which nothing is left out, for tests that compare each frame.
+const nothingShed = "aqm: off"
+
 // explain logs what a node that still runs knows, where its test has failed.
 func (n *tulle) explain() {
 	if !n.t.Failed() {

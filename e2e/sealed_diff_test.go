@@ -25,10 +25,10 @@ func TestSealedDifferential(t *testing.T) {
 		t.Run(tt.driver+" "+tt.cipher, func(t *testing.T) {
 			l, sw, h := hosts(t, 3, lab.Underlay{Prefix4: underlay4, MTU: 1640}) // room for two VLAN tags
 			s := &sealed{t: t, l: l, sw: sw}
-			cipher := "cipher=" + tt.cipher
-			a := s.start(h[0], sealedOverlay(1, "driver=offload", "bum-limit=0", "unknown-unicast=flood", cipher))
-			b := s.start(h[1], sealedOverlay(2, "driver=plain", "bum-limit=0", "unknown-unicast=flood", cipher))
-			c := s.start(h[2], sealedOverlay(3, "driver="+tt.driver, "bum-limit=0", "unknown-unicast=flood", cipher))
+			cipher, conf := "cipher="+tt.cipher, settings(t, l, nothingShed)
+			a := s.start(h[0], sealedOverlay(1, "driver=offload", "bum-limit=0", "unknown-unicast=flood", cipher), "--config", conf)
+			b := s.start(h[1], sealedOverlay(2, "driver=plain", "bum-limit=0", "unknown-unicast=flood", cipher), "--config", conf)
+			c := s.start(h[2], sealedOverlay(3, "driver="+tt.driver, "bum-limit=0", "unknown-unicast=flood", cipher), "--config", conf)
 			inOrder(t, s.nodes...)
 			s.meet()
 			c.eventually(5*time.Second, "floods to both", func() bool { return len(c.status().Overlays[0].FloodList) == 2 })

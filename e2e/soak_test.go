@@ -194,7 +194,7 @@ func explain(t *testing.T, nodes []*tulle, moved *[2]atomic.Int64) {
 			}
 			t.Logf("%s: %s = %d", n.name, reason, count)
 			switch reason {
-			case "rx_overflow", "tx_full", "tap_write", "tap_overflow", "aqm", "aqm_marked":
+			case "rx_overflow", "tx_full", "tap_write", "tap_overflow", "aqm":
 				reported += count
 			default:
 				if expected(reason, count) {

@@ -50,6 +50,8 @@ func TestSkip(t *testing.T) {
 	for _, shape := range []ethertest.TCP{
 		{Seq: 0xfffffff0, ID: 0xffff, Flags: ether.TCPAck | ether.TCPPsh | ether.TCPFin, Payload: payload},
 		{Src: v6, Dst: v6, Payload: payload},
+		{VLANs: []uint16{7, 8}, IPOptions: []byte{1, 1, 1, 0}, Flags: ether.TCPAck | ether.TCPCwr, Options: make([]byte, 12), Payload: payload},
+		{Src: v6, Dst: v6, Extensions: []ethertest.Extension{ethertest.Padded(0, 16)}, Payload: payload},
 	} {
 		for _, segment := range []int{30, 1000, 1448, 4999} {
 			for _, unfilled := range []bool{false, true} {

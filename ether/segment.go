@@ -252,7 +252,8 @@ func (s *Segmenter) NextInPlace(head []byte) []byte {
 }
 
 // Skip passes over the next segment, which is lost: before the first Next or NextInPlace,
-// and only where Count is more than 1.
+// and only where Count is more than 1. A CWR flag, which would be that segment's, is lost
+// with it.
 func (s *Segmenter) Skip() {
 	n := int(s.m.SegmentLen)
 	s.off, s.seq, s.id = s.off+n, s.seq+uint32(n), s.id+1

@@ -23,7 +23,7 @@ func (p *Pool) ask(ctx context.Context, q *Request, n need) error {
 	case n.fix.IsValid():
 		return p.fix(ctx, q, n.fix)
 	}
-	return p.take(ctx, q, n.take)
+	return p.take(ctx, q, n.take, false)
 }
 
 // caller numbers a request; what makes it has to be saved before it is sent.
@@ -32,8 +32,8 @@ func (p *Pool) caller() Caller {
 	return Caller{State: p.s.State, Number: p.s.Number}
 }
 
-// take leases another block.
-func (p *Pool) take(ctx context.Context, q *Request, family int) error {
+// take leases another block; ahead: nobody waits for it.
+func (p *Pool) take(ctx context.Context, q *Request, family int, ahead bool) error {
 	p.mu.Lock()
 	at := slices.IndexFunc(p.s.Takes, func(t *takeEntry) bool { return t.OverlayID == q.Overlay.ID && t.Family == family })
 	if at < 0 {
@@ -47,10 +47,12 @@ func (p *Pool) take(ctx context.Context, q *Request, family int) error {
 	if err != nil {
 		return err
 	}
-	b, err := p.cfg.Source.Take(ctx, TakeRequest{Caller: c, Overlay: q.Overlay.Name, OverlayID: q.Overlay.ID, Family: family, Nonce: entry.Nonce})
+	b, err := p.cfg.Source.Take(ctx, TakeRequest{Caller: c, Overlay: q.Overlay.Name, OverlayID: q.Overlay.ID, Family: family, Nonce: entry.Nonce, Ahead: ahead})
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.lastErr = err
+	if !ahead {
+		p.lastErr = err
+	}
 	if err != nil {
 		return fmt.Errorf("ipam: node %s has no address left in overlay %s and got no block: %w", p.cfg.Node, q.Overlay.Name, err)
 	}

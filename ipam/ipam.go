@@ -87,6 +87,8 @@ type TakeRequest struct {
 	Family    int    `json:"family"` // 4 or 6
 	// Nonce is the same when it is asked again because no answer came.
 	Nonce string `json:"nonce"`
+	// Ahead: the node needs none yet.
+	Ahead bool `json:"ahead,omitempty"`
 }
 
 // Block is a block that the node has.

@@ -69,6 +69,7 @@ func (w *modelWorld) act() {
 		if !talks() {
 			p.stop()
 			p.tick(ctx)
+			p.leaseAhead(ctx)
 		}
 	case kind < 63:
 		w.pass(time.Duration(rapid.IntRange(1, 90).Draw(w.t, "minutes")) * time.Minute)

@@ -45,10 +45,10 @@ type Pool struct {
 
 	mu      sync.Mutex
 	s       *state
-	stopped bool                    // told Lost because the lease ran out
-	anchor  *instant                // of a lease from before the last boot
-	lastErr error                   // of the last request to the keepers
-	low     map[kind]*store.Overlay // what Run is to lease ahead
+	stopped bool     // told Lost because the lease ran out
+	anchor  *instant // of a lease from before the last boot
+	lastErr error    // of the last request to the keepers
+	ahead   ahead
 }
 
 // NewPool returns a Pool that goes on from what was saved.
@@ -63,6 +63,7 @@ func NewPool(cfg PoolConfig) (*Pool, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	p := &Pool{cfg: cfg, id: newID, kick: make(chan struct{}, 1), talk: make(chan struct{}, 1)}
+	p.ahead = ahead{lowWater, roomy, map[kind]*store.Overlay{}, map[kind]time.Duration{}}
 	var err error
 	if p.s, err = loadState(cfg.Load, p.id); err != nil {
 		return nil, err
@@ -237,7 +238,7 @@ func (p *Pool) assign(q *Request, families []int) (Assignment, need, error) {
 		p.s.remove(ep, p.now())
 		return Assignment{}, need{}, err
 	}
-	p.noteLow(q.Overlay, families)
+	p.noteLow(q, families)
 	return ep.assignment(), need{}, nil
 }
 

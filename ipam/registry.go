@@ -224,6 +224,9 @@ func (r *Registry) choose(b *book, subnet netip.Prefix, node string, q TakeReque
 	if len(b.blocks) >= MaxBlocks {
 		return netip.Prefix{}, fmt.Errorf("ipam: overlay %s has %d blocks, the most that it can: %w: detach endpoints, or use another overlay", b.name, MaxBlocks, ErrFull)
 	}
+	if q.Ahead && b.most(subnet) < 2*(len(b.blocks)+1) {
+		return netip.Prefix{}, fmt.Errorf("ipam: half of overlay %s is leased: %w ahead", b.name, ErrFull)
+	}
 	// Nodes begin at different places, so that they seldom want the same block.
 	h := fnv.New64a()
 	h.Write([]byte(b.name + "/" + node))
@@ -232,6 +235,11 @@ func (r *Registry) choose(b *book, subnet netip.Prefix, node string, q TakeReque
 		return p, fmt.Errorf("ipam: overlay %s has in %s %w: give it a larger subnet, remove nodes that are gone (tulle node rm), or ask for a single address (--ip)", b.name, subnet, ErrFull)
 	}
 	return p, nil
+}
+
+// most returns how many blocks of a subnet there can be.
+func (b *book) most(subnet netip.Prefix) int {
+	return min(1<<min(BlockBits(subnet)-subnet.Bits(), 30), MaxBlocks)
 }
 
 // Return frees blocks of the node, if it has not got them again since.

@@ -2,7 +2,9 @@ package ipam
 
 import (
 	"context"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -93,7 +95,7 @@ func TestLeasedAhead(t *testing.T) {
 			}
 			return out
 		}
-		for i := range 64 - lowWater - 2 { // two are nobody's, or the gateway's, if it is the first block
+		for i := range 64 - lowWater {
 			for _, o := range []*store.Overlay{large, small, both} {
 				n.assign(o, o.Name+strconv.Itoa(i))
 			}
@@ -101,7 +103,7 @@ func TestLeasedAhead(t *testing.T) {
 		if got := blocks(); got["large"] != 1 || got["small"] != 1 || got["both"] != 2 {
 			t.Errorf("with enough addresses left: %v", got)
 		}
-		for i := range 3 {
+		for i := range 1 {
 			for _, o := range []*store.Overlay{large, small, both} {
 				n.assign(o, o.Name+"+"+strconv.Itoa(i))
 			}
@@ -109,19 +111,52 @@ func TestLeasedAhead(t *testing.T) {
 		if got := blocks(); got["large"] != 2 || got["small"] != 1 || got["both"] != 3 {
 			t.Errorf("with few left: %v", got)
 		}
+		// Nobody waits for a keeper, and what keepers are not asked for in vain is no fault.
 		c.cut.Store(true)
-		for i := range 64 { // nobody waits for a keeper
+		for i := range 64 {
 			n.assign(large, "more"+strconv.Itoa(i))
 		}
-		time.Sleep(time.Hour)
+		synctest.Wait()
+		if got := n.Status(); got.KeepersError != "" || len(n.ahead.paused) != 1 {
+			t.Errorf("%q; pauses %v", got.KeepersError, n.ahead.paused)
+		}
 		c.cut.Store(false)
+		n.Release("more0")
+		n.assign(large, "soon")
+		if got := blocks(); got["large"] != 2 {
+			t.Errorf("within the pause: %v", got)
+		}
+		time.Sleep(aheadPause)
+		n.Release("more1")
 		n.assign(large, "last")
 		if got := blocks(); got["large"] != 3 || got["small"] != 1 {
 			t.Errorf("when keepers are back: %v", got)
 		}
+		// Who has only addresses that it asked for needs no block.
+		other := c.node("other")
+		other.assign(large, "fixed", "10.32.20.20")
+		if other.isLow() {
+			t.Error("a block is leased ahead for an address that was asked for")
+		}
 		cancel()
 		running.Wait()
 	})
+}
+
+// TestAheadOfOthers: what is left of an overlay is for those who need it.
+func TestAheadOfOthers(t *testing.T) {
+	blue := overlay("blue", "10.32.0.0/22") // 16 blocks
+	c := newCluster(t, blue)
+	for i := range 7 {
+		n := c.node("n" + strconv.Itoa(i))
+		n.ahead.roomy, n.ahead.lowWater = 1, 1000
+		n.assign(blue, "e")
+		n.leaseAhead(ctx)
+	}
+	blocks := slices.DeleteFunc(c.keys(), func(key string) bool { return !strings.Contains(key, "/block/") })
+	if len(blocks) != 11 { // the 4 first have two: the 8th is half
+		t.Errorf("%d blocks of 16 are leased, want 11: %v", len(blocks), blocks)
+	}
 }
 
 // TestConcurrent: many at once, of two nodes, with Run, for the race detector.

@@ -166,6 +166,7 @@ func (n *modelNode) start() {
 		n.w.fatal("%s does not start: %v", n.name, err)
 	}
 	p.id = n.w.id
+	p.ahead.lowWater, p.ahead.roomy = 2, 4 // blocks have four addresses
 	if n.disk == nil {
 		p.s = newState(p.id())
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"net"
 	"net/netip"
 	"runtime"
 	"testing"
@@ -346,6 +347,27 @@ func TestReceiveNeverBlocks(t *testing.T) {
 }
 
 // A datagram of no bytes is a slot of no bytes.
+// A batch that is full says so.
+func TestReceiveMore(t *testing.T) {
+	c := open(t, Config{})
+	from, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(c.LocalAddrs()[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	for i := range 2*rxSlots + 3 { // of sizes that the kernel does not merge
+		if _, err := from.Write(make([]byte, 1+i%2)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var b Batch
+	for _, want := range []int{rxSlots, rxSlots, 3, 0} {
+		if err := c.Receivers()[0].Receive(&b); err != nil || len(b.Slots) != want || b.More != (want == rxSlots) {
+			t.Errorf("Receive: %d slots, more %t, %v; want %d", len(b.Slots), b.More, err, want)
+		}
+	}
+}
+
 func TestEmptyDatagram(t *testing.T) {
 	c := open(t, Config{})
 	fd, err := udpSocket(v4)

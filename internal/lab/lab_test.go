@@ -253,6 +253,14 @@ func TestPrivilegedUDP(t *testing.T) {
 	if mac, err := hosts[0].Neighbour(s.Dev(), s.Addr(hosts[1])); err != nil || mac == "" {
 		t.Errorf("Neighbour = %q, %v, want the MAC of b", mac, err)
 	}
+	for range 2 { // the second time there is nothing
+		if err := hosts[0].ForgetNeighbour(s.Dev(), s.Addr(hosts[1])); err != nil {
+			t.Error(err)
+		}
+	}
+	if mac, err := hosts[0].Neighbour(s.Dev(), s.Addr(hosts[1])); err != nil || mac != "" {
+		t.Errorf("Neighbour = %q, %v after ForgetNeighbour", mac, err)
+	}
 }
 
 func TestPrivilegedDisableIPv6(t *testing.T) {

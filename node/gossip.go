@@ -80,7 +80,7 @@ func (n *Node) runGossip(ctx context.Context) error {
 func (n *Node) settle(ctx context.Context) error {
 	for {
 		err := n.openGossip()
-		if err == nil {
+		if err == nil { // once more: what changed meanwhile was told to the one before
 			err = n.disc.Load().SetOverlays(n.carried())
 		}
 		if err == nil {

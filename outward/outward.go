@@ -142,7 +142,7 @@ func (w *Way) setUp() error {
 		routes = append(routes, tcpip.Route{Destination: to, NIC: nic})
 	}
 	w.stack.SetRouteTable(routes)
-	for _, err := range []tcpip.Error{w.stack.SetPromiscuousMode(nic, true), w.stack.SetSpoofing(nic, true), w.tune()} {
+	for _, err := range []tcpip.Error{w.stack.SetPromiscuousMode(nic, true), w.stack.SetSpoofing(nic, true), tune(w.stack)} {
 		if err != nil {
 			return errors.New(err.String())
 		}
@@ -152,13 +152,17 @@ func (w *Way) setUp() error {
 	return nil
 }
 
-// tune has the stack's TCP be as good as a host's.
-func (w *Way) tune() tcpip.Error {
-	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
-	if err := w.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &sack); err != nil {
-		return err
+// tune has a stack's TCP be as good as a host's. Its RACK is switched off: after a burst
+// is lost it sends one segment again a timeout.
+func tune(s *stack.Stack) tcpip.Error {
+	sack, moderate, rack := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true), tcpip.TCPRecovery(0)
+	cubic := tcpip.CongestionControlOption("cubic")
+	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &moderate, &rack, &cubic} {
+		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
+			return err
+		}
 	}
-	return w.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &moderate)
+	return nil
 }
 
 func addressOf(a netip.Addr) tcpip.Address { return tcpip.AddrFromSlice(a.AsSlice()) }

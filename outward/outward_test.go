@@ -66,6 +66,9 @@ func newEndpoint(t *testing.T, w *Way) *endpoint {
 	if err := e.stack.CreateNIC(nic, e.link); err != nil {
 		t.Fatal(err)
 	}
+	if err := tune(e.stack); err != nil {
+		t.Fatal(err)
+	}
 	for _, a := range []netip.Addr{inside4, inside6} {
 		proto := ipv4.ProtocolNumber
 		if a.Is6() {

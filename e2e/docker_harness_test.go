@@ -161,22 +161,38 @@ func (d *dockerHost) answers() bool {
 // restart ends dockerd by a signal and starts it again.
 func (d *dockerHost) restart(sig syscall.Signal) {
 	d.t.Helper()
-	// The containerd that it started ends with it, and must not be taken for one that runs.
-	pid, err := os.ReadFile(d.dir + "/exec/containerd/containerd.pid")
-	if err != nil {
-		d.t.Fatal(err)
+	d.ends(sig)
+	d.start()
+	if !d.answers() {
+		d.t.FailNow()
 	}
+}
+
+// ends ends dockerd by a signal.
+func (d *dockerHost) ends(sig syscall.Signal) {
+	d.t.Helper()
+	ended := d.contained()
 	if err := d.daemon.Signal(sig); err != nil {
 		d.t.Fatal(err)
 	}
 	<-d.daemon.Done()
-	eventually(d.t, 5*time.Second, "containerd has ended", func() bool {
-		_, err := os.Stat("/proc/" + strings.TrimSpace(string(pid)))
-		return err != nil
-	})
-	d.start()
-	if !d.answers() {
-		d.t.FailNow()
+	ended()
+}
+
+// contained returns what waits for the end of the containerd that dockerd has started: it
+// ends with it, and must not be taken for one that runs.
+func (d *dockerHost) contained() (ended func()) {
+	d.t.Helper()
+	pid, err := os.ReadFile(d.dir + "/exec/containerd/containerd.pid")
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return func() {
+		d.t.Helper()
+		eventually(d.t, 5*time.Second, "containerd has ended", func() bool {
+			_, err := os.Stat("/proc/" + strings.TrimSpace(string(pid)))
+			return err != nil
+		})
 	}
 }
 

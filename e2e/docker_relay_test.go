@@ -30,12 +30,14 @@ var driverCalls = []string{
 // done it and not said so, and when Docker has the answer.
 var moments = []string{"asked", "working", "done", "answered"}
 
-// relay is a driver "relay" before that of a node, which it kills at a call of Docker's.
+// relay is a driver "relay" before that of a node, which it kills at a call of Docker's;
+// or it kills dockerd.
 // As long as there is no node it is not there either: Docker sees what it saw without it.
 type relay struct {
 	dir    string // where plugins are
 	client http.Client
 	dies   func()      // is called before it is killed
+	kills  func()      // if set, is called in place of killing it
 	killed chan string // at what
 
 	mu     sync.Mutex
@@ -86,10 +88,14 @@ func (r *relay) kill(at string) {
 	r.mu.Lock()
 	s, p := r.server, r.node
 	r.mu.Unlock()
-	r.dies()
-	p.Kill()
-	<-p.Done()
-	_ = s.Close() // Docker's connections end with it
+	if r.kills != nil {
+		r.kills()
+	} else {
+		r.dies()
+		p.Kill()
+		<-p.Done()
+		_ = s.Close() // Docker's connections end with it
+	}
 	r.killed <- at
 }
 

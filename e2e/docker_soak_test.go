@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -293,4 +294,65 @@ func (c *dockerChurner) nothingLeft(before, open []string) {
 	if !settles(20*time.Second, func() bool { now = c.descriptors(); return len(now) <= len(open) }) {
 		c.t.Errorf("%s: descriptors are left: %v, before: %v", c.host.Name(), now, open)
 	}
+}
+
+// TestSoakDockerdKilled: dockerd is killed at each call of a container's start and end.
+// The next start works, and the container that runs on does not notice.
+func TestSoakDockerdKilled(t *testing.T) {
+	l, _, h := hosts(t, 1, lab.Underlay{Prefix4: underlay4})
+	d := dockers(t, l, h, "--live-restore")[0]
+	a := upDocker(t, l, d, "--docker", "on")
+	r := newRelay(d, func() {})
+	r.serve(a)
+	d.do("network", "create", "-d", "relay", "--ipam-driver", "relay", "--ipam-opt", "overlay=blue", "-o", "overlay=blue", "--subnet", "10.40.0.0/16", "blue")
+	d.runs("stays", "--network", "blue")
+	stays := d.address("stays", "blue")
+	start := []string{"run", "-d", "--init", "--name", "other", "--network", "blue", "bb", "sleep", "600"}
+	r.kills = func() {
+		if err := d.daemon.Signal(syscall.SIGKILL); err != nil {
+			t.Error(err)
+		}
+		<-d.daemon.Done()
+	}
+	for i, call := range driverCalls {
+		for _, moment := range moments {
+			command := start
+			if i >= 3 { // of the end
+				d.do(start...)
+				command = []string{"rm", "-f", "other"}
+			}
+			ended := d.contained()
+			r.arm(call, moment)
+			began := time.Now()
+			out, err := d.try(command...) // it fails, or its answer came first
+			select {
+			case <-r.killed:
+			case <-time.After(20 * time.Second):
+				t.Fatalf("dockerd was not killed: %s %s; %v: %s", moment, call, err, out)
+			}
+			ended()
+			d.start()
+			if !d.answers() {
+				t.FailNow()
+			}
+			if !settles(20*time.Second, func() bool { _, _ = d.try("rm", "-f", "other"); _, err := d.try("inspect", "other"); return err != nil }) {
+				t.Fatalf("%s %s: the container cannot be removed", moment, call)
+			}
+			d.do(start...)
+			d.pings("other", stays)
+			d.do("rm", "-f", "other")
+			t.Logf("%s %s: %v", moment, call, time.Since(began).Round(10*time.Millisecond))
+		}
+	}
+	r.kills = nil
+	a.eventually(lentFor+30*time.Second, "only the container that stays has an endpoint", func() bool {
+		list := get[node.Endpoints](a, "/v1/endpoints").Endpoints
+		return len(list) == 1 && list[0].Name == "stays"
+	})
+	d.do("rm", "-f", "stays")
+	if !settles(lentFor+20*time.Second, func() bool { return a.used("blue") == 0 }) {
+		t.Errorf("%d addresses are in use by nobody", a.used("blue"))
+	}
+	d.do("network", "rm", "blue") // which goes now, and its overlay with it
+	known(t, 5*time.Second, "blue", false, a)
 }

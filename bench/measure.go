@@ -353,15 +353,15 @@ func (r *rig) udp(ctx context.Context, name string, size int) (values, error) {
 	}, nil
 }
 
-// received returns the bytes that the tunnel's device at the second end has received.
-func (r *rig) received() (uint64, error) {
-	text, err := r.end(1).ReadProcNet("dev")
+// sent returns the bytes that the tunnel's device at the first end has sent.
+func (r *rig) sent() (uint64, error) {
+	text, err := r.end(0).ReadProcNet("dev")
 	if err != nil {
 		return 0, err
 	}
 	for line := range strings.Lines(text) {
 		if name, counters, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == r.tun.dev {
-			return strconv.ParseUint(strings.Fields(counters)[0], 10, 64)
+			return strconv.ParseUint(strings.Fields(counters)[8], 10, 64)
 		}
 	}
 	return 0, fmt.Errorf("bench: no counters of device %s", r.tun.dev)
@@ -377,7 +377,7 @@ func (r *rig) loaded(ctx context.Context) (values, error) {
 	if err := pause(ctx, 800*time.Millisecond); err != nil {
 		return nil, err
 	}
-	before, err := r.received()
+	before, err := r.sent()
 	if err != nil {
 		return nil, err
 	}
@@ -385,7 +385,7 @@ func (r *rig) loaded(ctx context.Context) (values, error) {
 	v, err := r.roundTrips(ctx, "load", r.secs, 2*time.Millisecond)
 	if err == nil {
 		var after uint64
-		if after, err = r.received(); err == nil {
+		if after, err = r.sent(); err == nil {
 			v["load_gbps"] = float64(after-before) * 8 / 1e9 / time.Since(began).Seconds()
 		}
 	}

@@ -1,5 +1,7 @@
 package ether
 
+import "encoding/binary"
+
 // The ECN field of the IP header (RFC 3168, section 5).
 const (
 	ecnMask = 3
@@ -24,10 +26,8 @@ func MarkCE(frame []byte, h Headers) bool {
 	if ip[1]&ecnMask == 0 {
 		return false
 	}
-	old := uint16(ip[0])<<8 | uint16(ip[1])
+	old := binary.BigEndian.Uint16(ip)
 	ip[1] |= ecnCE
-	sum := ^(uint16(ip[10])<<8 | uint16(ip[11]))
-	sum = ^fold32(uint32(sum) + uint32(^old) + uint32(ip[0])<<8 + uint32(ip[1]))
-	ip[10], ip[11] = byte(sum>>8), byte(sum)
+	adjust(ip[10:], old, binary.BigEndian.Uint16(ip))
 	return true
 }

@@ -63,7 +63,7 @@ func ClampMSS(frame []byte, m Meta, mtu int) bool {
 }
 
 // setTCPWord writes v at an offset of a TCP header, and updates a checksum that
-// is filled (RFC 1624, equation 3).
+// is filled.
 func setTCPWord(header []byte, at int, v uint16, filled bool) {
 	old := binary.BigEndian.Uint16(header[at:])
 	binary.BigEndian.PutUint16(header[at:], v)
@@ -75,7 +75,11 @@ func setTCPWord(header []byte, at int, v uint16, filled bool) {
 		// bytes are swapped (RFC 1071, section 2 (B)).
 		old, v = bits.ReverseBytes16(old), bits.ReverseBytes16(v)
 	}
-	sum := binary.BigEndian.Uint16(header[TCPChecksumOffset:])
-	sum = ^fold32(uint32(^sum) + uint32(^old) + uint32(v))
-	binary.BigEndian.PutUint16(header[TCPChecksumOffset:], sum)
+	adjust(header[TCPChecksumOffset:], old, v)
+}
+
+// adjust has the checksum at sum be that of a header in which v is in the place of old
+// (RFC 1624, equation 3).
+func adjust(sum []byte, old, v uint16) {
+	binary.BigEndian.PutUint16(sum, ^fold32(uint32(^binary.BigEndian.Uint16(sum))+uint32(^old)+uint32(v)))
 }

@@ -92,6 +92,7 @@ func TestAQM(t *testing.T) {
 		{"a stream beside what is for a group", alone.every(20, group), 0, 0, 0},
 		{"no stream, but datagrams", nothing.every(1, datagram(1400)).every(20, echo), 0, 0, 0},
 		{"a slow stream beside many large datagrams", nothing.every(1, datagram(1400)).every(100, slow).every(20, echo), 0, 0, 0},
+		{"a twentieth of the queue is a stream, and the rest large datagrams", nothing.every(1, datagram(1400)).every(20, slow).every(20, echo), 0, 0, 0},
 		{"a slow stream beside a flood of small ones", nothing.every(1, slices.Repeat([][]byte{query}, 30)...).every(100, slow).every(20, echo), 0, 0, 0},
 		{"a queue that holds bursts", alone.every(20, echo), 90, 0, 0},
 		{"a stream beside an echo", alone.every(20, echo), 0, 280, largest(aqmShare)},
@@ -325,5 +326,22 @@ func TestShedOnTheWayIn(t *testing.T) {
 				t.Errorf("%s: %d frames of 150 are accounted for", tt.name, all)
 			}
 		})
+	}
+}
+
+// An uncut super-frame of a foreign VTEP is marked or let through: it is more than a segment.
+func TestSuperFramesAreNotShedOnTheWayIn(t *testing.T) {
+	for _, tos := range []byte{0, 2} {
+		tunnel, _, _ := hotBridge(t)
+		in := newIngress(tunnel)
+		in.src, in.queue, in.stands = vtepOf(2), *standing(t), true
+		if _, ok := in.resolve(testVNI); !ok {
+			t.Fatal("no bridge")
+		}
+		b, m := ethertest.TCP{SrcMAC: macOf(2), DstMAC: macOf(1), TOS: tos, Payload: make([]byte, 9000)}.Super(1000)
+		in.deliver(b, m)
+		if drop, marks := tunnel.Drops().Count(DropAQM), tunnel.Drops().Count(DropAQMMarked); drop != 0 || marks != uint64(tos/2) || in.queue.count != 1 {
+			t.Errorf("TOS %d: %d dropped, %d marked, picked %d; want it picked, and marked if that is spoken", tos, drop, marks, in.queue.count)
+		}
 	}
 }

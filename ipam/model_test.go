@@ -41,6 +41,9 @@ func (w *modelWorld) act() {
 	p := n.pool
 	kind := rapid.IntRange(0, 99).Draw(w.t, "step")
 	w.trace("%s %s step %d depth %d", n.name, owner, kind, w.depth)
+	if n.off {
+		return
+	}
 	if p == nil && kind < 55 {
 		n.start()
 		return
@@ -107,13 +110,9 @@ func (w *modelWorld) act() {
 	case kind < 98: // node rm
 		w.keeper().Forget(ctx, n.name, false)
 	case kind < 99 && w.chance(60, "off"): // node rm of a machine that is off, whose disk is wiped
-		for _, m := range w.nodes {
-			if m.name == n.name {
-				m.kill()
-				m.disk = nil
-			}
-		}
+		w.turnOff(n.name, true)
 		w.keeper().Forget(ctx, n.name, true)
+		w.turnOff(n.name, false)
 	case kind < 99: // the disk is lost, or another machine has the name while this one runs on
 		if len(w.nodes) < modelMachines && w.chance(50, "another") {
 			w.machine(n.name)
@@ -124,6 +123,17 @@ func (w *modelWorld) act() {
 	default:
 		if w.depth == 0 && !w.away {
 			w.define("blue")
+		}
+	}
+}
+
+// turnOff turns all machines of the name off, with nothing on their disks when they
+// are on again.
+func (w *modelWorld) turnOff(name string, off bool) {
+	for _, n := range w.nodes {
+		if n.name == name {
+			n.kill()
+			n.off, n.disk = off, nil
 		}
 	}
 }

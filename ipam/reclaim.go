@@ -194,7 +194,8 @@ func (r *Registry) withdrawOld(ctx context.Context) error {
 // Forget is for a node that was removed from the cluster: nothing is renewed for
 // it any more. What it has is free when it has been silent for grace and a
 // margin, whether it is alive or not; at once if the machine is off, for which
-// the caller answers: it must not be using any of its addresses.
+// the caller answers: until Forget returns it must not be using any of its
+// addresses, nor lease others.
 func (r *Registry) Forget(ctx context.Context, node string, off bool) error {
 	if err := checkNames(node); err != nil {
 		return err

@@ -74,6 +74,7 @@ type modelNode struct {
 	wall    time.Duration
 	sync    bool
 	cut     bool // from the keepers
+	off     bool // and stays off
 	life    int  // counts processes; what an old one does has no effect
 	crashIn int  // Saves and requests until it is killed; 0: not
 	lost    map[string]bool
@@ -142,7 +143,7 @@ func (n *modelNode) kill() {
 }
 
 func (n *modelNode) start() {
-	if n.pool != nil {
+	if n.pool != nil || n.off {
 		return
 	}
 	n.life++

@@ -10,6 +10,25 @@ import (
 	"time"
 )
 
+// Who says that it carries something else does not wait until the others know.
+func TestSetOverlaysDoesNotWait(t *testing.T) {
+	t.Parallel()
+	a := start(t, testConfig("a"))
+	b := start(t, testConfig("b", a))
+	meet(t, a, b)
+	const changes = 20
+	began := time.Now()
+	for i := range changes {
+		if err := b.SetOverlays(manyOverlays(i+1, "none")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took := time.Since(began); took > changes*gossipInterval/2 {
+		t.Errorf("%d changes took %v, and a round of gossip takes %v", changes, took, gossipInterval)
+	}
+	a.await(3*time.Second, "the last of them", func() bool { return len(a.member("b").Overlays) == changes })
+}
+
 func TestThreeNodesMeetAndPullOverlays(t *testing.T) {
 	t.Parallel()
 	a := start(t, testConfig("a"))

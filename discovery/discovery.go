@@ -377,9 +377,9 @@ func (d *Discovery) Stats() Stats {
 
 // SetOverlays says what this node carries from now on, at most MaxOverlays and
 // MaxListBytes when encoded, names and VNIs unique. It may be called before
-// Run; while running it waits until the news is on its way, at most
-// tagsTimeout. In a secure cluster the error may also be that no passport
-// could be made: the overlays are set then, and not announced.
+// Run; while running the news is on its way with the next round of gossip. In
+// a secure cluster the error may also be that no passport could be made: the
+// overlays are set then, and not announced.
 func (d *Discovery) SetOverlays(overlays []Overlay) error {
 	l, err := newList(overlays)
 	if err != nil {
@@ -405,7 +405,8 @@ func (d *Discovery) SetOverlays(overlays []Overlay) error {
 // gossip spreads what this node says of itself, and says it once more a while
 // later: datagrams get lost, and push/pull would mend that after pushPullInterval or
 // longer. What memberlist itself would lose, bolt keeps. d.publish is held. The error
-// is that no passport was made.
+// is that no passport was made; SetTags has one of its own: that others have not taken
+// in tagsTimeout what is queued for them.
 func (d *Discovery) gossip(s *serf.Serf) error {
 	tags, err := d.tagsNow()
 	if err != nil {
@@ -422,14 +423,10 @@ func (d *Discovery) gossip(s *serf.Serf) error {
 		if s := d.serf.Load(); s != nil {
 			// What was said last, which may be another by now: an older passport
 			// than they have the others refuse, and with it that this node is alive.
-			_ = s.SetTags(d.said) // its one error is as below
+			_ = s.SetTags(d.said)
 		}
 	})
-	// It can fail in one way: nobody took the news in time. It is queued, and
-	// whoever joins gets it anyway.
-	if err := s.SetTags(tags); err != nil {
-		d.log.Debug("tags are still spreading", "err", err)
-	}
+	_ = s.SetTags(tags)
 	return nil
 }
 

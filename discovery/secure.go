@@ -88,8 +88,7 @@ func (d *Discovery) SetKeys(keys [][]byte) error {
 }
 
 // Announce makes a new passport and spreads it: the certificate is another, or
-// Extra. It may be called before Run; while running it waits until the news is
-// on its way, at most tagsTimeout.
+// Extra. It may be called before Run.
 func (d *Discovery) Announce() error {
 	d.publish.Lock()
 	defer d.publish.Unlock()

@@ -44,9 +44,10 @@ const (
 	retransmitMult   = 4
 	broadcastTimeout = 300 * time.Millisecond
 	leavePropagate   = 200 * time.Millisecond
-	// tagsTimeout is how long who has news waits for it to be on its way. It bounds how
-	// soon the next news can follow: for longer than a few rounds nobody should wait.
-	tagsTimeout = 100 * time.Millisecond
+	// tagsTimeout is how long Serf has who has news wait for it to be on its way, which
+	// is in the next round; it is queued in any case. None needs that: an attach would
+	// take 100 ms longer where the node has no other endpoint in the overlay.
+	tagsTimeout = time.Nanosecond // 0: without end
 
 	// How soon the others know that a node of a secure cluster is at another
 	// address, from when it joined there: its record is a new one, so nobody

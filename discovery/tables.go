@@ -26,8 +26,7 @@ const (
 )
 
 // SetTables says the version of what this node has to tell on being asked, and spreads
-// it; what that is, is the caller's. It may be called before Run, and waits as
-// SetOverlays does.
+// it as SetOverlays does; what that is, is the caller's. It may be called before Run.
 func (d *Discovery) SetTables(version uint64) error {
 	d.publish.Lock()
 	defer d.publish.Unlock()

@@ -99,7 +99,8 @@ func (d *offloadDevice) testOut(index int) (sure bool) {
 	if err != nil {
 		return true
 	}
-	defer unix.Close(fd)
+	// Some 20 ms, until nobody in the kernel can be using it: nobody has to wait for that.
+	defer func() { go unix.Close(fd) }()
 	if unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1) != nil {
 		return true
 	}

@@ -35,13 +35,17 @@ tools:
 test: tools bin/tulle
 	$(SUDO) go test -count 1 -p 1 -timeout 20m $(GOTESTFLAGS) ./...
 
-# All but e2e, which runs the binary.
+# All but e2e, which runs the binary, and what reads the sources; of the model of
+# addresses, which is of one thread, a fifth.
 race: tools
-	$(SUDO) go test -race -count 1 -p 1 -timeout 20m $(GOTESTFLAGS) $$(go list ./... | grep -v /e2e)
+	$(SUDO) env TULLE_IPAM_HISTORIES=400 go test -race -count 1 -p 1 -timeout 20m $(GOTESTFLAGS) $$(go list ./... | grep -vE '/(e2e|archtest)')
 
-# Longer ones, run before an issue is closed.
+# Longer ones, run before an issue is closed; property tests draw other values than
+# in `test`, and more, and the fuzzers run for longer than in `ci`.
 soak: tools bin/tulle
 	$(SUDO) go test -tags soak -timeout 30m -count 1 ./e2e/...
+	TULLE_IPAM_HISTORIES=30000 go test -timeout 30m -count 1 $$(git grep -l internal/proptest -- '*_test.go' | xargs -n 1 dirname | sort -u | sed 's,^,./,') -rapid.seed=$$(date +%s) -rapid.checks=1000
+	./.ci/fuzz $(FUZZTIME)
 
 lint:
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }

@@ -7,6 +7,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/tulle-net/tulle/ether"
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 // modelFDB is the fdb as a map and a mutex: slow, and plainly right.

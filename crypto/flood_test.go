@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 func everybody(string) bool { return true }

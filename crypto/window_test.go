@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 // modelWindow is what replayWindow has to do, with a map and a bound.

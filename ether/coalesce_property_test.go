@@ -11,6 +11,7 @@ import (
 
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 // otherPorts returns the ends of p with the ports moved.

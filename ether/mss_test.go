@@ -8,6 +8,7 @@ import (
 
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 // TestClampMSSGolden: a SYN byte by byte, MSS 1460 to 1378; the difference of 82

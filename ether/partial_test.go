@@ -8,6 +8,7 @@ import (
 
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 func TestPartialMeta(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 // pattern returns n bytes that differ from place to place.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 // unhex returns the bytes that s names in hexadecimal digits, spaces aside.

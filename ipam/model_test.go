@@ -3,6 +3,7 @@ package ipam
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	_ "github.com/tulle-net/tulle/internal/proptest"
 	"github.com/tulle-net/tulle/store"
 	"pgregory.net/rapid"
 )
@@ -20,8 +22,8 @@ import (
 // away; requests whose answers are lost, that arrive twice, late, or while others
 // are under way. After each step no address may be in use twice.
 //
-//	TULLE_IPAM_HISTORIES=100000 go test -run TestModel -timeout 1h ./ipam     a soak
-//	go test -run TestModel -rapid.seed=N ./ipam                              one again
+//	TULLE_IPAM_HISTORIES=100000 go test -run TestModel -timeout 1h -rapid.seed=$RANDOM ./ipam    a soak
+//	go test -run TestModel -rapid.seed=N ./ipam                                                 one again
 
 const (
 	modelHistories = 2000
@@ -319,7 +321,14 @@ func TestModel(t *testing.T) {
 	steps, assigned := 0, 0
 	began := time.Now()
 	done := 0
-	for round := 0; done < histories; round++ {
+	seed := flag.Lookup("rapid.seed").Value
+	first, err := strconv.ParseUint(seed.String(), 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer seed.Set(seed.String())
+	for round := uint64(0); done < histories; round++ {
+		seed.Set(strconv.FormatUint(first+round, 10))
 		rapid.Check(t, func(t *rapid.T) {
 			w := newModel(t)
 			for range rapid.IntRange(10, 80).Draw(t, "steps") {

@@ -12,6 +12,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/tulle-net/tulle/crypto"
+	_ "github.com/tulle-net/tulle/internal/proptest"
 	"github.com/tulle-net/tulle/keeper"
 	"github.com/tulle-net/tulle/peer"
 )

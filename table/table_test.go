@@ -19,6 +19,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/tulle-net/tulle/ether"
+	_ "github.com/tulle-net/tulle/internal/proptest"
 )
 
 func ip(s string) netip.Addr { return netip.MustParseAddr(s) }

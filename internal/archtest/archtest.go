@@ -52,6 +52,7 @@ var imports = map[string][]string{
 	"internal/hostname":    {},
 	"internal/version":     {},
 	"internal/archtest":    {},
+	"internal/proptest":    {},
 	"internal/lab":         {},
 	"internal/lab/labtest": {"internal/lab"},
 	"internal/demo":        {"internal/lab"},
@@ -88,4 +89,5 @@ var thirdParty = map[string][]string{
 	"golang.org/x/net":                     {"internal/lab"},
 	"gvisor.dev/gvisor":                    {"outward"},
 	"github.com/docker/go-plugins-helpers": {"docker"},
+	"pgregory.net/rapid":                   {"internal/proptest"},
 }

@@ -8,8 +8,9 @@ import (
 	"github.com/tulle-net/tulle/ether"
 )
 
-// A learnt MAC that has moved maxMoves times within movesWithin ticks of the first is
-// two stations': it stays where it is (RFC 7432, section 15.1).
+// A learnt MAC that has moved maxMoves times within movesWithin ticks of the first, and
+// was never silent for thawAfter, is two stations': it stays where it is (RFC 7432,
+// section 15.1).
 const (
 	maxMoves    = 5
 	movesWithin = 180 * second
@@ -102,11 +103,14 @@ func (e *entry) held(now int64) (learned, bool) {
 		return fixed, true
 	case e.table != nil:
 		return claimed, true
-	case e.frozen && now-e.seen.Load() <= thawAfter:
+	case e.frozen && !e.silent(now):
 		return frozen, true
 	}
 	return 0, false
 }
+
+// silent reports whether nothing was heard where the entry is for thawAfter.
+func (e *entry) silent(now int64) bool { return now-e.seen.Load() > thawAfter }
 
 // put makes or moves a learnt entry.
 func (f *fdb) put(mac ether.MAC, at *place, now int64) (result learned) {
@@ -170,12 +174,12 @@ func (f *fdb) put(mac ether.MAC, at *place, now int64) (result learned) {
 }
 
 // moved returns the count of moves with another one now, which is none if the entry's
-// place has gone.
+// place has gone, and the first after a silence that ends a freeze, too.
 func (e *entry) moved(now int64) (moves uint8, since int64) {
 	switch {
 	case e.at.gone.Load():
 		return 0, 0
-	case e.moves == 0 || now-e.since > movesWithin:
+	case e.moves == 0 || now-e.since > movesWithin || e.silent(now):
 		return 1, now
 	}
 	return e.moves + 1, e.since

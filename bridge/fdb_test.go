@@ -45,11 +45,11 @@ func (m *modelFDB) learn(mac ether.MAC, at *place, now int64) learned {
 		return known
 	case e != nil && e.static:
 		return fixed
-	case e != nil && e.frozen:
+	case e != nil && e.frozen && now-e.seen <= thawAfter:
 		return frozen
 	}
 	moves, since := 1, now
-	if e != nil && e.moves > 0 && now-e.since <= movesWithin {
+	if e != nil && e.moves > 0 && now-e.since <= movesWithin && now-e.seen <= thawAfter {
 		moves, since = e.moves+1, e.since
 	}
 	switch {
@@ -59,7 +59,7 @@ func (m *modelFDB) learn(mac ether.MAC, at *place, now int64) learned {
 	case m.count(at) >= m.perPort:
 		return limited
 	case e != nil:
-		e.at, e.seen, e.moves, e.since = at, now, moves, since
+		e.at, e.seen, e.moves, e.since, e.frozen = at, now, moves, since, false
 		return moved
 	case len(m.entries) >= m.max:
 		return limited
@@ -84,6 +84,16 @@ func TestFDBModel(t *testing.T) {
 				mac, at := ether.MAC(macs.Draw(t, "mac")), places[pick.Draw(t, "place")]
 				if got, want := f.learn(mac, at, now), m.learn(mac, at, now); got != want {
 					t.Fatalf("learn(%v) = %v, want %v", mac, got, want)
+				}
+			},
+			"learn here and there": func(t *rapid.T) {
+				mac := ether.MAC(macs.Draw(t, "mac"))
+				for range rapid.IntRange(2, 8).Draw(t, "times") {
+					at := places[pick.Draw(t, "place")]
+					if got, want := f.learn(mac, at, now), m.learn(mac, at, now); got != want {
+						t.Fatalf("learn(%v) = %v, want %v", mac, got, want)
+					}
+					now += rapid.SampledFrom([]int64{0, 1, 60}).Draw(t, "ticks")
 				}
 			},
 			"learn static": func(t *rapid.T) {
@@ -255,6 +265,22 @@ func TestThaws(t *testing.T) {
 		t.Errorf("it is %v while it was heard where it is a moment ago, want frozen", got)
 	}
 	if got := f.learn(mac, at, now+thawAfter+1); got != moved || f.frozen.Load() != 0 || f.lookup(mac) != at {
+		t.Errorf("it is %v after it was silent, want moved; %d are frozen", got, f.frozen.Load())
+	}
+}
+
+// A MAC that was about to freeze when a loop ended, and is silent for as long, moves.
+func TestSilenceEndsMoves(t *testing.T) {
+	f := newFDB(10, 10)
+	places := []*place{{}, {}}
+	const mac ether.MAC = 0x0200_0000_0001
+	f.learn(mac, places[0], 1)
+	for i := range maxMoves - 1 {
+		if got := f.learn(mac, places[(i+1)%2], 1); got != moved {
+			t.Fatalf("move %d: %v", i+1, got)
+		}
+	}
+	if got := f.learn(mac, places[maxMoves%2], 1+thawAfter+1); got != moved || f.frozen.Load() != 0 {
 		t.Errorf("it is %v after it was silent, want moved; %d are frozen", got, f.frozen.Load())
 	}
 }

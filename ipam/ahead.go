@@ -1,8 +1,11 @@
 package ipam
 
 import (
+	"cmp"
 	"context"
+	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/store"
@@ -89,7 +92,12 @@ func (p *Pool) leaseAhead(ctx context.Context) {
 	low := p.ahead.low
 	p.ahead.low = map[kind]*store.Overlay{}
 	p.mu.Unlock()
-	for one, o := range low {
+	// In order, so that a history of the model can be had again.
+	order := slices.SortedFunc(maps.Keys(low), func(a, b kind) int {
+		return cmp.Or(strings.Compare(a.overlayID, b.overlayID), a.family-b.family)
+	})
+	for _, one := range order {
+		o := low[one]
 		p.mu.Lock()
 		still := p.usable() && p.s.room(one) < p.ahead.lowWater // an Assign may have asked meanwhile
 		p.mu.Unlock()

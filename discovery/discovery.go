@@ -405,8 +405,7 @@ func (d *Discovery) SetOverlays(overlays []Overlay) error {
 // gossip spreads what this node says of itself, and says it once more a while
 // later: datagrams get lost, and push/pull would mend that after pushPullInterval or
 // longer. What memberlist itself would lose, bolt keeps. d.publish is held. The error
-// is that no passport was made; SetTags has one of its own: that others have not taken
-// in tagsTimeout what is queued for them.
+// is that no passport was made.
 func (d *Discovery) gossip(s *serf.Serf) error {
 	tags, err := d.tagsNow()
 	if err != nil {
@@ -421,14 +420,19 @@ func (d *Discovery) gossip(s *serf.Serf) error {
 		d.publish.Lock()
 		defer d.publish.Unlock()
 		if s := d.serf.Load(); s != nil {
-			// What was said last, which may be another by now: an older passport
-			// than they have the others refuse, and with it that this node is alive.
-			_ = s.SetTags(d.said)
+			d.say(s)
 		}
 	})
-	_ = s.SetTags(tags)
+	d.say(s)
 	return nil
 }
+
+// say has Serf spread what was said last, which may be another by now than what it is
+// called for: an older passport than they have the others refuse, and with it that this
+// node is alive. Serf's errors are that others have not taken in tagsTimeout what is
+// queued for them, and that there is more than it takes, which passport and tags never
+// are. d.publish is held.
+func (d *Discovery) say(s *serf.Serf) { _ = s.SetTags(d.said) }
 
 // sayAgain is about when what this node says of itself is said once more: soon enough
 // that others know within half a second also what was lost.

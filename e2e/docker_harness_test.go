@@ -161,22 +161,16 @@ func (d *dockerHost) answers() bool {
 // restart ends dockerd by a signal and starts it again.
 func (d *dockerHost) restart(sig syscall.Signal) {
 	d.t.Helper()
-	d.ends(sig)
-	d.start()
-	if !d.answers() {
-		d.t.FailNow()
-	}
-}
-
-// ends ends dockerd by a signal.
-func (d *dockerHost) ends(sig syscall.Signal) {
-	d.t.Helper()
 	ended := d.contained()
 	if err := d.daemon.Signal(sig); err != nil {
 		d.t.Fatal(err)
 	}
 	<-d.daemon.Done()
 	ended()
+	d.start()
+	if !d.answers() {
+		d.t.FailNow()
+	}
 }
 
 // contained returns what waits for the end of the containerd that dockerd has started: it

@@ -10,7 +10,6 @@ import (
 	"os"
 	"runtime"
 	"slices"
-	"sort"
 	"strings"
 	"testing"
 	"time"
@@ -139,8 +138,8 @@ func TestManyEndpoints(t *testing.T) {
 		t.Errorf("%d addresses, want %d", len(used), count)
 	}
 	all := slices.Sorted(slices.Values(took))
-	late := count - sort.Search(count, func(i int) bool { return all[i] >= 50*time.Millisecond })
-	t.Logf("attach: median %v, p95 %v, max %v; %d take 50 ms or more", all[count/2], all[count*95/100], all[count-1], late)
+	soon, _ := slices.BinarySearch(all, 50*time.Millisecond)
+	t.Logf("attach: median %v, p95 %v, max %v; %d take 50 ms or more", all[count/2], all[count*95/100], all[count-1], count-soon)
 	bare := moves(t, 100)
 	t.Logf("the kernel's move of a TAP to another namespace alone: median %v, p95 %v, max %v", bare[50], bare[95], bare[99])
 	if all[count/2] > 500*time.Millisecond { // ten times as long on no machine

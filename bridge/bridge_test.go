@@ -570,6 +570,8 @@ func (r *failingReceiver) Wait() error {
 	return nil
 }
 
+func (*failingReceiver) Rest(time.Duration) {}
+
 func (r *failingReceiver) Receive(b *underlay.Batch) error {
 	r.calls++
 	if r.calls < 3 {

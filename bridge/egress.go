@@ -63,6 +63,9 @@ func (p *Port) drain(q tap.Queue, l *lane, queue *aqm) bool {
 			return true
 		}
 		nanos := t.nanos()
+		if speaks(l.batch.Frames) {
+			t.spoke.Store(nanos)
+		}
 		if l.queue = nil; managed && queue.stands(nanos) {
 			l.queue = queue
 		}

@@ -43,6 +43,7 @@ type ingress struct {
 
 	queue  aqm
 	stands bool // the queue does, so it is told of all frames
+	burst  int  // bytes received since the socket was last empty
 
 	// Counted since the last flush for b and from.
 	frames, bytes int
@@ -66,6 +67,9 @@ func (in *ingress) run(r underlay.Receiver) {
 			continue
 		}
 		in.handle()
+		if in.rests() {
+			r.Rest(restFor)
+		}
 	}
 }
 

@@ -62,6 +62,7 @@ type Tunnel struct {
 	bridges atomic.Pointer[map[vxlan.VNI]*Bridge]
 	members atomic.Pointer[map[netip.Addr]netip.AddrPort]
 	drops   Drops
+	spoke   atomic.Int64 // when a port last sent more than acknowledgements, in nanos
 	prover  *prover
 	kicked  chan struct{} // attend has something to do
 	lanes   sync.Pool     // *lane: the memory of egress workers that are awake

@@ -3,6 +3,7 @@ package underlay
 import (
 	"encoding/binary"
 	"fmt"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -83,6 +84,8 @@ func (r *receiver) Wait() error {
 	}
 	return nil
 }
+
+func (r *receiver) Rest(d time.Duration) { r.file.Rest(d) }
 
 // maxReceiveRetries bounds the errors that one Receive consumes: the kernel
 // reports an error that is pending on a socket once, before its datagrams.

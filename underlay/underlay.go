@@ -11,6 +11,7 @@ import (
 	"errors"
 	"net/netip"
 	"sync/atomic"
+	"time"
 )
 
 // Conn is the UDP side of a node.
@@ -90,6 +91,9 @@ type Receiver interface {
 	// kernel was short of memory, errors were pending on the socket): b is
 	// empty, no datagram is lost by it, and Wait and Receive may be called again.
 	Receive(b *Batch) error
+	// Rest sleeps for d, or less: what comes meanwhile wakes nobody. It is for d of
+	// some 100 µs, between two batches of a worker that is busy.
+	Rest(d time.Duration)
 }
 
 // ErrClosed: the Conn was closed.

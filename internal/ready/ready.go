@@ -1,9 +1,9 @@
 // Package ready waits until a descriptor can be read.
 //
 // A File that was busy a moment ago waits in ppoll(2) with a bound, which wakes
-// faster than the runtime's poller; an idle one parks its goroutine there and
-// costs nothing. The runtime's poller hears of a File only while it is parked.
-// It does not read or write.
+// faster than the runtime's poller, or rests; an idle one parks its goroutine
+// there and costs nothing. The runtime's poller hears of a File only while it is
+// parked. It does not read or write.
 package ready
 
 import (
@@ -175,7 +175,21 @@ func (f *File) waitHot() (found bool, err error) {
 	return false, nil
 }
 
-// spinning counts the Files that poll at this moment, in the whole process:
+// Rest sleeps for d, but for pollBound at most, and not at all where Wait would not
+// poll: what comes meanwhile wakes nobody. Like Wait it belongs to the worker.
+func (f *File) Rest(d time.Duration) {
+	if !f.locked {
+		return
+	}
+	if spinning.Add(1) <= maxSpinning() {
+		ts := unix.NsecToTimespec(int64(min(d, pollBound)))
+		// Raw, as in poll. A signal ends it, which is as well.
+		_, _, _ = unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
+	}
+	spinning.Add(-1)
+}
+
+// spinning counts the Files that poll or rest at this moment, in the whole process:
 // each keeps a processor (a P) of the Go scheduler, of which there are few.
 var spinning atomic.Int32
 

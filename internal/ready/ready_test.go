@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"runtime"
 	"testing"
 	"time"
 
@@ -197,4 +198,41 @@ func BenchmarkWaitReady(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// TestRest: a File rests where Wait would poll, what comes meanwhile stays, and the
+// bounds are kept.
+func TestRest(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(3)) // one File may poll
+	f, peer := pair(t)
+	send(t, peer)
+	if err := f.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	take(t, f)
+	send(t, peer)
+	start := time.Now()
+	for range 10 {
+		f.Rest(50 * time.Microsecond)
+	}
+	if d := time.Since(start); d < 500*time.Microsecond {
+		t.Errorf("ten rests of 50 µs took %v", d)
+	}
+	f.Rest(time.Hour) // pollBound at most
+	spinning.Add(1)   // another File polls
+	start = time.Now()
+	for range 100 {
+		f.Rest(pollBound)
+	}
+	if d := time.Since(start); d >= 100*pollBound {
+		t.Errorf("a hundred rests took %v where Wait would park", d)
+	}
+	spinning.Add(-1)
+	if n := spinning.Load(); n != 0 {
+		t.Errorf("%d Files poll after a rest, want 0", n)
+	}
+	if err := f.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	take(t, f)
 }

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/tulle-net/tulle/underlay"
 )
@@ -217,6 +218,9 @@ func (r *receiver) Wait() error {
 		return underlay.ErrClosed
 	}
 }
+
+// Rest returns at once: in no time nothing gathers.
+func (r *receiver) Rest(time.Duration) {}
 
 const (
 	maxSlots = 32

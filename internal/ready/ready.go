@@ -22,16 +22,14 @@ import (
 // File is a non-blocking descriptor. Control is safe for concurrent use; Wait
 // belongs to one worker.
 type File struct {
-	d    descriptor
-	bell *bell
-	hot  time.Time // until when Wait polls
-	// locked: the worker's goroutine is locked to its thread; parked: the last
-	// waitCold did not find something at once.
-	locked, parked bool
-	spin           func(fd uintptr)
-	look           func(fd uintptr)
-	park           func(fd uintptr) bool
-	found          int16 // the last poll's events
+	d      descriptor
+	bell   *bell
+	hot    time.Time // until when Wait polls
+	parked bool      // the last waitCold did not find something at once
+	spin   func(fd uintptr)
+	look   func(fd uintptr)
+	park   func(fd uintptr) bool
+	found  int16 // the last poll's events
 }
 
 const (
@@ -105,31 +103,11 @@ func (f *File) Control(fn func(fd uintptr)) error {
 
 // Wait blocks until a read would not block, be it for data, an error or a
 // hang-up. The error is os.ErrClosed after Close.
-//
-// From then on until it parks again, or returns an error, the worker's goroutine
-// is locked to its thread: 64-byte frames were measured 1.4 times as fast so.
-// While it is parked it has none, or hundreds of idle Files would cost one each.
 func (f *File) Wait() error {
-	if f.locked {
-		if found, err := f.waitHot(); found {
-			return nil
-		} else if err != nil {
-			f.unlock()
-			return err
-		}
-		f.unlock()
-	}
-	if err := f.waitCold(); err != nil {
+	if found, err := f.waitHot(); found || err != nil {
 		return err
 	}
-	runtime.LockOSThread()
-	f.locked = true
-	return nil
-}
-
-func (f *File) unlock() {
-	f.locked = false
-	runtime.UnlockOSThread()
+	return f.waitCold()
 }
 
 // waitCold parks the goroutine in the runtime's poller, unless there is
@@ -158,12 +136,15 @@ func (f *File) waitCold() error {
 
 // waitHot polls until f has been idle for hotFor.
 func (f *File) waitHot() (found bool, err error) {
-	if spinning.Add(1) > maxSpinning() {
-		spinning.Add(-1)
+	now := time.Now()
+	if !now.Before(f.hot) {
 		return false, nil
 	}
 	defer spinning.Add(-1)
-	for now := time.Now(); now.Before(f.hot); now = time.Now() {
+	if spinning.Add(1) > maxSpinning() {
+		return false, nil
+	}
+	for ; now.Before(f.hot); now = time.Now() {
 		if f.d.Control(f.spin) != nil {
 			return false, os.ErrClosed
 		}
@@ -175,12 +156,10 @@ func (f *File) waitHot() (found bool, err error) {
 	return false, nil
 }
 
-// Rest sleeps for d, but for pollBound at most, and not at all where Wait would not
-// poll: what comes meanwhile wakes nobody. Like Wait it belongs to the worker.
+// Rest sleeps for d, but for pollBound at most, and not at all where Wait would park,
+// for want of a processor: what comes meanwhile wakes nobody. Like Wait it belongs to
+// the worker.
 func (f *File) Rest(d time.Duration) {
-	if !f.locked {
-		return
-	}
 	if spinning.Add(1) <= maxSpinning() {
 		ts := unix.NsecToTimespec(int64(min(d, pollBound)))
 		// Raw, as in poll. A signal ends it, which is as well.

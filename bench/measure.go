@@ -159,6 +159,11 @@ func (b *bench) measureOn(ctx context.Context, r *rig, p peer, s *sample) error 
 		return errors.Join(err, r.died())
 	}
 	after := r.usage()
+	for i := range 2 { // the host's default may be another, and a namespace has no choice
+		if err := r.end(i).SetCongestionControl(r.tun.addrs[1-i], "cubic"); err != nil {
+			return err
+		}
+	}
 	dev, err := r.tunnelDevice()
 	if err != nil {
 		return err
@@ -307,14 +312,10 @@ func (r *rig) startIperf(secs int, args ...string) (*lab.Process, *bytes.Buffer,
 	return p, &out, err
 }
 
-// cubic sets the congestion control: a host's default may be another, and a
-// namespace's cannot be chosen.
-var cubic = []string{"-C", "cubic"}
-
 // tcp measures throughput, retransmits and CPU time per GB of payload.
 func (r *rig) tcp(ctx context.Context, name string, args ...string) (values, error) {
 	before := r.usage()
-	rep, err := r.iperf(ctx, r.secs, slices.Concat(cubic, []string{"-O", "1"}, args)...)
+	rep, err := r.iperf(ctx, r.secs, append([]string{"-O", "1"}, args...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -369,7 +370,7 @@ func (r *rig) sent() (uint64, error) {
 
 // loaded measures round trips beside one TCP stream, and how fast that is meanwhile.
 func (r *rig) loaded(ctx context.Context) (values, error) {
-	p, out, err := r.startIperf(r.secs+3, cubic...)
+	p, out, err := r.startIperf(r.secs + 3)
 	if err != nil {
 		return nil, err
 	}

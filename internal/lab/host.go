@@ -193,6 +193,29 @@ func (h *Host) AddRoute(to netip.Prefix, via netip.Addr) error {
 	return nil
 }
 
+// SetCongestionControl has TCP connections with an address begin with that algorithm.
+// One that is chosen when a connection stands already, by setsockopt, has what the host's
+// default leaves behind: BBR goes on pacing under any other.
+func (h *Host) SetCongestionControl(addr netip.Addr, name string) error {
+	to := net.IP(addr.AsSlice())
+	found, err := h.nl.RouteGet(to)
+	if err == nil && len(found) == 0 {
+		err = unix.ENETUNREACH
+	}
+	if err == nil {
+		r := netlink.Route{LinkIndex: found[0].LinkIndex, Gw: found[0].Gw, Src: found[0].Src, Congctl: name}
+		r.Dst = &net.IPNet{IP: to, Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())}
+		if r.Gw == nil {
+			r.Scope = netlink.SCOPE_LINK
+		}
+		err = h.nl.RouteReplace(&r)
+	}
+	if err != nil {
+		return fmt.Errorf("lab: congestion control %s to %s: %w", name, addr, err)
+	}
+	return nil
+}
+
 // Neighbour returns the MAC that the host has resolved an address to by ARP or
 // ND, empty when it has not.
 func (h *Host) Neighbour(dev string, addr netip.Addr) (string, error) {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/lab/labtest"
@@ -260,6 +261,45 @@ func TestPrivilegedUDP(t *testing.T) {
 	}
 	if mac, err := hosts[0].Neighbour(s.Dev(), s.Addr(hosts[1])); err != nil || mac != "" {
 		t.Errorf("Neighbour = %q, %v after ForgetNeighbour", mac, err)
+	}
+}
+
+// TestPrivilegedCongestionControl: a connection begins with what was set for the other
+// end's address, and only that.
+func TestPrivilegedCongestionControl(t *testing.T) {
+	s, hosts := labtest.Hosts(t, labtest.New(t), 2, underlay)
+	ln, err := hosts[1].Listen(s.Addr(hosts[1]).String() + ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	got := func() string {
+		t.Helper()
+		c, err := hosts[0].Dial(soon(t), "tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		raw, err := c.(syscall.Conn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := ""
+		if e := raw.Control(func(fd uintptr) { name, err = unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION) }); e != nil || err != nil {
+			t.Fatal(e, err)
+		}
+		return strings.TrimRight(name, "\x00")
+	}
+	for _, name := range []string{"cubic", "reno"} {
+		if err := hosts[0].SetCongestionControl(s.Addr(hosts[1]), name); err != nil {
+			t.Fatal(err)
+		}
+		if got := got(); got != name {
+			t.Errorf("the connection has %s, want %s", got, name)
+		}
+	}
+	if err := hosts[0].SetCongestionControl(netip.MustParseAddr("203.0.113.1"), "cubic"); !errors.Is(err, syscall.ENETUNREACH) {
+		t.Errorf("SetCongestionControl to nowhere = %v, want %v", err, syscall.ENETUNREACH)
 	}
 }
 

@@ -63,7 +63,7 @@ func (p *Port) drain(q tap.Queue, l *lane, queue *aqm) bool {
 			return true
 		}
 		nanos := t.nanos()
-		if speaks(l.batch.Frames) {
+		if nanos-t.spoke.Load() > spokeFor && speaks(l.batch.Frames) {
 			t.spoke.Store(nanos)
 		}
 		if l.queue = nil; managed && queue.stands(nanos) {

@@ -19,6 +19,9 @@ const (
 	restAfter = 8 << 10
 	// restQuiet is how long nothing but acknowledgements has been sent by then.
 	restQuiet = int64(100 * time.Millisecond)
+	// spokeFor is how long a worker that has just noted that something was sent need not
+	// look again.
+	spokeFor = int64(time.Millisecond)
 )
 
 // rests reports whether the worker may rest after the batch, which was delivered.

@@ -30,7 +30,7 @@ func (in *ingress) rests() bool {
 		in.burst += len(in.batch.Slots[i].B)
 	}
 	if in.batch.More {
-		return false // the rest of the burst comes first
+		return false // what is left of the burst comes first
 	}
 	much := in.burst >= restAfter
 	in.burst = 0

@@ -255,15 +255,15 @@ func TestShedByWorker(t *testing.T) {
 			if tt.limited {
 				p.limits = newPortLimits(Limits{FromDevice: Rate{BitsPerSecond: 50e9}}, nil)
 			}
-			l, queue := &lane{batch: tap.NewBatch(), tx: &nullSender{}}, &aqm{}
+			l, w := &lane{tx: &nullSender{}}, &egress{q: &standingQueue{}}
 			time.Sleep(time.Hour)
-			if !p.drain(&standingQueue{}, l, queue) {
+			if !p.drain(w, l) {
 				t.Fatal("the device is gone")
 			}
 			if n := tunnel.Drops().Count(DropAQM); (n > 0) != tt.want || n > 200/aqmShare {
 				t.Errorf("%s: %d segments were dropped", tt.name, n)
 			}
-			if queue.since != 0 {
+			if w.queue.since != 0 {
 				t.Errorf("%s: it is empty, and stands", tt.name)
 			}
 		})

@@ -13,7 +13,7 @@ import (
 // lane is the memory of an egress worker that is awake; an idle one holds none,
 // so that hundreds of TAPs cost little.
 type lane struct {
-	batch *tap.Batch
+	backlog
 	tx    underlay.Sender
 	cut   ether.Segmenter
 	parts [1][]byte
@@ -25,18 +25,25 @@ type lane struct {
 	answer  []byte // memory of what the sender of a frame that is too large is told
 }
 
-// run is the worker of one queue: TAP → tunnel, until the device is gone.
+// egress is one worker: a queue of a TAP → tunnel.
+type egress struct {
+	q       tap.Queue
+	queue   aqm
+	company company
+}
+
+// run is the worker of one queue, until the device is gone.
 func (p *Port) run(q tap.Queue) {
 	defer p.done.Done()
 	defer p.ended()
 	t := p.bridge.tunnel
-	var queue aqm
+	w := &egress{q: q}
 	for q.Wait() == nil {
 		if p.limits != nil && p.pause() {
 			continue // the device may be gone meanwhile
 		}
 		l := t.lanes.Get().(*lane)
-		there := p.drain(q, l, &queue)
+		there := p.drain(w, l)
 		l.queue = nil
 		if !there {
 			return
@@ -45,42 +52,104 @@ func (p *Port) run(q tap.Queue) {
 	}
 }
 
-// drain forwards what waits in q, or as much of it as the port's limit lets through;
-// it reports whether the device is still there.
-func (p *Port) drain(q tap.Queue, l *lane, queue *aqm) bool {
+// drain forwards what waits in the queue, or as much of it as the port's limit lets
+// through; it reports whether the device is still there.
+func (p *Port) drain(w *egress, l *lane) bool {
 	t := p.bridge.tunnel
-	// A port with a limit reads no more than that: its queue is not seen empty.
-	managed := !t.cfg.NoAQM && (p.limits == nil || p.limits.from == nil)
 	for {
-		if err := q.Read(l.batch); err != nil {
+		there, enough := p.readOn(w, l)
+		if len(l.held) == 0 {
+			if there && !enough {
+				w.queue.drained()
+			}
+			if len(l.free) > 1 && w.company.gone(t.nanos()) {
+				l.trim()
+			}
+			return there
+		}
+		b := l.oldest()
+		for i := range b.Frames {
+			if f := &b.Frames[i]; f.B != nil {
+				l.leaves(f.B) // first: forwarding changes it
+				p.forward(l, f)
+			}
+		}
+		l.tx.Flush()
+		l.done(b)
+		w.company.giveWay(t.nanos())
+	}
+}
+
+// readOn reads until the queue is empty or enough is held, and forwards what need not
+// wait: all, where nobody waits. It reports whether the device is there, and whether the
+// port's limit ended it.
+func (p *Port) readOn(w *egress, l *lane) (there, enough bool) {
+	t := p.bridge.tunnel
+	limited := p.limits != nil && p.limits.from != nil
+	for ahead := 0; len(l.held) == 0 || !l.full() && ahead < maxAhead; {
+		b := l.spare()
+		if err := w.q.Read(b); err != nil {
 			if err == tap.ErrClosed {
-				return false
+				return false, false
 			}
 			t.drops.add(DropTapRead)
 		}
-		if len(l.batch.Frames) == 0 {
-			queue.drained()
-			return true
+		if len(b.Frames) == 0 {
+			l.done(b)
+			return true, false
 		}
 		nanos := t.nanos()
-		if nanos-t.spoke.Load() > spokeFor && speaks(l.batch.Frames) {
+		if nanos-t.spoke.Load() > spokeFor && speaks(b.Frames) {
 			t.spoke.Store(nanos)
 		}
-		if l.queue = nil; managed && queue.stands(nanos) {
-			l.queue = queue
+		// A port with a limit reads no more than that: its queue is not seen empty.
+		if l.queue = nil; !t.cfg.NoAQM && !limited && w.queue.stands(nanos) {
+			l.queue = &w.queue
 		}
-		enough := p.limits != nil && p.owes(l.batch.Frames) // first: forwarding changes them
 		l.now, l.from = nanos/int64(tick), p
-		for i := range l.batch.Frames {
-			p.forward(l, &l.batch.Frames[i])
+		if limited {
+			enough = p.owes(b.Frames) // first: forwarding changes them
 		}
-		// Now, not with the next frames: a super-frame fills a train, and the
-		// receiver should work on it while we read on.
-		l.tx.Flush()
+		for i := range b.Frames {
+			w.company.sees(b.Frames[i].B, nanos)
+		}
+		if len(l.held) == 0 && (limited || !w.company.there(nanos)) {
+			for i := range b.Frames {
+				p.forward(l, &b.Frames[i])
+			}
+			// Now, not with the next frames: a super-frame fills a train, and the
+			// receiver should work on it while we read on.
+			l.tx.Flush()
+			l.done(b)
+		} else {
+			ahead += p.goAhead(l, b)
+		}
 		if enough {
-			return true
+			return true, true
 		}
 	}
+	return true, false
+}
+
+// goAhead forwards those frames that need not wait, and holds the others; it returns how
+// many it has forwarded.
+func (p *Port) goAhead(l *lane, b *tap.Batch) (ahead int) {
+	for i := range b.Frames {
+		if f := &b.Frames[i]; l.passes(f.B) {
+			p.forward(l, f)
+			f.B = nil
+			ahead++
+		}
+	}
+	if ahead > 0 {
+		l.tx.Flush()
+	}
+	if ahead == len(b.Frames) {
+		l.done(b)
+	} else {
+		l.held = append(l.held, b)
+	}
+	return ahead
 }
 
 // forward switches one frame from the port p.
@@ -228,6 +297,7 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool)
 	if shed && l.shed(b) {
 		return
 	}
+	entropy := b.tunnel.apart.entropy(f.B, flow, l.now)
 	frames, bytes := 0, 0
 	for {
 		d := l.tx.Reserve(room)
@@ -236,7 +306,7 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool)
 			break
 		}
 		vxlan.Put(d, b.cfg.VNI)
-		l.tx.Commit(to.vtep, flow, vxlan.HeaderLen+n)
+		l.tx.Commit(to.vtep, entropy, vxlan.HeaderLen+n)
 		frames++
 		bytes += n
 	}

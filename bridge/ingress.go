@@ -25,7 +25,8 @@ type ingress struct {
 	t     *Tunnel
 	batch *underlay.Batch
 	merge *ether.Coalescer
-	now   int64
+	nanos int64 // of this batch
+	now   int64 // the same in ticks
 
 	// What the previous datagram of this batch had: the next one mostly has
 	// the same. b is nil when there is none.
@@ -41,9 +42,11 @@ type ingress struct {
 	session *session
 	scratch crypto.Scratch
 
-	queue  aqm
-	stands bool // the queue does, so it is told of all frames
-	burst  int  // bytes received since the socket was last empty
+	queue   aqm
+	stands  bool // the queue does, so it is told of all frames
+	burst   int  // bytes received since the socket was last empty
+	company company
+	held    heldSlots
 
 	// Counted since the last flush for b and from.
 	frames, bytes int
@@ -56,35 +59,120 @@ func newIngress(t *Tunnel) *ingress {
 // run receives until the Conn is closed.
 func (in *ingress) run(r underlay.Receiver) {
 	for {
-		if r.Wait() != nil {
+		if r.Wait() != nil || !in.serve(r) {
 			return
 		}
-		if err := r.Receive(in.batch); err != nil {
-			if errors.Is(err, underlay.ErrClosed) {
-				return
-			}
-			in.t.drops.add(DropReceive)
-			continue
-		}
-		in.handle()
 		if in.rests() {
 			r.Rest(restFor)
 		}
 	}
 }
 
-// handle delivers the batch.
-func (in *ingress) handle() {
-	in.now = in.t.now()
+// serve delivers what waits in the socket; false: it is closed.
+func (in *ingress) serve(r underlay.Receiver) bool {
+	for {
+		open := in.receive(r)
+		if len(in.held.slots) == 0 {
+			return open
+		}
+		in.deliverHeld()
+		in.company.giveWay(in.t.nanos())
+		if len(in.held.slots) == 0 && open {
+			return true
+		}
+	}
+}
+
+// receive receives once, or, where somebody waits, until the socket is empty or enough is
+// held, and delivers what need not wait: all, where nobody waits. It is false when the
+// socket is closed.
+func (in *ingress) receive(r underlay.Receiver) bool {
+	for ahead := 0; ; {
+		if err := r.Receive(in.batch); err != nil {
+			if errors.Is(err, underlay.ErrClosed) {
+				return false
+			}
+			in.t.drops.add(DropReceive)
+			return true
+		}
+		in.begin()
+		if len(in.held.slots) == 0 && !in.company.there(in.nanos) {
+			if in.company.gone(in.nanos) {
+				in.held.memory = nil
+			}
+			in.deliverAll()
+			return true
+		}
+		ahead += in.goAhead()
+		if !in.batch.More || in.held.full() || ahead >= maxAhead {
+			return true
+		}
+	}
+}
+
+// begin notes what there is to note of each batch.
+func (in *ingress) begin() {
+	in.nanos = in.t.nanos()
+	in.now = in.nanos / int64(tick)
 	in.stands = false
-	if !in.batch.More {
+	if !in.batch.More && len(in.held.slots) == 0 {
 		in.queue.drained()
 	} else if !in.t.cfg.NoAQM {
-		in.stands = in.queue.stands(in.t.nanos())
+		in.stands = in.queue.stands(in.nanos)
 	}
+	for i := range in.batch.Slots {
+		in.burst += len(in.batch.Slots[i].B)
+	}
+}
+
+// handle delivers the batch.
+func (in *ingress) handle() {
+	in.begin()
+	in.deliverAll()
+}
+
+// deliverAll delivers the batch in order.
+func (in *ingress) deliverAll() {
 	for i := range in.batch.Slots {
 		in.slot(&in.batch.Slots[i])
 	}
+	in.flush()
+}
+
+// goAhead delivers those slots of the batch that need not wait, and holds the others; it
+// returns how many it has delivered.
+func (in *ingress) goAhead() (ahead int) {
+	for i := range in.batch.Slots {
+		s := &in.batch.Slots[i]
+		if in.held.passes(s) {
+			in.slot(s)
+			ahead++
+			continue
+		}
+		for !in.held.hold(s) {
+			in.deliverHeld()
+		}
+	}
+	if ahead > 0 {
+		in.flush()
+	}
+	return ahead
+}
+
+// deliverHeld delivers the oldest of what is held.
+func (in *ingress) deliverHeld() {
+	n := 0
+	for bytes := 0; n < len(in.held.slots) && bytes < heldTurn; n++ {
+		s := &in.held.slots[n].Slot
+		bytes += len(s.B)
+		in.slot(s)
+	}
+	in.flush()
+	in.held.leaves(n)
+}
+
+// flush writes what was merged.
+func (in *ingress) flush() {
 	in.merge.Flush()
 	// Nothing remembered survives the batch: bridges and places may go.
 	in.forget()
@@ -309,6 +397,7 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		in.t.drops.add(DropAQM)
 		return
 	}
+	in.company.sees(frame, in.nanos)
 	in.frames++
 	in.bytes += len(frame)
 	in.merge.Add(in.to, frame, m)

@@ -26,9 +26,6 @@ const (
 
 // rests reports whether the worker may rest after the batch, which was delivered.
 func (in *ingress) rests() bool {
-	for i := range in.batch.Slots {
-		in.burst += len(in.batch.Slots[i].B)
-	}
 	if in.batch.More {
 		return false // what is left of the burst comes first
 	}

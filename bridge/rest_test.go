@@ -27,10 +27,13 @@ func (s *script) Wait() error {
 }
 
 func (s *script) Receive(b *underlay.Batch) error {
+	if b.Slots, b.More = b.Slots[:0], false; s.i == len(s.batches) {
+		return underlay.ErrClosed
+	}
 	if s.before != nil {
 		s.before(s.i)
 	}
-	b.Slots, b.More = append(b.Slots[:0], s.batches[s.i].Slots...), s.batches[s.i].More
+	b.Slots, b.More = append(b.Slots, s.batches[s.i].Slots...), s.batches[s.i].More
 	s.i++
 	return nil
 }
@@ -79,7 +82,7 @@ func TestRests(t *testing.T) {
 		}
 		s.before = func(i int) {
 			if send, ok := sends[i]; ok {
-				if !p.drain(&oneFrame{frame: send.frame}, &lane{batch: tap.NewBatch(), tx: &nullSender{}}, &aqm{}) {
+				if !p.drain(&egress{q: &oneFrame{frame: send.frame}}, &lane{tx: &nullSender{}}) {
 					t.Fatal("the device is gone")
 				}
 				time.Sleep(send.then)

@@ -82,7 +82,7 @@ func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head 
 	if l.cut.Partial() {
 		flags = crypto.FlagUnfilled
 	}
-	dst := to.address()
+	dst, entropy := to.address(), b.tunnel.apart.entropy(f.B, flow, l.now)
 	bytes := 0
 	for range count {
 		d := l.tx.Reserve(room)
@@ -98,7 +98,7 @@ func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head 
 			b.tunnel.drops.add(DropNoSession)
 			return true
 		}
-		l.tx.Commit(dst, flow, n)
+		l.tx.Commit(dst, entropy, n)
 		counter++
 		bytes += len(inner) - vxlan.HeaderLen
 	}

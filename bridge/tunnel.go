@@ -12,7 +12,6 @@ import (
 
 	"github.com/puzpuzpuz/xsync/v4"
 
-	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
 	"github.com/tulle-net/tulle/vxlan"
 )
@@ -63,6 +62,7 @@ type Tunnel struct {
 	members atomic.Pointer[map[netip.Addr]netip.AddrPort]
 	drops   Drops
 	spoke   atomic.Int64 // when a port last sent more than acknowledgements, in nanos
+	apart   apart        // whose frames have which source ports
 	prover  *prover
 	kicked  chan struct{} // attend has something to do
 	lanes   sync.Pool     // *lane: the memory of egress workers that are awake
@@ -89,7 +89,7 @@ func NewTunnel(cfg TunnelConfig) *Tunnel {
 	t.SetSelf(cfg.Self)
 	t.bridges.Store(&map[vxlan.VNI]*Bridge{})
 	t.members.Store(&map[netip.Addr]netip.AddrPort{})
-	t.lanes.New = func() any { return &lane{batch: tap.NewBatch(), tx: cfg.Conn.NewSender()} }
+	t.lanes.New = func() any { return &lane{tx: cfg.Conn.NewSender()} }
 	return t
 }
 

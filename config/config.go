@@ -28,7 +28,7 @@ const (
 	// GossipPort is Serf's own default.
 	GossipPort = 7946
 
-	defaultSourcePorts = 16
+	defaultSourcePorts = 32
 	maxSourcePorts     = 64
 	defaultGroupTTL    = 1
 	maxGroupTTL        = 255
@@ -91,7 +91,7 @@ type Config struct {
 	Rootless bool
 	// Socket of the local API, at most 103 bytes; default /run/tulle/tulle.sock.
 	Socket string
-	// SourcePorts is the number of UDP source ports for data, 1 to 64; default 16.
+	// SourcePorts is the number of UDP source ports for data, 1 to 64; default 32.
 	SourcePorts int
 	// UnfinishedChecksums says whether a foreign VTEP's datagrams may carry
 	// inner checksums that hold the pseudo-header's sum only, as the kernel's

@@ -17,7 +17,7 @@ type Config struct {
 	// this host does not have it, and for the other family, the kernel chooses
 	// by route; Rebind takes it up once it is there.
 	Source netip.Addr
-	// SourcePorts is the number of UDP source ports per family, 1 to 64; default 16.
+	// SourcePorts is the number of UDP source ports per family, 1 to 64; default 32.
 	SourcePorts int
 	// GroupTTL is the TTL (hop limit) of datagrams to a multicast group, 1 to
 	// 255; default 1 for each group that is not in it.
@@ -36,7 +36,7 @@ type Config struct {
 }
 
 const (
-	defaultSourcePorts = 16
+	defaultSourcePorts = 32
 	maxSourcePorts     = 64
 	// defaultBuffer ended retransmits of a fast sender elsewhere (wireguard-go f26efb6).
 	defaultBuffer = 7 << 20

@@ -32,7 +32,7 @@ var imports = map[string][]string{
 	"peer":          {"crypto"},
 	"peer/peertest": {},
 
-	"bridge":    {"tap", "underlay", "crypto", "vxlan", "ether"},
+	"bridge":    {"tap", "underlay", "crypto", "vxlan", "ether", "internal/ready"},
 	"discovery": {"crypto", "vxlan"},
 
 	"discovery/discoverytest": {},

@@ -168,6 +168,13 @@ func (f *File) Rest(d time.Duration) {
 	spinning.Add(-1)
 }
 
+// Yield lets another thread that waits for this one's processor (a CPU) have it, if there is
+// one (sched_yield(2)).
+func Yield() {
+	// Raw: who waits mostly belongs to another process, and the scheduler of this one need not know.
+	_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+}
+
 // spinning counts the Files that poll or rest at this moment, in the whole process:
 // each keeps a processor (a P) of the Go scheduler, of which there are few.
 var spinning atomic.Int32

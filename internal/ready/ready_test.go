@@ -5,6 +5,8 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -235,4 +237,54 @@ func TestRest(t *testing.T) {
 		t.Fatal(err)
 	}
 	take(t, f)
+}
+
+// TestYield: a thread that yields leaves its processor to another one that wants it.
+func TestYield(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(3))
+	runtime.LockOSThread() // and never unlocked: the thread ends with the test
+	var all, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &all); err != nil {
+		t.Fatal(err)
+	}
+	cpu := 0
+	for !all.IsSet(cpu) {
+		cpu++
+	}
+	one.Set(cpu)
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		t.Fatal(err)
+	}
+	var over atomic.Bool
+	var busy sync.WaitGroup
+	begun := make(chan struct{})
+	busy.Go(func() {
+		runtime.LockOSThread() // as above
+		if err := unix.SchedSetaffinity(0, &one); err != nil {
+			t.Error(err)
+		}
+		close(begun)
+		for !over.Load() {
+		}
+	})
+	defer busy.Wait()
+	defer over.Store(true)
+	<-begun
+	before := switches(t)
+	for range 100 { // 30 µs of work: a hundredth of what a thread has at once
+		Yield()
+	}
+	// Not each time: the scheduler is fair, and may owe this thread more.
+	if n := switches(t) - before; n < 3 {
+		t.Errorf("100 yields beside a busy thread: the processor changed hands %d times", n)
+	}
+}
+
+// switches returns how often this thread has lost its processor.
+func switches(t *testing.T) int64 {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &u); err != nil {
+		t.Fatal(err)
+	}
+	return u.Nvcsw + u.Nivcsw
 }

@@ -1,0 +1,433 @@
+package bridge
+
+import (
+	"bytes"
+	"encoding/binary"
+	"net/netip"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/tulle-net/tulle/ether"
+	"github.com/tulle-net/tulle/ether/ethertest"
+	_ "github.com/tulle-net/tulle/internal/proptest"
+	"github.com/tulle-net/tulle/tap"
+	"github.com/tulle-net/tulle/underlay"
+	"github.com/tulle-net/tulle/vxlan"
+	"pgregory.net/rapid"
+)
+
+// flowFrame is a UDP frame of the flow, of n bytes and more, with a number to know it by.
+func flowFrame(from, to, flow, number, n int) []byte {
+	payload := make([]byte, max(4, n-42))
+	binary.BigEndian.PutUint32(payload, uint32(number))
+	src := netip.AddrPortFrom(address(byte(from)), uint16(1000+flow))
+	return ethertest.UDP{Src: src, Dst: netip.AddrPortFrom(address(byte(to)), 9), SrcMAC: macOf(from), DstMAC: macOf(to), Payload: payload}.Frame()
+}
+
+// flowOf returns flow and number of such a frame.
+func flowOf(frame []byte) (flow, number int) {
+	return int(binary.BigEndian.Uint16(frame[34:])) - 1000, int(binary.BigEndian.Uint32(frame[42:]))
+}
+
+// listSender notes what is sent, in order.
+type listSender struct {
+	buf     [65536]byte
+	sent    [][]byte // frames
+	entropy []uint32
+}
+
+func (s *listSender) Reserve(n int) []byte { return s.buf[:n] }
+func (s *listSender) Commit(_ netip.AddrPort, flow uint32, n int) {
+	s.sent, s.entropy = append(s.sent, bytes.Clone(s.buf[vxlan.HeaderLen:n])), append(s.entropy, flow)
+}
+func (s *listSender) Flush() {}
+
+// numbers returns those of the frames that were sent.
+func (s *listSender) numbers() (all []int) {
+	for _, f := range s.sent {
+		_, n := flowOf(f)
+		all = append(all, n)
+	}
+	return all
+}
+
+// reads is a queue that gives these batches, then nothing, then is gone.
+type reads struct {
+	nullDevice
+	batches [][][]byte
+	gone    bool
+}
+
+func (q *reads) Read(b *tap.Batch) error {
+	b.Frames = b.Frames[:0]
+	if len(q.batches) == 0 {
+		if q.gone {
+			return tap.ErrClosed
+		}
+		return nil
+	}
+	for _, f := range q.batches[0] {
+		b.Frames = append(b.Frames, tap.Frame{B: bytes.Clone(f)})
+	}
+	q.batches = q.batches[1:]
+	return nil
+}
+
+// TestSmallGoesAhead: what a worker of a TAP's queue sends, and in which order.
+func TestSmallGoesAhead(t *testing.T) {
+	const stream, other, third = 1, 2, 3
+	large := func(flow, number int) []byte { return flowFrame(1, 2, flow, number, largeLen) }
+	small := func(flow, number int) []byte { return flowFrame(1, 2, flow, number, 64) }
+	ack := ethertest.TCP{SrcMAC: macOf(1), DstMAC: macOf(2)}.Frame()
+	behind := [][][]byte{{large(stream, 1)}, {large(stream, 2)}, {small(other, 3)}}
+	for _, tt := range []struct {
+		name    string
+		before  []byte // a frame, so long ago
+		ago     time.Duration
+		limited bool
+		batches [][][]byte
+		want    []int
+	}{
+		{"nobody waits", nil, 0, false, behind, []int{1, 2, 3}},
+		{"acknowledgements are nobody", ack, 0, false, behind, []int{1, 2, 3}},
+		{"somebody waits", small(third, 0), 0, false, behind, []int{3, 1, 2}},
+		{"lately somebody did", small(third, 0), time.Duration(companyFor) - 1, false, behind, []int{3, 1, 2}},
+		{"long ago somebody did", small(third, 0), time.Duration(companyFor), false, behind, []int{1, 2, 3}},
+		{"the first that waits", nil, 0, false, [][][]byte{{small(other, 1), large(stream, 2)}, {large(stream, 3)}, {small(other, 4)}}, []int{1, 4, 2, 3}},
+		{"within one read", small(third, 0), 0, false, [][][]byte{{large(stream, 1), small(other, 2), large(stream, 3), small(other, 4)}}, []int{2, 4, 1, 3}},
+		{"not past its own flow", small(third, 0), 0, false, [][][]byte{{large(stream, 1)}, {small(stream, 2), small(other, 3)}, {large(other, 4)}, {small(other, 5)}}, []int{3, 1, 2, 4, 5}},
+		{"not what is large", small(third, 0), 0, false, [][][]byte{{large(stream, 1)}, {large(other, 2)}, {small(third, 3)}}, []int{3, 1, 2}},
+		{"a limit's queue", small(third, 0), 0, true, behind[1:], []int{2, 3}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				_, _, p := hotBridge(t)
+				if tt.limited {
+					p.limits = newPortLimits(Limits{FromDevice: Rate{BitsPerSecond: 50e9}}, nil)
+				}
+				time.Sleep(time.Hour)
+				s := &listSender{}
+				w, l := &egress{q: &reads{}}, &lane{tx: s}
+				if tt.before != nil {
+					w.q = &reads{batches: [][][]byte{{tt.before}}}
+					p.drain(w, l)
+				}
+				time.Sleep(tt.ago)
+				s.sent = nil
+				for w.q = (&reads{batches: tt.batches}); len(w.q.(*reads).batches) > 0; { // a limit ends it early
+					if !p.drain(w, l) {
+						t.Fatal("the device is gone")
+					}
+				}
+				if got := s.numbers(); !slices.Equal(got, tt.want) {
+					t.Errorf("sent %v, want %v", got, tt.want)
+				}
+				if w.queue.since != 0 && !tt.limited {
+					t.Error("the queue is empty, and stands")
+				}
+			})
+		})
+	}
+}
+
+// TestSmallStarvesNobody: a large frame waits for so many small ones, and no more.
+func TestSmallStarvesNobody(t *testing.T) {
+	_, _, p := hotBridge(t)
+	time.Sleep(time.Millisecond) // 0 is no time
+	q, number := &reads{batches: [][][]byte{{flowFrame(1, 2, 0, 0, 64), flowFrame(1, 2, 1, 0, 9000)}}}, 0
+	for range 10 {
+		var batch [][]byte
+		for range 40 {
+			number++
+			batch = append(batch, flowFrame(1, 2, 0, number, 64))
+		}
+		q.batches = append(q.batches, batch)
+	}
+	s := &listSender{}
+	p.drain(&egress{q: q}, &lane{tx: s})
+	at := slices.IndexFunc(s.sent, func(f []byte) bool { return len(f) >= largeLen })
+	if at < 2 || at > maxAhead+tap.BatchFrames || len(s.sent) != 2+number {
+		t.Errorf("the large frame left as number %d of %d", at, len(s.sent))
+	}
+}
+
+// drawn is a frame of a property test.
+type drawn struct{ flow, n int }
+
+// drawBatches draws what a queue gives: small and large frames of a few flows.
+func drawBatches(t *rapid.T, most int) [][]drawn {
+	one := rapid.Custom(func(t *rapid.T) drawn {
+		n := rapid.SampledFrom([]int{64, 64, 300, largeLen - 1, largeLen, 1400, 9000, 60000})
+		return drawn{rapid.IntRange(0, 5).Draw(t, "flow"), n.Draw(t, "bytes")}
+	})
+	return rapid.SliceOfN(rapid.SliceOfN(one, 1, most), 1, 60).Draw(t, "batches")
+}
+
+// checkOrder checks that so many frames came, once each, and each flow's in order.
+func checkOrder(t *rapid.T, frames [][]byte, all int) {
+	last, seen := map[int]int{}, map[int]bool{}
+	for _, f := range frames {
+		flow, number := flowOf(f)
+		if before, ok := last[flow]; ok && before >= number {
+			t.Fatalf("flow %d: %d after %d", flow, number, before)
+		}
+		last[flow], seen[number] = number, true
+	}
+	if len(seen) != all || len(frames) != all {
+		t.Fatalf("%d frames, %d of them different, want %d", len(frames), len(seen), all)
+	}
+}
+
+// TestFlowsStayInOrder: whatever a TAP gives, no frame is lost, doubled or overtaken in its
+// flow, also when the device goes while some are held.
+func TestFlowsStayInOrder(t *testing.T) {
+	_, _, p := hotBridge(t)
+	rapid.Check(t, func(t *rapid.T) {
+		s := &listSender{}
+		q, all := &reads{gone: rapid.Bool().Draw(t, "gone")}, 0
+		for _, batch := range drawBatches(t, tap.BatchFrames) {
+			var frames [][]byte
+			for _, d := range batch {
+				frames = append(frames, flowFrame(1, 2, d.flow, all, d.n))
+				all++
+			}
+			q.batches = append(q.batches, frames)
+		}
+		l := &lane{tx: s}
+		if there := p.drain(&egress{q: q}, l); there == q.gone {
+			t.Fatalf("the device is there: %v", there)
+		}
+		checkOrder(t, s.sent, all)
+		if len(l.held) != 0 || l.flows != [heldFlows]uint16{} {
+			t.Fatalf("%d batches are held", len(l.held))
+		}
+	})
+}
+
+// listDevice notes what it is given.
+type listDevice struct {
+	nullDevice
+	frames [][]byte
+}
+
+func (d *listDevice) WriteFrame(_ ether.Meta, parts [][]byte) error {
+	d.frames = append(d.frames, slices.Concat(parts...))
+	return nil
+}
+
+// slotBatch is what a socket gives at once, from a VTEP whose flows have a port each.
+func slotBatch(more bool, frames ...[]byte) underlay.Batch {
+	b := underlay.Batch{More: more}
+	for _, f := range frames {
+		flow, _ := flowOf(f)
+		src := netip.AddrPortFrom(vtepOf(2).Addr(), uint16(50000+flow))
+		b.Slots = append(b.Slots, underlay.Slot{Src: src, B: datagram(testVNI, f)})
+	}
+	return b
+}
+
+// TestSmallGoesAheadOnTheWayIn: what a worker of a socket delivers, and in which order.
+func TestSmallGoesAheadOnTheWayIn(t *testing.T) {
+	large := func(flow, number int) []byte { return flowFrame(2, 1, flow, number, 60000) }
+	small := func(flow, number int) []byte { return flowFrame(2, 1, flow, number, 64) }
+	asks := slotBatch(false, small(9, 0))
+	for _, tt := range []struct {
+		name    string
+		then    time.Duration // after the first
+		batches []underlay.Batch
+		want    []int
+	}{
+		{"nobody waits", 0, []underlay.Batch{slotBatch(false, large(1, 1), small(2, 2))}, []int{1, 2}},
+		{"somebody waits", 0, []underlay.Batch{asks, slotBatch(true, large(1, 1), large(1, 2), small(2, 3)), slotBatch(false, small(2, 4))}, []int{0, 3, 4, 1, 2}},
+		{"long ago somebody did", time.Duration(companyFor), []underlay.Batch{asks, slotBatch(false, large(1, 1), small(2, 2))}, []int{0, 1, 2}},
+		{"not past its own flow", 0, []underlay.Batch{asks, slotBatch(false, large(1, 1), small(1, 2), small(3, 3))}, []int{0, 3, 1, 2}},
+		{"while it delivers", 0, []underlay.Batch{asks, slotBatch(false, large(1, 1), large(1, 2), large(1, 3), large(1, 4)), slotBatch(false, small(2, 5))}, []int{0, 1, 2, 3, 5, 4}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				tunnel, _, p := hotBridge(t)
+				d := &listDevice{}
+				p.queues = []tap.Queue{d}
+				time.Sleep(time.Hour)
+				s := &script{batches: tt.batches, before: func(i int) {
+					if i == 1 {
+						time.Sleep(tt.then)
+					}
+				}}
+				in := newIngress(tunnel)
+				in.run(s)
+				var got []int
+				for _, f := range d.frames {
+					_, n := flowOf(f)
+					got = append(got, n)
+				}
+				if !slices.Equal(got, tt.want) {
+					t.Errorf("delivered %v, want %v", got, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// TestSourcesStayInOrder: whatever a socket gives, nothing is lost, doubled, changed or
+// overtaken by what is from the same port.
+func TestSourcesStayInOrder(t *testing.T) {
+	tunnel, _, p := hotBridge(t)
+	d := &listDevice{}
+	p.queues = []tap.Queue{d}
+	rapid.Check(t, func(t *rapid.T) {
+		d.frames = nil
+		s, sent := &script{}, [][]byte(nil)
+		for _, batch := range drawBatches(t, 32) {
+			var frames [][]byte
+			for _, one := range batch {
+				frames = append(frames, flowFrame(2, 1, one.flow, len(sent), one.n))
+				sent = append(sent, frames[len(frames)-1])
+			}
+			s.batches = append(s.batches, slotBatch(rapid.Bool().Draw(t, "more"), frames...))
+		}
+		in := newIngress(tunnel)
+		in.run(s)
+		checkOrder(t, d.frames, len(sent))
+		for _, f := range d.frames {
+			if _, n := flowOf(f); !bytes.Equal(f, sent[n]) {
+				t.Fatalf("frame %d has changed", n)
+			}
+		}
+		if len(in.held.slots) != 0 || in.held.bytes != 0 || in.held.flows != [heldFlows]uint16{} {
+			t.Fatalf("%d slots of %d bytes are held", len(in.held.slots), in.held.bytes)
+		}
+	})
+}
+
+// TestHeldSlots: the ring against a list of copies.
+func TestHeldSlots(t *testing.T) {
+	pattern := make([]byte, underlay.MaxDatagram+256)
+	for i := range pattern {
+		pattern[i] = byte(i ^ i>>8)
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		var h heldSlots
+		var want [][]byte
+		for s := (underlay.Slot{Src: vtepOf(2), B: pattern[:underlay.MaxDatagram]}); h.hold(&s); {
+			want = append(want, s.B)
+		}
+		if h.bytes < heldMemory-underlay.MaxDatagram {
+			t.Fatalf("full with %d bytes", h.bytes)
+		}
+		for i := range rapid.IntRange(1, 200).Draw(t, "steps") {
+			if n := rapid.IntRange(-2, 8).Draw(t, "deliver"); n > 0 && len(want) > 0 {
+				n = min(n, len(want))
+				h.leaves(n)
+				want = want[n:]
+			}
+			size := rapid.SampledFrom([]int{1, 1400, 60000, underlay.MaxDatagram}).Draw(t, "bytes")
+			s := underlay.Slot{Src: vtepOf(2), SegmentLen: i, B: pattern[i%256:][:size]}
+			if h.hold(&s) {
+				want = append(want, s.B)
+			} else if h.bytes < heldMemory/2 {
+				t.Fatalf("no room for %d bytes beside %d", size, h.bytes)
+			}
+		}
+		bytesHeld := 0
+		for i := range want {
+			if !bytes.Equal(h.slots[i].B, want[i]) {
+				t.Fatalf("slot %d of %d has changed", i, len(want))
+			}
+			bytesHeld += len(want[i])
+		}
+		if len(h.slots) != len(want) || h.bytes != bytesHeld || h.flows[sourceOf(vtepOf(2))] != uint16(len(want)) {
+			t.Fatalf("%d slots of %d bytes, want %d of %d", len(h.slots), h.bytes, len(want), bytesHeld)
+		}
+	})
+}
+
+// TestEntropy: flows with large frames have other source ports than all others.
+func TestEntropy(t *testing.T) {
+	var a apart
+	large, small := make([]byte, largeLen), make([]byte, largeLen-1)
+	const flow, odd, even = 7, 15, 14
+	for i, step := range []struct {
+		frame []byte
+		now   int64
+		want  uint32
+	}{
+		{small, 0, even}, {large, 5, odd}, {small, 5, odd}, {small, 5 + apartFor - 1, odd}, {small, 5 + apartFor, even},
+		{large, 6 + apartFor, odd}, {large, 5, odd}, {small, 5 + 2*apartFor, odd}, {small, 6 + 2*apartFor, even},
+	} {
+		if got := a.entropy(step.frame, flow, step.now); got != step.want {
+			t.Errorf("step %d: %d, want %d", i, got, step.want)
+		}
+	}
+	if got := a.entropy(small, flow+1, 5); got != even+2 {
+		t.Errorf("another flow: %d, want %d", got, even+2)
+	}
+}
+
+// TestHeldNoAllocs: neither worker allocates for what it holds.
+func TestHeldNoAllocs(t *testing.T) {
+	tunnel, _, p := hotBridge(t)
+	super, small := superFrame(), smallFrame()
+	time.Sleep(time.Millisecond) // 0 is no time
+	q := &once{frames: []tap.Frame{small, super}}
+	w, l := &egress{q: q}, &lane{tx: &nullSender{}}
+	if n := testing.AllocsPerRun(100, func() {
+		q.there = true
+		p.drain(w, l)
+	}); n != 0 {
+		t.Errorf("a TAP's: %v allocations, want 0", n)
+	}
+	in := newIngress(tunnel)
+	s := &script{batches: slices.Repeat([]underlay.Batch{{Slots: []underlay.Slot{trainOf(t, small), trainOf(t, super)}}}, 102)}
+	if n := testing.AllocsPerRun(100, func() { in.serve(s) }); n != 0 {
+		t.Errorf("a socket's: %v allocations, want 0", n)
+	}
+	if w.company.last == 0 || in.company.last == 0 || in.held.memory == nil {
+		t.Error("nobody waited")
+	}
+}
+
+// once is a queue that has the same frames whenever it is refilled.
+type once struct {
+	nullDevice
+	frames []tap.Frame
+	there  bool
+}
+
+func (q *once) Read(b *tap.Batch) error {
+	b.Frames = b.Frames[:0]
+	if q.there {
+		b.Frames = append(b.Frames, q.frames...)
+	}
+	q.there = false
+	return nil
+}
+
+// TestMemoryIsGivenBack: what was held needs no memory when nobody waits any more.
+func TestMemoryIsGivenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tunnel, _, p := hotBridge(t)
+		time.Sleep(time.Hour)
+		ask, large := flowFrame(1, 2, 0, 0, 64), flowFrame(1, 2, 1, 1, 9000)
+		w, l := &egress{}, &lane{tx: &nullSender{}}
+		in := newIngress(tunnel)
+		for i, tt := range []struct {
+			frame []byte
+			held  bool
+		}{{ask, true}, {large, false}} {
+			w.q = &reads{batches: [][][]byte{{tt.frame}, {large}, {large}}}
+			p.drain(w, l)
+			if got := len(l.free) > 1; got != tt.held {
+				t.Errorf("%d: a worker of a TAP has %d batches", i, len(l.free))
+			}
+			in.serve(&script{batches: []underlay.Batch{slotBatch(false, flowFrame(2, 1, 0, 0, len(tt.frame)))}})
+			in.serve(&script{batches: []underlay.Batch{slotBatch(true, flowFrame(2, 1, 1, 1, 9000)), {}}})
+			if got := in.held.memory != nil; got != tt.held {
+				t.Errorf("%d: a worker of a socket has %d bytes", i, len(in.held.memory))
+			}
+			time.Sleep(time.Duration(keepFor))
+		}
+	})
+}

@@ -2,9 +2,11 @@ package bridge
 
 import (
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/internal/ready"
 	"github.com/tulle-net/tulle/tap"
@@ -21,21 +23,24 @@ const (
 	// companyFor is how long somebody is thought to be there after a small frame: who
 	// comes more seldom than that is not worth it.
 	companyFor = int64(100 * time.Millisecond)
-	// keepFor is how long after that the memory for it is kept.
-	keepFor = int64(10 * time.Second)
+	// keepFor is how long the memory of what was held is kept, in ticks.
+	keepFor = 10 * second
 	// wayEvery is how often a worker gives way.
 	wayEvery = int64(300 * time.Microsecond)
-	// maxAhead bounds how much goes ahead before the oldest that is held goes.
+	// maxAhead is how many frames go ahead, and the rest of a read, before the oldest that
+	// is held goes.
 	maxAhead = 64
 	// heldFlows is how many flows are told apart, by a hash.
 	heldFlows = 1 << 10
 	// apartFor is how long a flow has source ports of those with large frames, after one.
 	apartFor = second
-	// maxHeld bounds what an egress worker holds: 4 MiB in batches of 128 KiB, each of
-	// which has a super-frame, or 64 frames.
+	// maxHeld is how many batches an egress worker holds: 4 MiB, and of a TUN 12.
 	maxHeld = 32
 	// heldMemory is what an ingress worker holds.
 	heldMemory = 4 << 20
+	// heldDatagrams bounds these, too, and with them those that go ahead of one: they have
+	// later counters, and it must not fall out of the replay window meanwhile.
+	heldDatagrams = crypto.ReplayWindow / 2
 	// heldTurn is how much of it is delivered before the worker reads on: two super-frames.
 	heldTurn = 128 << 10
 )
@@ -46,18 +51,8 @@ type company struct {
 	way  int64 // when the worker last gave way
 }
 
-// sees is told of a frame.
-func (c *company) sees(frame []byte, now int64) {
-	if len(frame) < largeLen && len(frame) >= ethernetHeader && now != c.last && waits(frame) {
-		c.last = now
-	}
-}
-
 // there reports whether somebody waits.
 func (c *company) there(now int64) bool { return c.last != 0 && now-c.last < companyFor }
-
-// gone reports whether nobody has waited for so long that no memory is kept for it.
-func (c *company) gone(now int64) bool { return now-c.last >= keepFor }
 
 // giveWay lets others have the worker's processor, if they want it.
 func (c *company) giveWay(now int64) {
@@ -72,6 +67,7 @@ type backlog struct {
 	held  []*tap.Batch // the oldest first; a frame that went ahead has no B
 	free  []*tap.Batch
 	flows [heldFlows]uint16 // frames held
+	used  int64             // tick at which something was last held
 }
 
 // spare returns memory for another Read.
@@ -88,16 +84,18 @@ func (l *backlog) spare() *tap.Batch {
 // oldest takes the batch that was held longest; done gives it back.
 func (l *backlog) oldest() *tap.Batch {
 	b := l.held[0]
-	l.held = l.held[:copy(l.held, l.held[1:])]
+	l.held = slices.Delete(l.held, 0, 1)
 	return b
 }
 
 func (l *backlog) done(b *tap.Batch) { l.free = append(l.free, b) }
 
-// trim gives up the memory for more than one Read.
-func (l *backlog) trim() {
-	clear(l.free[1:])
-	l.free = l.free[:1]
+// trim gives up the memory for more than one Read, when it has long not been used.
+func (l *backlog) trim(now int64) {
+	if len(l.free) > 1 && now-l.used >= keepFor {
+		clear(l.free[1:])
+		l.free = l.free[:1]
+	}
 }
 
 // full reports whether the worker has read on far enough.
@@ -121,29 +119,64 @@ func (l *backlog) leaves(frame []byte) { l.flows[ether.FlowHash(frame)%heldFlows
 type heldSlots struct {
 	slots  []heldSlot // the oldest first
 	memory []byte     // theirs: a ring
-	tail   int        // where in it the newest ends
+	used   int64      // tick at which something was last held
+	tail   int        // where in the ring the newest ends
 	bytes  int
+	count  int               // datagrams held
+	passed int               // datagrams that went ahead, ever
 	flows  [heldFlows]uint16 // slots, by where they are from
+	until  [heldFlows]int64  // by the same, the tick until which what is from there is large
 }
 
 type heldSlot struct {
 	underlay.Slot
-	at int // where in the ring it begins
+	at     int // where in the ring it begins
+	count  int // datagrams
+	passed int // heldSlots.passed when it came
 }
 
-// passes reports whether a slot may go ahead of what is held: it is small, and nothing is
-// held from its source port, which stands for the flow (RFC 7348, section 5).
-func (h *heldSlots) passes(s *underlay.Slot) bool {
-	return len(s.B) < largeLen && h.flows[sourceOf(s.Src)] == 0 || len(s.B) == 0
+// datagramsOf returns how many a slot has, and how long the first is.
+func datagramsOf(s *underlay.Slot) (count, size int) {
+	if s.SegmentLen <= 0 || s.SegmentLen >= len(s.B) {
+		return 1, len(s.B)
+	}
+	return (len(s.B) + s.SegmentLen - 1) / s.SegmentLen, s.SegmentLen
+}
+
+// large reports whether this slot's datagrams are, or those of its source port lately were.
+func (h *heldSlots) large(s *underlay.Slot, now int64) bool {
+	until := &h.until[sourceOf(s.Src)]
+	if _, size := datagramsOf(s); size >= largeLen {
+		*until = now + apartFor
+	}
+	return now < *until
+}
+
+// passes returns how many datagrams of a slot may go ahead of what is held, all or none:
+// they are small, and nothing is held from their source port, which stands for the flow
+// (RFC 7348, section 5).
+func (h *heldSlots) passes(s *underlay.Slot) int {
+	count, size := datagramsOf(s)
+	switch {
+	case len(h.slots) == 0 && size < largeLen, size == 0:
+	case size >= largeLen, h.flows[sourceOf(s.Src)] > 0, h.count+h.passed-h.slots[0].passed+count > heldDatagrams:
+		return 0
+	}
+	h.passed += count
+	return count
 }
 
 // hold keeps a copy of a slot that is not empty; false: there is no room.
-func (h *heldSlots) hold(s *underlay.Slot) bool {
+func (h *heldSlots) hold(s *underlay.Slot, now int64) bool {
 	if h.memory == nil {
 		h.memory = make([]byte, heldMemory)
 	}
 	n, at := len(s.B), 0
+	count, _ := datagramsOf(s)
 	if len(h.slots) > 0 {
+		if h.count+count > heldDatagrams {
+			return false
+		}
 		switch head := h.slots[0].at; { // never where the newest ends: that would be an empty ring
 		case h.tail > head && n <= len(h.memory)-h.tail, h.tail < head && n < head-h.tail:
 			at = h.tail
@@ -153,22 +186,33 @@ func (h *heldSlots) hold(s *underlay.Slot) bool {
 		}
 	}
 	h.tail = at + copy(h.memory[at:], s.B)
-	h.slots = append(h.slots, heldSlot{underlay.Slot{Src: s.Src, B: h.memory[at:h.tail:h.tail], SegmentLen: s.SegmentLen}, at})
+	own := underlay.Slot{Src: s.Src, B: h.memory[at:h.tail:h.tail], SegmentLen: s.SegmentLen}
+	h.slots = append(h.slots, heldSlot{own, at, count, h.passed})
+	h.used = now
 	h.bytes += n
+	h.count += count
 	h.flows[sourceOf(s.Src)]++
 	return true
 }
 
 // full reports whether the worker has read on far enough: there is room for as much again.
-func (h *heldSlots) full() bool { return h.bytes >= heldMemory/2 }
+func (h *heldSlots) full() bool { return h.bytes >= heldMemory/2 || h.count >= heldDatagrams/2 }
 
 // leaves: the n oldest have been delivered.
 func (h *heldSlots) leaves(n int) {
 	for _, s := range h.slots[:n] {
 		h.bytes -= len(s.B)
+		h.count -= s.count
 		h.flows[sourceOf(s.Src)]--
 	}
-	h.slots = h.slots[:copy(h.slots, h.slots[n:])]
+	h.slots = slices.Delete(h.slots, 0, n)
+}
+
+// trim gives up the memory, when it has long not been used.
+func (h *heldSlots) trim(now int64) {
+	if h.memory != nil && now-h.used >= keepFor {
+		h.memory = nil
+	}
 }
 
 // sourceOf is a hash of an address and port, of heldFlows values.
@@ -182,15 +226,22 @@ func sourceOf(a netip.AddrPort) uint16 {
 // too. The index is a flow's hash, the value the tick until which it is one of them.
 type apart [heldFlows]atomic.Int64
 
-// entropy returns what chooses the source port of a frame.
-func (a *apart) entropy(frame []byte, flow uint32, now int64) uint32 {
-	until := &a[flow%heldFlows]
-	if t := until.Load(); len(frame) < largeLen {
-		if t <= now {
-			return flow << 1
+// is reports whether the flow is one of them.
+func (a *apart) is(flow uint32, now int64) bool { return now < a[flow%heldFlows].Load() }
+
+// entropy returns what chooses the source port of a frame, and whether its flow has another
+// one since the frame before.
+func (a *apart) entropy(frame []byte, flow uint32, now int64) (entropy uint32, changed bool) {
+	if len(frame) >= largeLen {
+		until := &a[flow%heldFlows]
+		before := until.Load()
+		if before < now+apartFor { // a store a tick is enough
+			until.Store(now + apartFor)
 		}
-	} else if next := now + apartFor; t < next { // a store a tick is enough
-		until.Store(next)
+		return flow<<1 | 1, before <= now
 	}
-	return flow<<1 | 1
+	if a.is(flow, now) {
+		return flow<<1 | 1, false
+	}
+	return flow << 1, false
 }

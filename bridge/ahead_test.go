@@ -2,13 +2,19 @@ package bridge
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
+	"errors"
+	"math"
 	"net/netip"
+	"runtime"
 	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
+	"github.com/tulle-net/tulle/crypto"
 	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
 	_ "github.com/tulle-net/tulle/internal/proptest"
@@ -58,10 +64,12 @@ type reads struct {
 	nullDevice
 	batches [][][]byte
 	gone    bool
+	slow    time.Duration // a Read takes so long
 }
 
 func (q *reads) Read(b *tap.Batch) error {
 	b.Frames = b.Frames[:0]
+	time.Sleep(q.slow)
 	if len(q.batches) == 0 {
 		if q.gone {
 			return tap.ErrClosed
@@ -151,6 +159,21 @@ func TestSmallStarvesNobody(t *testing.T) {
 	if at < 2 || at > maxAhead+tap.BatchFrames || len(s.sent) != 2+number {
 		t.Errorf("the large frame left as number %d of %d", at, len(s.sent))
 	}
+}
+
+// TestHeldWhileNobodyWaits: what comes when nobody waits any more does not pass what is held.
+func TestHeldWhileNobodyWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, _, p := hotBridge(t)
+		time.Sleep(time.Hour)
+		q := &reads{slow: time.Duration(companyFor) / 2}
+		q.batches = [][][]byte{{flowFrame(1, 2, 0, 0, 64)}, {flowFrame(1, 2, 1, 1, 9000)}, {flowFrame(1, 2, 1, 2, 9000)}, {flowFrame(1, 2, 1, 3, 64)}}
+		s := &listSender{}
+		p.drain(&egress{q: q}, &lane{tx: s})
+		if got := s.numbers(); !slices.Equal(got, []int{0, 1, 2, 3}) {
+			t.Errorf("sent %v", got)
+		}
+	})
 }
 
 // drawn is a frame of a property test.
@@ -243,6 +266,7 @@ func TestSmallGoesAheadOnTheWayIn(t *testing.T) {
 		{"somebody waits", 0, []underlay.Batch{asks, slotBatch(true, large(1, 1), large(1, 2), small(2, 3)), slotBatch(false, small(2, 4))}, []int{0, 3, 4, 1, 2}},
 		{"long ago somebody did", time.Duration(companyFor), []underlay.Batch{asks, slotBatch(false, large(1, 1), small(2, 2))}, []int{0, 1, 2}},
 		{"not past its own flow", 0, []underlay.Batch{asks, slotBatch(false, large(1, 1), small(1, 2), small(3, 3))}, []int{0, 3, 1, 2}},
+		{"the short end of a stream", 0, []underlay.Batch{slotBatch(false, large(1, 1)), slotBatch(false, small(1, 2)), slotBatch(false, large(1, 3), small(2, 4))}, []int{1, 2, 3, 4}},
 		{"while it delivers", 0, []underlay.Batch{asks, slotBatch(false, large(1, 1), large(1, 2), large(1, 3), large(1, 4)), slotBatch(false, small(2, 5))}, []int{0, 1, 2, 3, 5, 4}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -268,6 +292,42 @@ func TestSmallGoesAheadOnTheWayIn(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestBoundsOnTheWayIn: what is large waits for so many small frames, and no more; and the
+// worker does not read on without end.
+func TestBoundsOnTheWayIn(t *testing.T) {
+	tunnel, _, p := hotBridge(t)
+	d := &listDevice{}
+	p.queues = []tap.Queue{d}
+	time.Sleep(time.Millisecond) // 0 is no time
+	s, number := &script{}, 0
+	batch := func(flow, n int) {
+		var frames [][]byte
+		for range 32 {
+			frames = append(frames, flowFrame(2, 1, flow, number, n))
+			number++
+		}
+		s.batches = append(s.batches, slotBatch(true, frames...))
+	}
+	batch(0, 64)
+	batch(1, 9000)
+	for range 10 {
+		batch(0, 64)
+	}
+	for range 10 {
+		batch(1, 60000)
+	}
+	in, most := newIngress(tunnel), 0
+	s.before = func(int) { most = max(most, in.held.bytes) }
+	in.run(s)
+	at := slices.IndexFunc(d.frames, func(f []byte) bool { return len(f) >= largeLen })
+	if at < 64 || at > 32+maxAhead+32 || len(d.frames) != number {
+		t.Errorf("the first large frame was delivered as number %d of %d", at, len(d.frames))
+	}
+	if most >= heldMemory/2 || most < heldMemory/4 {
+		t.Errorf("%d bytes were held when it read on", most)
 	}
 }
 
@@ -310,9 +370,9 @@ func TestHeldSlots(t *testing.T) {
 	}
 	rapid.Check(t, func(t *rapid.T) {
 		var h heldSlots
-		var want [][]byte
-		for s := (underlay.Slot{Src: vtepOf(2), B: pattern[:underlay.MaxDatagram]}); h.hold(&s); {
-			want = append(want, s.B)
+		var want []underlay.Slot
+		for s := (underlay.Slot{Src: vtepOf(2), B: pattern[:underlay.MaxDatagram]}); h.hold(&s, 0); {
+			want = append(want, s)
 		}
 		if h.bytes < heldMemory-underlay.MaxDatagram {
 			t.Fatalf("full with %d bytes", h.bytes)
@@ -324,24 +384,85 @@ func TestHeldSlots(t *testing.T) {
 				want = want[n:]
 			}
 			size := rapid.SampledFrom([]int{1, 1400, 60000, underlay.MaxDatagram}).Draw(t, "bytes")
-			s := underlay.Slot{Src: vtepOf(2), SegmentLen: i, B: pattern[i%256:][:size]}
-			if h.hold(&s) {
-				want = append(want, s.B)
-			} else if h.bytes < heldMemory/2 {
-				t.Fatalf("no room for %d bytes beside %d", size, h.bytes)
+			s := underlay.Slot{Src: vtepOf(2), SegmentLen: rapid.SampledFrom([]int{0, 100, 1400}).Draw(t, "segment"), B: pattern[i%256:][:size]}
+			if h.hold(&s, 0) {
+				want = append(want, s)
+			} else if h.bytes < heldMemory/2 && h.count+size/100 < heldDatagrams {
+				t.Fatalf("no room for %d bytes beside %d in %d datagrams", size, h.bytes, h.count)
 			}
 		}
-		bytesHeld := 0
-		for i := range want {
-			if !bytes.Equal(h.slots[i].B, want[i]) {
+		var all heldSlots
+		for i, s := range want {
+			if got := h.slots[i].Slot; !bytes.Equal(got.B, s.B) || got.SegmentLen != s.SegmentLen {
 				t.Fatalf("slot %d of %d has changed", i, len(want))
 			}
-			bytesHeld += len(want[i])
+			all.bytes += len(s.B)
+			all.count += max(1, int(math.Ceil(float64(len(s.B))/float64(cmp.Or(s.SegmentLen, len(s.B))))))
+			all.flows[sourceOf(s.Src)]++
 		}
-		if len(h.slots) != len(want) || h.bytes != bytesHeld || h.flows[sourceOf(vtepOf(2))] != uint16(len(want)) {
-			t.Fatalf("%d slots of %d bytes, want %d of %d", len(h.slots), h.bytes, len(want), bytesHeld)
+		if len(h.slots) != len(want) || h.bytes != all.bytes || h.count != all.count || h.flows != all.flows || h.count > heldDatagrams {
+			t.Fatalf("%d slots of %d bytes in %d datagrams, want %d of %d in %d", len(h.slots), h.bytes, h.count, len(want), all.bytes, all.count)
 		}
 	})
+}
+
+// TestAheadWithinWindow: what goes ahead does not move the replay window past what it went
+// ahead of, however many datagrams that is.
+func TestAheadWithinWindow(t *testing.T) {
+	tunnel, p, tx := hotSealed(t, crypto.ChaCha20Poly1305)
+	time.Sleep(time.Millisecond) // 0 is no time
+	scratch := new(crypto.Scratch)
+	sealed := func(port uint16, datagrams, n int) (s underlay.Slot) {
+		d := datagram(testVNI, flowFrame(2, 1, 1, 1, n))
+		plain := underlay.Slot{Src: vtepOf(2), SegmentLen: len(d), B: bytes.Repeat(d, datagrams)}
+		s.B = make([]byte, 0, len(plain.B)+datagrams*crypto.SealedOverhead)
+		sealedTrain(t, tx, &plain, &s, scratch)
+		s.Src = netip.AddrPortFrom(s.Src.Addr(), port)
+		return s
+	}
+	s, want := &script{}, 0
+	add := func(more bool, port uint16, slots, datagrams, n int) {
+		b := underlay.Batch{More: more}
+		for range slots {
+			b.Slots = append(b.Slots, sealed(port, datagrams, n))
+		}
+		want += slots * datagrams
+		s.batches = append(s.batches, b)
+	}
+	add(false, 1, 1, 1, 64)   // somebody waits
+	add(true, 2, 1, 1, 1400)  // something is held,
+	add(true, 1, 32, 300, 64) // and many want to go ahead
+	add(true, 2, 1, 1, 1400)
+	add(true, 2, 31, 300, 64) // many are held,
+	add(false, 1, 1, 1, 64)   // and one wants to go ahead
+	for range 8 {
+		add(true, 2, 32, 20, 1400) // much is held,
+	}
+	for range 300 {
+		add(true, 1, 32, 4, 64) // and a few go ahead, over and over
+	}
+	newIngress(tunnel).run(s)
+	if got, n := int(p.bridge.RxFrames.Load()), tunnel.Drops().Count(DropReplay); got != want || n != 0 {
+		t.Errorf("%d frames of %d were received, %d taken for replays", got, want, n)
+	}
+}
+
+// TestHeldSlotsExact: the ring is never filled so that it looks empty.
+func TestHeldSlotsExact(t *testing.T) {
+	var h heldSlots
+	slot := func(n int) *underlay.Slot { return &underlay.Slot{Src: vtepOf(2), B: make([]byte, n)} }
+	if !h.hold(slot(1000), 0) || !h.hold(slot(heldMemory-1500), 0) {
+		t.Fatal("no room in an empty ring")
+	}
+	h.leaves(1)
+	for _, tt := range []struct {
+		n    int
+		want bool
+	}{{1000, false}, {999, true}, {1, false}} {
+		if got := h.hold(slot(tt.n), 0); got != tt.want {
+			t.Errorf("%d bytes where 1,000 are free: %v", tt.n, got)
+		}
+	}
 }
 
 // TestEntropy: flows with large frames have other source ports than all others.
@@ -350,20 +471,121 @@ func TestEntropy(t *testing.T) {
 	large, small := make([]byte, largeLen), make([]byte, largeLen-1)
 	const flow, odd, even = 7, 15, 14
 	for i, step := range []struct {
-		frame []byte
-		now   int64
-		want  uint32
+		frame   []byte
+		now     int64
+		want    uint32
+		changed bool
 	}{
-		{small, 0, even}, {large, 5, odd}, {small, 5, odd}, {small, 5 + apartFor - 1, odd}, {small, 5 + apartFor, even},
-		{large, 6 + apartFor, odd}, {large, 5, odd}, {small, 5 + 2*apartFor, odd}, {small, 6 + 2*apartFor, even},
+		{small, 0, even, false}, {large, 5, odd, true}, {small, 5, odd, false}, {large, 5, odd, false},
+		{small, 5 + apartFor - 1, odd, false}, {small, 5 + apartFor, even, false},
+		{large, 6 + apartFor, odd, true}, {large, 5, odd, false}, {small, 5 + 2*apartFor, odd, false}, {small, 6 + 2*apartFor, even, false},
 	} {
-		if got := a.entropy(step.frame, flow, step.now); got != step.want {
-			t.Errorf("step %d: %d, want %d", i, got, step.want)
+		if got, changed := a.entropy(step.frame, flow, step.now); got != step.want || changed != step.changed {
+			t.Errorf("step %d: %d, changed %v, want %d, %v", i, got, changed, step.want, step.changed)
 		}
 	}
-	if got := a.entropy(small, flow+1, 5); got != even+2 {
+	if got, _ := a.entropy(small, flow+1, 5); got != even+2 {
 		t.Errorf("another flow: %d, want %d", got, even+2)
 	}
+}
+
+// flushSender notes after how many frames it was flushed.
+type flushSender struct {
+	listSender
+	flushed []int
+}
+
+func (s *flushSender) Flush() { s.flushed = append(s.flushed, len(s.sent)) }
+
+// TestFlushBeforeOtherPort: a flow that gets another source port does not overtake itself
+// in the sender, which sends port by port.
+func TestFlushBeforeOtherPort(t *testing.T) {
+	_, _, p := hotBridge(t)
+	s := &flushSender{}
+	l := &lane{tx: s}
+	for i, n := range []int{64, 64, largeLen, 64, largeLen} {
+		p.forward(l, &tap.Frame{B: flowFrame(1, 2, 1, i, n)})
+	}
+	if !slices.Equal(s.flushed, []int{2}) {
+		t.Errorf("flushed after %v frames, want after 2", s.flushed)
+	}
+	for i, want := range []uint32{0, 0, 1, 1, 1} {
+		if s.entropy[i]&1 != want {
+			t.Errorf("frame %d has port %d of its flow, want %d", i, s.entropy[i]&1, want)
+		}
+	}
+}
+
+// TestSmallTrains: what is small is so also where the kernel has merged it.
+func TestSmallTrains(t *testing.T) {
+	var h heldSlots
+	train := underlay.Slot{Src: vtepOf(2), SegmentLen: 100, B: make([]byte, 2010)}
+	long := underlay.Slot{Src: vtepOf(3), SegmentLen: largeLen, B: make([]byte, 2010)}
+	if h.large(&train, 1) || !h.large(&long, 1) || !h.large(&underlay.Slot{Src: vtepOf(3), B: make([]byte, 9)}, apartFor) || h.large(&underlay.Slot{Src: vtepOf(3), B: make([]byte, 9)}, 1+apartFor) {
+		t.Error("a train of small datagrams is large, or a large one is not, for a second")
+	}
+	if n := h.passes(&long); n != 0 || !h.hold(&long, 1) {
+		t.Errorf("%d large datagrams pass", n)
+	}
+	if n := h.passes(&train); n != 21 {
+		t.Errorf("%d datagrams of a train pass, want 21", n)
+	}
+	train.Src = long.Src
+	if n := h.passes(&train); n != 0 {
+		t.Errorf("%d datagrams pass what is held from their port", n)
+	}
+}
+
+// TestAQMBesideHeld: a socket whose queue is emptied by what was held does not stand.
+func TestAQMBesideHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tunnel, _, _ := hotBridge(t)
+		time.Sleep(time.Hour)
+		in := newIngress(tunnel)
+		ask, large := flowFrame(2, 1, 0, 0, 64), flowFrame(2, 1, 1, 1, 9000)
+		in.serve(&script{batches: []underlay.Batch{slotBatch(false, ask), {}}})
+		in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(true, large, large), slotBatch(false, large)}}})
+		if len(in.held.slots) != 0 || in.queue.since != 0 {
+			t.Errorf("%d slots are held, the queue stands since %d", len(in.held.slots), in.queue.since)
+		}
+		// One that stays full stands, also when a receive takes all there is.
+		long := flowFrame(2, 1, 1, 2, 60000)
+		f := &failing{script: script{batches: []underlay.Batch{slotBatch(true, slices.Repeat([][]byte{long}, 20)...)}}}
+		for range 4 {
+			f.batches = append(f.batches, slotBatch(false, long))
+		}
+		var since []int64
+		f.before = func(int) {
+			since = append(since, in.queue.since)
+			time.Sleep(time.Millisecond)
+		}
+		in.serve(f)
+		if len(since) != 5 || since[1] == 0 || slices.ContainsFunc(since[1:], func(at int64) bool { return at != since[1] }) {
+			t.Errorf("the queue stands since %v", since)
+		}
+		in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(true, large), slotBatch(true, large)}}, fail: 1})
+		if n := tunnel.Drops().Count(DropReceive); len(in.held.slots) != 0 || n != 1 || in.frames != 0 {
+			t.Errorf("%d slots are held after %d errors", len(in.held.slots), n)
+		}
+	})
+}
+
+// failing is a script that fails once, and blocks no one when it is over.
+type failing struct {
+	script
+	fail int // before which batch; 0: never
+}
+
+func (f *failing) Receive(b *underlay.Batch) error {
+	if f.fail > 0 && f.i == f.fail {
+		b.Slots, b.More, f.fail = b.Slots[:0], false, 0
+		return errors.New("short of memory")
+	}
+	if f.i == len(f.batches) {
+		b.Slots, b.More = b.Slots[:0], false
+		return nil
+	}
+	return f.script.Receive(b)
 }
 
 // TestHeldNoAllocs: neither worker allocates for what it holds.
@@ -405,29 +627,35 @@ func (q *once) Read(b *tap.Batch) error {
 	return nil
 }
 
-// TestMemoryIsGivenBack: what was held needs no memory when nobody waits any more.
+// TestMemoryIsGivenBack: what was held needs no memory when nothing was for long, and
+// workers that nobody waits for leave it to the others.
 func TestMemoryIsGivenBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tunnel, _, p := hotBridge(t)
 		time.Sleep(time.Hour)
 		ask, large := flowFrame(1, 2, 0, 0, 64), flowFrame(1, 2, 1, 1, 9000)
-		w, l := &egress{}, &lane{tx: &nullSender{}}
+		w, lonely, l := &egress{}, &egress{}, &lane{tx: &nullSender{}}
 		in := newIngress(tunnel)
-		for i, tt := range []struct {
-			frame []byte
+		w.q = &reads{batches: [][][]byte{{ask}, {large}, {large}}}
+		p.drain(w, l)
+		in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(false, flowFrame(2, 1, 0, 0, 64))}}})
+		in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(false, flowFrame(2, 1, 1, 1, 9000))}}})
+		ring := weak.Make(&in.held.memory[0])
+		for _, tt := range []struct {
+			after time.Duration
 			held  bool
-		}{{ask, true}, {large, false}} {
-			w.q = &reads{batches: [][][]byte{{tt.frame}, {large}, {large}}}
-			p.drain(w, l)
+		}{{time.Duration(keepFor-second) * tick, true}, {time.Duration(second) * tick, false}} {
+			time.Sleep(tt.after)
+			lonely.q = &reads{batches: [][][]byte{{large}}}
+			p.drain(lonely, l)
 			if got := len(l.free) > 1; got != tt.held {
-				t.Errorf("%d: a worker of a TAP has %d batches", i, len(l.free))
+				t.Errorf("after %v a worker of a TAP has %d batches", tt.after, len(l.free))
 			}
-			in.serve(&script{batches: []underlay.Batch{slotBatch(false, flowFrame(2, 1, 0, 0, len(tt.frame)))}})
-			in.serve(&script{batches: []underlay.Batch{slotBatch(true, flowFrame(2, 1, 1, 1, 9000)), {}}})
-			if got := in.held.memory != nil; got != tt.held {
-				t.Errorf("%d: a worker of a socket has %d bytes", i, len(in.held.memory))
+			in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(true, flowFrame(2, 1, 1, 1, 9000))}}})
+			runtime.GC()
+			if got := ring.Value() != nil; got != tt.held {
+				t.Errorf("after %v a worker of a socket has its memory: %v", tt.after, got)
 			}
-			time.Sleep(time.Duration(keepFor))
 		}
 	})
 }

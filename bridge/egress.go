@@ -62,9 +62,7 @@ func (p *Port) drain(w *egress, l *lane) bool {
 			if there && !enough {
 				w.queue.drained()
 			}
-			if len(l.free) > 1 && w.company.gone(t.nanos()) {
-				l.trim()
-			}
+			l.trim(l.now)
 			return there
 		}
 		b := l.oldest()
@@ -99,19 +97,14 @@ func (p *Port) readOn(w *egress, l *lane) (there, enough bool) {
 			return true, false
 		}
 		nanos := t.nanos()
-		if nanos-t.spoke.Load() > spokeFor && speaks(b.Frames) {
-			t.spoke.Store(nanos)
-		}
+		l.now, l.from = nanos/int64(tick), p
+		w.notes(t, b.Frames, nanos)
 		// A port with a limit reads no more than that: its queue is not seen empty.
 		if l.queue = nil; !t.cfg.NoAQM && !limited && w.queue.stands(nanos) {
 			l.queue = &w.queue
 		}
-		l.now, l.from = nanos/int64(tick), p
 		if limited {
 			enough = p.owes(b.Frames) // first: forwarding changes them
-		}
-		for i := range b.Frames {
-			w.company.sees(b.Frames[i].B, nanos)
 		}
 		if len(l.held) == 0 && (limited || !w.company.there(nanos)) {
 			for i := range b.Frames {
@@ -147,7 +140,7 @@ func (p *Port) goAhead(l *lane, b *tap.Batch) (ahead int) {
 	if ahead == len(b.Frames) {
 		l.done(b)
 	} else {
-		l.held = append(l.held, b)
+		l.held, l.used = append(l.held, b), l.now
 	}
 	return ahead
 }
@@ -297,7 +290,10 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool)
 	if shed && l.shed(b) {
 		return
 	}
-	entropy := b.tunnel.apart.entropy(f.B, flow, l.now)
+	entropy, changed := b.tunnel.apart.entropy(f.B, flow, l.now)
+	if changed {
+		l.tx.Flush() // a train of each port: what is before this frame leaves before it
+	}
 	frames, bytes := 0, 0
 	for {
 		d := l.tx.Reserve(room)

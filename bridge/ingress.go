@@ -47,6 +47,7 @@ type ingress struct {
 	burst   int  // bytes received since the socket was last empty
 	company company
 	held    heldSlots
+	large   bool // the slot is, or others from its source port are
 
 	// Counted since the last flush for b and from.
 	frames, bytes int
@@ -78,16 +79,19 @@ func (in *ingress) serve(r underlay.Receiver) bool {
 		in.deliverHeld()
 		in.company.giveWay(in.t.nanos())
 		if len(in.held.slots) == 0 && open {
+			if !in.batch.More {
+				in.queue.drained()
+			}
 			return true
 		}
 	}
 }
 
 // receive receives once, or, where somebody waits, until the socket is empty or enough is
-// held, and delivers what need not wait: all, where nobody waits. It is false when the
+// held or went ahead, and delivers what need not wait: all, where nobody waits. It is false when the
 // socket is closed.
 func (in *ingress) receive(r underlay.Receiver) bool {
-	for ahead := 0; ; {
+	for ahead := 0; !in.held.full() && (len(in.held.slots) == 0 || ahead < maxAhead); {
 		if err := r.Receive(in.batch); err != nil {
 			if errors.Is(err, underlay.ErrClosed) {
 				return false
@@ -95,19 +99,17 @@ func (in *ingress) receive(r underlay.Receiver) bool {
 			in.t.drops.add(DropReceive)
 			return true
 		}
-		in.begin()
-		if len(in.held.slots) == 0 && !in.company.there(in.nanos) {
-			if in.company.gone(in.nanos) {
-				in.held.memory = nil
-			}
-			in.deliverAll()
+		if len(in.held.slots) == 0 && !in.company.there(in.t.nanos()) {
+			in.handle()
+			in.held.trim(in.now)
 			return true
 		}
 		ahead += in.goAhead()
-		if !in.batch.More || in.held.full() || ahead >= maxAhead {
+		if !in.batch.More {
 			return true
 		}
 	}
+	return true
 }
 
 // begin notes what there is to note of each batch.
@@ -128,11 +130,6 @@ func (in *ingress) begin() {
 // handle delivers the batch.
 func (in *ingress) handle() {
 	in.begin()
-	in.deliverAll()
-}
-
-// deliverAll delivers the batch in order.
-func (in *ingress) deliverAll() {
 	for i := range in.batch.Slots {
 		in.slot(&in.batch.Slots[i])
 	}
@@ -140,16 +137,17 @@ func (in *ingress) deliverAll() {
 }
 
 // goAhead delivers those slots of the batch that need not wait, and holds the others; it
-// returns how many it has delivered.
+// returns how many datagrams it has delivered.
 func (in *ingress) goAhead() (ahead int) {
+	in.begin()
 	for i := range in.batch.Slots {
 		s := &in.batch.Slots[i]
-		if in.held.passes(s) {
+		if n := in.held.passes(s); n > 0 {
 			in.slot(s)
-			ahead++
+			ahead += n
 			continue
 		}
-		for !in.held.hold(s) {
+		for !in.held.hold(s, in.now) {
 			in.deliverHeld()
 		}
 	}
@@ -185,6 +183,7 @@ func (in *ingress) slot(s *underlay.Slot) {
 		in.forget()
 		in.src = s.Src
 	}
+	in.large = in.held.large(s, in.now)
 	step := s.SegmentLen
 	if step <= 0 {
 		step = len(s.B)
@@ -397,7 +396,9 @@ func (in *ingress) deliver(frame []byte, m ether.Meta) {
 		in.t.drops.add(DropAQM)
 		return
 	}
-	in.company.sees(frame, in.nanos)
+	if !in.large && in.nanos != in.company.last && len(frame) < largeLen && waits(frame) {
+		in.company.last = in.nanos
+	}
 	in.frames++
 	in.bytes += len(frame)
 	in.merge.Add(in.to, frame, m)

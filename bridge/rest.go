@@ -3,6 +3,7 @@ package bridge
 import (
 	"time"
 
+	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/tap"
 )
 
@@ -34,13 +35,22 @@ func (in *ingress) rests() bool {
 	return much && in.t.nanos()-in.t.spoke.Load() > restQuiet
 }
 
-// speaks reports whether somebody may wait for what these frames carry, or for an answer:
+// notes remembers whether somebody may wait for what these frames carry, or for an answer:
 // one of them is large, or no mere acknowledgement.
-func speaks(frames []tap.Frame) bool {
+func (w *egress) notes(t *Tunnel, frames []tap.Frame, now int64) {
+	spoke := false
 	for i := range frames {
-		if b := frames[i].B; len(b) >= largeLen || len(b) >= ethernetHeader && waits(b) {
-			return true
+		b := frames[i].B
+		if len(b) >= largeLen {
+			spoke = true
+		} else if now != w.company.last && len(b) >= ethernetHeader && waits(b) {
+			spoke = true
+			if !t.apart.is(ether.FlowHash(b), now/int64(tick)) {
+				w.company.last = now
+			}
 		}
 	}
-	return false
+	if spoke && now-t.spoke.Load() > spokeFor {
+		t.spoke.Store(now)
+	}
 }

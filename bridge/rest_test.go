@@ -6,6 +6,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/tulle-net/tulle/ether"
 	"github.com/tulle-net/tulle/ether/ethertest"
 	"github.com/tulle-net/tulle/tap"
 	"github.com/tulle-net/tulle/underlay"
@@ -96,32 +97,47 @@ func TestRests(t *testing.T) {
 	})
 }
 
-func TestSpeaks(t *testing.T) {
+// TestNotes: who waits, for what a node has sent and in a queue of it.
+func TestNotes(t *testing.T) {
 	ack, syn := stream(1, 0), stream(1, 0)
 	syn[14+20+13] = 2
 	arp := ethertest.ARPReply(macOf(1), address(1), macOf(2), address(2))
 	for _, tt := range []struct {
-		name   string
-		frames [][]byte
-		want   bool
+		name           string
+		frames         [][]byte
+		apart          bool // the first frame's flow has had large ones
+		spoke, company bool
 	}{
-		{"nothing", nil, false},
-		{"acknowledgements", [][]byte{ack, ack}, false},
-		{"a request behind one", [][]byte{ack, stream(1, 1)}, true},
-		{"SYN", [][]byte{syn}, true},
-		{"an echo", [][]byte{ethertest.Echo{SrcMAC: macOf(1), DstMAC: macOf(2)}.Frame()}, true},
-		{"a datagram", [][]byte{smallFrame().B}, true},
-		{"a super-frame", [][]byte{superFrame().B}, true},
-		{"ARP", [][]byte{arp}, false},
-		{"a large frame that is not IP", [][]byte{append(arp[:12:12], make([]byte, largeLen)...)}, true},
-		{"an empty frame", [][]byte{{}}, false},
+		{"nothing", nil, false, false, false},
+		{"acknowledgements", [][]byte{ack, ack}, false, false, false},
+		{"a request behind one", [][]byte{ack, stream(1, 1)}, false, true, true},
+		{"SYN", [][]byte{syn}, false, true, true},
+		{"an echo", [][]byte{ethertest.Echo{SrcMAC: macOf(1), DstMAC: macOf(2)}.Frame()}, false, true, true},
+		{"a datagram", [][]byte{smallFrame().B}, false, true, true},
+		{"... behind an acknowledgement", [][]byte{ack, smallFrame().B}, false, true, true},
+		{"a super-frame", [][]byte{superFrame().B}, false, true, false},
+		{"the short end of a stream", [][]byte{stream(1, 1)}, true, true, false},
+		{"... and somebody else", [][]byte{stream(1, 1), smallFrame().B}, true, true, true},
+		{"ARP", [][]byte{arp}, false, false, false},
+		{"a large frame that is not IP", [][]byte{append(arp[:12:12], make([]byte, largeLen)...)}, false, true, false},
+		{"an empty frame", [][]byte{{}}, false, false, false},
 	} {
+		tunnel, _, _ := hotBridge(t)
+		now := int64(time.Hour)
 		var frames []tap.Frame
 		for _, b := range tt.frames {
 			frames = append(frames, tap.Frame{B: b})
 		}
-		if got := speaks(frames); got != tt.want {
-			t.Errorf("%s: speaks = %v, want %v", tt.name, got, tt.want)
+		if tt.apart {
+			tunnel.apart.entropy(make([]byte, largeLen), ether.FlowHash(tt.frames[0]), now/int64(tick))
+		}
+		var w egress
+		w.notes(tunnel, frames, now)
+		if got := tunnel.spoke.Load() == now; got != tt.spoke {
+			t.Errorf("%s: spoke = %v, want %v", tt.name, got, tt.spoke)
+		}
+		if got := w.company.there(now); got != tt.company {
+			t.Errorf("%s: somebody waits: %v, want %v", tt.name, got, tt.company)
 		}
 	}
 }

@@ -82,7 +82,11 @@ func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head 
 	if l.cut.Partial() {
 		flags = crypto.FlagUnfilled
 	}
-	dst, entropy := to.address(), b.tunnel.apart.entropy(f.B, flow, l.now)
+	entropy, changed := b.tunnel.apart.entropy(f.B, flow, l.now)
+	if changed {
+		l.tx.Flush() // a train of each port: what is before this frame leaves before it
+	}
+	dst := to.address()
 	bytes := 0
 	for range count {
 		d := l.tx.Reserve(room)

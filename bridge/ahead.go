@@ -3,6 +3,7 @@ package bridge
 import (
 	"net/netip"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -23,7 +24,7 @@ const (
 	// companyFor is how long somebody is thought to be there after a small frame: who
 	// comes more seldom than that is not worth it.
 	companyFor = int64(100 * time.Millisecond)
-	// keepFor is how long the memory of what was held is kept, in ticks.
+	// keepFor is how long an ingress worker keeps the memory of what it held, in ticks.
 	keepFor = 10 * second
 	// wayEvery is how often a worker gives way.
 	wayEvery = int64(300 * time.Microsecond)
@@ -34,7 +35,8 @@ const (
 	heldFlows = 1 << 10
 	// apartFor is how long a flow has source ports of those with large frames, after one.
 	apartFor = second
-	// maxHeld is how many batches an egress worker holds: 4 MiB, and of a TUN 12.
+	// maxHeld is how many batches the egress workers of a node hold together, but for one
+	// each: 4 MiB, and of TUNs 12.
 	maxHeld = 32
 	// heldMemory is what an ingress worker holds.
 	heldMemory = 4 << 20
@@ -64,42 +66,54 @@ func (c *company) giveWay(now int64) {
 
 // backlog is what an egress worker has read and not forwarded yet.
 type backlog struct {
-	held  []*tap.Batch // the oldest first; a frame that went ahead has no B
-	free  []*tap.Batch
+	held  []*tap.Batch      // the oldest first; a frame that went ahead has no B
+	own   *tap.Batch        // memory for a Read; nil: it is held, or was never needed
 	flows [heldFlows]uint16 // frames held
-	used  int64             // tick at which something was last held
+}
+
+// batches is the memory that backlogs share, beside one batch of each.
+type batches struct {
+	pool sync.Pool
+	held atomic.Int32
 }
 
 // spare returns memory for another Read.
-func (l *backlog) spare() *tap.Batch {
-	n := len(l.free)
-	if n == 0 {
-		return tap.NewBatch()
+func (l *backlog) spare(all *batches) *tap.Batch {
+	b := l.own
+	if l.own = nil; b != nil {
+		return b
 	}
-	b := l.free[n-1]
-	l.free = l.free[:n-1]
-	return b
+	if b, ok := all.pool.Get().(*tap.Batch); ok {
+		return b
+	}
+	return tap.NewBatch()
 }
 
-// oldest takes the batch that was held longest; done gives it back.
-func (l *backlog) oldest() *tap.Batch {
+// done gives back what spare or oldest has returned.
+func (l *backlog) done(all *batches, b *tap.Batch) {
+	if l.own == nil {
+		l.own = b
+	} else {
+		all.pool.Put(b)
+	}
+}
+
+// hold keeps a batch, some of whose frames passes has held.
+func (l *backlog) hold(all *batches, b *tap.Batch) {
+	all.held.Add(1)
+	l.held = append(l.held, b)
+}
+
+// oldest takes the batch that was held longest.
+func (l *backlog) oldest(all *batches) *tap.Batch {
+	all.held.Add(-1)
 	b := l.held[0]
 	l.held = slices.Delete(l.held, 0, 1)
 	return b
 }
 
-func (l *backlog) done(b *tap.Batch) { l.free = append(l.free, b) }
-
-// trim gives up the memory for more than one Read, when it has long not been used.
-func (l *backlog) trim(now int64) {
-	if len(l.free) > 1 && now-l.used >= keepFor {
-		clear(l.free[1:])
-		l.free = l.free[:1]
-	}
-}
-
 // full reports whether the worker has read on far enough.
-func (l *backlog) full() bool { return len(l.held) >= maxHeld }
+func (l *backlog) full(all *batches) bool { return len(l.held) > 0 && all.held.Load() >= maxHeld }
 
 // passes reports whether a frame may go ahead of what is held; if not, it is held.
 func (l *backlog) passes(frame []byte) bool {

@@ -206,7 +206,7 @@ func checkOrder(t *rapid.T, frames [][]byte, all int) {
 // TestFlowsStayInOrder: whatever a TAP gives, no frame is lost, doubled or overtaken in its
 // flow, also when the device goes while some are held.
 func TestFlowsStayInOrder(t *testing.T) {
-	_, _, p := hotBridge(t)
+	tunnel, _, p := hotBridge(t)
 	rapid.Check(t, func(t *rapid.T) {
 		s := &listSender{}
 		q, all := &reads{gone: rapid.Bool().Draw(t, "gone")}, 0
@@ -223,8 +223,8 @@ func TestFlowsStayInOrder(t *testing.T) {
 			t.Fatalf("the device is there: %v", there)
 		}
 		checkOrder(t, s.sent, all)
-		if len(l.held) != 0 || l.flows != [heldFlows]uint16{} {
-			t.Fatalf("%d batches are held", len(l.held))
+		if n := tunnel.batches.held.Load(); len(l.held) != 0 || n != 0 || l.flows != [heldFlows]uint16{} {
+			t.Fatalf("%d batches are held, %d in all", len(l.held), n)
 		}
 	})
 }
@@ -627,35 +627,62 @@ func (q *once) Read(b *tap.Batch) error {
 	return nil
 }
 
-// TestMemoryIsGivenBack: what was held needs no memory when nothing was for long, and
-// workers that nobody waits for leave it to the others.
+// TestMemoryIsGivenBack: what a socket's worker held needs no memory when nothing was for
+// long.
 func TestMemoryIsGivenBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		tunnel, _, p := hotBridge(t)
+		tunnel, _, _ := hotBridge(t)
 		time.Sleep(time.Hour)
-		ask, large := flowFrame(1, 2, 0, 0, 64), flowFrame(1, 2, 1, 1, 9000)
-		w, lonely, l := &egress{}, &egress{}, &lane{tx: &nullSender{}}
 		in := newIngress(tunnel)
-		w.q = &reads{batches: [][][]byte{{ask}, {large}, {large}}}
-		p.drain(w, l)
-		in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(false, flowFrame(2, 1, 0, 0, 64))}}})
-		in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(false, flowFrame(2, 1, 1, 1, 9000))}}})
+		receives := func(flow, n int) {
+			in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(false, flowFrame(2, 1, flow, 0, n))}}})
+		}
+		receives(0, 64)
+		receives(1, 9000)
 		ring := weak.Make(&in.held.memory[0])
 		for _, tt := range []struct {
 			after time.Duration
 			held  bool
 		}{{time.Duration(keepFor-second) * tick, true}, {time.Duration(second) * tick, false}} {
 			time.Sleep(tt.after)
-			lonely.q = &reads{batches: [][][]byte{{large}}}
-			p.drain(lonely, l)
-			if got := len(l.free) > 1; got != tt.held {
-				t.Errorf("after %v a worker of a TAP has %d batches", tt.after, len(l.free))
-			}
-			in.serve(&failing{script: script{batches: []underlay.Batch{slotBatch(true, flowFrame(2, 1, 1, 1, 9000))}}})
+			receives(1, 9000)
 			runtime.GC()
 			if got := ring.Value() != nil; got != tt.held {
-				t.Errorf("after %v a worker of a socket has its memory: %v", tt.after, got)
+				t.Errorf("after %v more it has its memory: %v", tt.after, got)
 			}
 		}
 	})
+}
+
+// counting is a queue of large frames without end but for what is read on.
+type counting struct {
+	nullDevice
+	left   int
+	before func() // told of each Read
+}
+
+func (q *counting) Read(b *tap.Batch) error {
+	q.before()
+	b.Frames = b.Frames[:0]
+	if q.left > 0 {
+		b.Frames = append(b.Frames, tap.Frame{B: flowFrame(1, 2, 1, q.left, 9000)})
+		q.left--
+	}
+	return nil
+}
+
+// TestHeldByAll: workers read on so far all together, and one batch always.
+func TestHeldByAll(t *testing.T) {
+	for _, tt := range []struct{ others, want int }{{0, maxHeld}, {maxHeld - 10, 10}, {maxHeld, 1}} {
+		tunnel, _, p := hotBridge(t)
+		time.Sleep(time.Millisecond) // 0 is no time
+		w, l, most := &egress{q: &reads{batches: [][][]byte{{flowFrame(1, 2, 0, 0, 64)}}}}, &lane{tx: &nullSender{}}, 0
+		p.drain(w, l)
+		tunnel.batches.held.Add(int32(tt.others))
+		w.q = &counting{left: 100, before: func() { most = max(most, len(l.held)+1) }}
+		p.drain(w, l)
+		if n := int(tunnel.batches.held.Load()); most != tt.want || n != tt.others {
+			t.Errorf("beside %d of others %d are held at most, want %d; in the end %d", tt.others, most, tt.want, n)
+		}
+	}
 }

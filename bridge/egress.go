@@ -62,10 +62,9 @@ func (p *Port) drain(w *egress, l *lane) bool {
 			if there && !enough {
 				w.queue.drained()
 			}
-			l.trim(l.now)
 			return there
 		}
-		b := l.oldest()
+		b := l.oldest(&t.batches)
 		for i := range b.Frames {
 			if f := &b.Frames[i]; f.B != nil {
 				l.leaves(f.B) // first: forwarding changes it
@@ -73,7 +72,7 @@ func (p *Port) drain(w *egress, l *lane) bool {
 			}
 		}
 		l.tx.Flush()
-		l.done(b)
+		l.done(&t.batches, b)
 		w.company.giveWay(t.nanos())
 	}
 }
@@ -84,8 +83,8 @@ func (p *Port) drain(w *egress, l *lane) bool {
 func (p *Port) readOn(w *egress, l *lane) (there, enough bool) {
 	t := p.bridge.tunnel
 	limited := p.limits != nil && p.limits.from != nil
-	for ahead := 0; len(l.held) == 0 || !l.full() && ahead < maxAhead; {
-		b := l.spare()
+	for ahead := 0; len(l.held) == 0 || !l.full(&t.batches) && ahead < maxAhead; {
+		b := l.spare(&t.batches)
 		if err := w.q.Read(b); err != nil {
 			if err == tap.ErrClosed {
 				return false, false
@@ -93,7 +92,7 @@ func (p *Port) readOn(w *egress, l *lane) (there, enough bool) {
 			t.drops.add(DropTapRead)
 		}
 		if len(b.Frames) == 0 {
-			l.done(b)
+			l.done(&t.batches, b)
 			return true, false
 		}
 		nanos := t.nanos()
@@ -113,7 +112,7 @@ func (p *Port) readOn(w *egress, l *lane) (there, enough bool) {
 			// Now, not with the next frames: a super-frame fills a train, and the
 			// receiver should work on it while we read on.
 			l.tx.Flush()
-			l.done(b)
+			l.done(&t.batches, b)
 		} else {
 			ahead += p.goAhead(l, b)
 		}
@@ -137,10 +136,10 @@ func (p *Port) goAhead(l *lane, b *tap.Batch) (ahead int) {
 	if ahead > 0 {
 		l.tx.Flush()
 	}
-	if ahead == len(b.Frames) {
-		l.done(b)
+	if all := &p.bridge.tunnel.batches; ahead == len(b.Frames) {
+		l.done(all, b)
 	} else {
-		l.held, l.used = append(l.held, b), l.now
+		l.hold(all, b)
 	}
 	return ahead
 }

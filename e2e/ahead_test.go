@@ -37,8 +37,8 @@ func TestSmallFramesFirst(t *testing.T) {
 				}
 			}
 			for i, c := range []*net.TCPConn{a, b} {
-				if info := tcpInfo(t, c); info.Reord_seen != 0 || info.Dsack_dups != 0 {
-					t.Errorf("end %d: segments were overtaken %d times, and sent again for nothing %d times", i, info.Reord_seen, info.Dsack_dups)
+				if n := tcpInfo(t, c).Reord_seen; n != 0 {
+					t.Errorf("end %d: segments were overtaken %d times", i, n)
 				}
 			}
 			s.undisturbed()

@@ -289,10 +289,7 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool)
 	if shed && l.shed(b) {
 		return
 	}
-	entropy, changed := b.tunnel.apart.entropy(f.B, flow, l.now)
-	if changed {
-		l.tx.Flush() // a train of each port: what is before this frame leaves before it
-	}
+	entropy := l.entropy(b, f, flow)
 	frames, bytes := 0, 0
 	for {
 		d := l.tx.Reserve(room)
@@ -307,4 +304,14 @@ func (b *Bridge) encap(l *lane, to *place, f *tap.Frame, flow uint32, last bool)
 	}
 	b.sent(frames, bytes)
 	to.sent(frames, bytes)
+}
+
+// entropy returns what chooses the source port of a frame. Where its flow gets another one,
+// it sends what was committed first: the sender has a train of each port.
+func (l *lane) entropy(b *Bridge, f *tap.Frame, flow uint32) uint32 {
+	entropy, changed := b.tunnel.apart.entropy(f.B, flow, l.now)
+	if changed {
+		l.tx.Flush()
+	}
+	return entropy
 }

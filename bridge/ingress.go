@@ -88,8 +88,8 @@ func (in *ingress) serve(r underlay.Receiver) bool {
 }
 
 // receive receives once, or, where somebody waits, until the socket is empty or enough is
-// held or went ahead, and delivers what need not wait: all, where nobody waits. It is false when the
-// socket is closed.
+// held or went ahead, and delivers what need not wait: all, where nobody waits. It is false
+// when the socket is closed.
 func (in *ingress) receive(r underlay.Receiver) bool {
 	for ahead := 0; !in.held.full() && (len(in.held.slots) == 0 || ahead < maxAhead); {
 		if err := r.Receive(in.batch); err != nil {

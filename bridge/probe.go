@@ -86,7 +86,8 @@ func (l *lane) control(to *place, c control, n int) {
 	if n := tx.Seal(&l.scratch, d, counter, crypto.FlagControl, body); n > 0 {
 		// Always the same flow, and so one source port: where paths of several MTUs
 		// are shared out by flow, probes see one of them.
-		l.tx.Commit(to.address(), 0, n)
+		// It is one of those of large frames: small ones do not wait behind probes.
+		l.tx.Commit(to.address(), 1, n)
 	}
 }
 

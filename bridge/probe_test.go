@@ -394,13 +394,17 @@ func TestProbeSize(t *testing.T) {
 		if want := map[bool]int{true: 1472, false: 1452}[a.Is4()]; s.n != want {
 			t.Errorf("to %s: a datagram of %d bytes, want %d", addr, s.n, want)
 		}
+		if s.flow&1 != 1 {
+			t.Errorf("to %s: it has a source port of small frames", addr)
+		}
 	}
 }
 
-// lastSender remembers how long the last datagram was.
+// lastSender remembers how long the last datagram was, and what chose its source port.
 type lastSender struct {
 	nullSender
-	n int
+	flow uint32
+	n    int
 }
 
-func (s *lastSender) Commit(_ netip.AddrPort, _ uint32, n int) { s.n = n }
+func (s *lastSender) Commit(_ netip.AddrPort, flow uint32, n int) { s.flow, s.n = flow, n }

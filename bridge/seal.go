@@ -82,11 +82,7 @@ func (b *Bridge) seal(l *lane, to *place, tx *crypto.Sealer, f *tap.Frame, head 
 	if l.cut.Partial() {
 		flags = crypto.FlagUnfilled
 	}
-	entropy, changed := b.tunnel.apart.entropy(f.B, flow, l.now)
-	if changed {
-		l.tx.Flush() // a train of each port: what is before this frame leaves before it
-	}
-	dst := to.address()
+	dst, entropy := to.address(), l.entropy(b, f, flow)
 	bytes := 0
 	for range count {
 		d := l.tx.Reserve(room)

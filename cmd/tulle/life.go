@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -56,6 +57,11 @@ func (l *life) run(ctx context.Context) error {
 	// A busy worker keeps a processor of the scheduler while it polls
 	// (internal/ready): there must be some beyond one for each core.
 	runtime.GOMAXPROCS(max(4, runtime.NumCPU()+2))
+	// Most of the heap is memory of workers, without pointers, that stays: no need for as
+	// much again beside it before the collector begins. Who sets GOGC knows better.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
 	ctx, l.stop = context.WithCancel(ctx)
 	defer l.stop()
 	handed, err := l.inherit(ctx)

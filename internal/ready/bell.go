@@ -1,7 +1,6 @@
 package ready
 
 import (
-	"fmt"
 	"io"
 	"os"
 	"sync"
@@ -46,18 +45,20 @@ func (u *unwatched) Close() error {
 }
 
 // bell is what the runtime's poller watches in place of a descriptor: an
-// epoll(7) in which that descriptor counts only while a worker is parked.
+// epoll(7) in which that descriptor is only while a worker is parked.
 //
 // The runtime's poller itself cannot look away for a while. It woke its thread
 // for each datagram that a polling worker had long seen: a third to a half of a
-// busy node's context switches.
+// busy node's context switches. A descriptor that is in an epoll, without any
+// event that counts, still has the kernel call that for each datagram.
 type bell struct {
 	file   *os.File
 	raw    syscall.RawConn
 	d      descriptor
-	set    func(fd uintptr)   // sets events for d's fd, made once
-	modify func(epfd uintptr) // set's inner half
+	set    func(fd uintptr)   // does op with d's fd, made once
+	change func(epfd uintptr) // set's inner half
 	fd     int                // set's
+	op     int
 	event  unix.EpollEvent
 	err    error
 }
@@ -68,16 +69,16 @@ func newBell(d descriptor) (*bell, error) {
 		return nil, os.NewSyscallError("epoll_create1", err)
 	}
 	_ = unix.SetNonblock(epfd, true) // tells NewFile to have it watched
-	b := &bell{file: os.NewFile(uintptr(epfd), "epoll"), d: d}
-	b.modify = func(epfd uintptr) { b.err = unix.EpollCtl(int(epfd), unix.EPOLL_CTL_MOD, b.fd, &b.event) }
+	b := &bell{file: os.NewFile(uintptr(epfd), "epoll"), d: d, event: unix.EpollEvent{Events: unix.EPOLLIN}}
+	b.change = func(epfd uintptr) { b.err = unix.EpollCtl(int(epfd), b.op, b.fd, &b.event) }
 	b.set = func(fd uintptr) {
 		b.fd = int(fd)
-		if err := b.raw.Control(b.modify); err != nil {
+		if err := b.raw.Control(b.change); err != nil {
 			b.err = err
 		}
 	}
 	if b.raw, err = b.file.SyscallConn(); err == nil {
-		err = b.add(epfd)
+		err = b.try()
 	}
 	if err != nil {
 		_ = b.file.Close()
@@ -86,29 +87,24 @@ func newBell(d descriptor) (*bell, error) {
 	return b, nil
 }
 
-// add has the epoll watch the descriptor.
-func (b *bell) add(epfd int) error {
-	var err error
-	closed := b.d.Control(func(fd uintptr) { err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, int(fd), &unix.EpollEvent{}) })
-	if closed != nil {
-		return closed
+// try reports whether an epoll can watch the descriptor at all.
+func (b *bell) try() error {
+	if err := b.arm(); err != nil {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("epoll_ctl: %w", err)
-	}
-	return nil
+	return b.disarm()
 }
 
 // arm has the bell ring for what comes from now on.
-func (b *bell) arm() error { return b.ring(unix.EPOLLIN) }
+func (b *bell) arm() error { return b.ctl(unix.EPOLL_CTL_ADD) }
 
-// disarm silences the bell, but for errors and hang-ups: epoll always tells those.
-func (b *bell) disarm() error { return b.ring(0) }
+// disarm silences the bell.
+func (b *bell) disarm() error { return b.ctl(unix.EPOLL_CTL_DEL) }
 
-func (b *bell) ring(events uint32) error {
-	b.event.Events, b.err = events, nil
+func (b *bell) ctl(op int) error {
+	b.op, b.err = op, nil
 	if err := b.d.Control(b.set); err != nil {
 		return err
 	}
-	return b.err
+	return os.NewSyscallError("epoll_ctl", b.err)
 }

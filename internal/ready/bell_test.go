@@ -82,6 +82,34 @@ func TestParkMissesNothing(t *testing.T) {
 	<-done
 }
 
+// TestNoRoomForBell: where the bell cannot be armed, the worker looks again and again.
+func TestNoRoomForBell(t *testing.T) {
+	f, peer := pair(t)
+	for range 2 {
+		if err := f.bell.arm(); err != nil { // so that Wait cannot
+			t.Fatal(err)
+		}
+		if err := f.Wait(); err != nil {
+			t.Fatalf("Wait() = %v where epoll_ctl fails, want nil", err)
+		}
+		f.hot = time.Time{}
+	}
+	send(t, peer)
+	if err := f.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	take(t, f)
+	if err := f.bell.arm(); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Wait(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Wait() = %v after Close, want os.ErrClosed", err)
+	}
+}
+
 // TestCloseFromFile: the file is not parked in the runtime's poller itself, and
 // Close wakes all the same.
 func TestCloseFromFile(t *testing.T) {

@@ -119,12 +119,17 @@ func (f *File) waitCold() error {
 	f.parked = false
 	if f.found == 0 {
 		// Armed first, then looked at once more: what comes in between rings.
-		err := f.bell.arm()
-		if err == nil {
+		switch err := f.bell.arm(); {
+		case err == nil:
 			err = f.bell.raw.Read(f.park)
-		}
-		if f.bell.disarm() != nil || err != nil {
+			if f.bell.disarm() != nil || err != nil {
+				return os.ErrClosed
+			}
+		case f.d.Control(f.look) != nil:
 			return os.ErrClosed
+		default: // the kernel has no room for it (epoll(7), max_user_watches): the read will tell
+			_ = f.bell.disarm()
+			time.Sleep(hotFor)
 		}
 	}
 	f.hot = time.Now().Add(hotFor)

@@ -182,12 +182,17 @@ func (b *bench) measureOn(ctx context.Context, r *rig, p peer, s *sample) error 
 			case again > 0 && s.Foreign[t.name] < failed:
 				continue // the first try counts as it is
 			}
+			line := lineTime()
 			before := r.usage()
 			v, err := t.run(ctx, r)
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			if s.add(t.name, again > 0, v, r.usage().foreignSince(before), errors.Join(err, r.died())) <= b.foreign {
+			foreign := r.usage().foreignSince(before)
+			if err == nil {
+				v[t.name+"_line_ns"] = (line + lineTime()) / 2
+			}
+			if s.add(t.name, again > 0, v, foreign, errors.Join(err, r.died())) <= b.foreign {
 				break
 			}
 		}

@@ -133,7 +133,7 @@ func play(role string) error {
 			time.Sleep(10 * time.Millisecond)
 		}
 		time.Sleep(200 * time.Millisecond) // it takes signals from here on
-		if err := unix.Kill(os.Getppid(), unix.SIGHUP); err != nil {
+		if err := unix.Kill(os.Getppid(), unix.SIGTERM); err != nil {
 			return err
 		}
 		time.Sleep(5 * time.Second)
@@ -295,11 +295,11 @@ func TestWait(t *testing.T) {
 		"first,status,7":                      7,
 		"first,status,0":                      0,
 		"first,killed":                        137,
-		"first,signal":                        128 + int(unix.SIGHUP),
+		"first,signal":                        128 + int(unix.SIGTERM),
 		"first,orphan":                        8,
 		"first,middle,status,3":               3,
 		"first,middle,middle,middle,status,4": 4,
-		"first,middle,signal":                 128 + int(unix.SIGHUP),
+		"first,middle,signal":                 128 + int(unix.SIGTERM),
 	} {
 		t.Run(role, func(t *testing.T) {
 			t.Parallel()

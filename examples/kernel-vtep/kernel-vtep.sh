@@ -31,7 +31,8 @@ pid=$!
 i=0
 until ip netns exec $a ping -c1 -W1 -q 10.32.0.2 >/dev/null 2>&1; do
 	i=$((i + 1))
-	[ $i -lt 20 ] || { echo "no answer from the kernel's VTEP" >&2; exit 1; }
+	[ $i -lt 25 ] || { echo "no answer from the kernel's VTEP" >&2; exit 1; }
+	sleep 0.2 # without a route, before the device is up, ping does not wait
 done
 ip netns exec $a ping -c3 -i0.2 10.32.0.2
 "$tulle" --socket "$dir/sock" fdb blue

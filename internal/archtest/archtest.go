@@ -85,7 +85,7 @@ var thirdParty = map[string][]string{
 	"github.com/google/nftables":           {"gateway"},
 	"github.com/mdlayher/netlink":          {"gateway"},
 	"golang.org/x/sys/cpu":                 {"ether", "crypto"},
-	"golang.org/x/sys/unix":                {"ipam", "tap", "underlay", "gateway", "outward", "handover", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle"},
+	"golang.org/x/sys/unix":                {"ipam", "tap", "underlay", "gateway", "outward", "handover", "internal/ready", "internal/lab", "internal/demo", "node", "doctor", "cmd/tulle", "bench"},
 	"golang.org/x/net":                     {"internal/lab"},
 	"gvisor.dev/gvisor":                    {"outward"},
 	"github.com/docker/go-plugins-helpers": {"docker"},

@@ -117,19 +117,20 @@ func (f *File) waitCold() error {
 		return os.ErrClosed
 	}
 	f.parked = false
-	if f.found == 0 {
+	for f.found == 0 {
 		// Armed first, then looked at once more: what comes in between rings.
-		switch err := f.bell.arm(); {
-		case err == nil:
-			err = f.bell.raw.Read(f.park)
+		if f.bell.arm() == nil {
+			err := f.bell.raw.Read(f.park)
 			if f.bell.disarm() != nil || err != nil {
 				return os.ErrClosed
 			}
-		case f.d.Control(f.look) != nil:
+			continue
+		}
+		// The kernel has no room for it (epoll(7), max_user_watches).
+		f.parked = true
+		time.Sleep(hotFor)
+		if f.d.Control(f.look) != nil {
 			return os.ErrClosed
-		default: // the kernel has no room for it (epoll(7), max_user_watches): the read will tell
-			_ = f.bell.disarm()
-			time.Sleep(hotFor)
 		}
 	}
 	f.hot = time.Now().Add(hotFor)

@@ -5,13 +5,13 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 
 	openapi "github.com/google/gnostic-models/openapiv2"
 	"gopkg.in/yaml.v3"
@@ -34,11 +34,19 @@ func main() {
 
 // schemas returns the schema of each kind, by apiVersion and kind.
 func schemas() (map[string]proto.Schema, error) {
-	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubectl").Output()
+	// Nothing is built of this module, so it may not be there yet.
+	answer, err := exec.Command("go", "mod", "download", "-json", "k8s.io/kubectl").Output()
+	var module struct{ Dir, Error string }
+	if err == nil {
+		err = json.Unmarshal(answer, &module)
+	}
+	if err == nil && module.Error != "" {
+		err = errors.New(module.Error)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("find the schema: %w", err)
 	}
-	b, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(dir)), "testdata/openapi/swagger.json"))
+	b, err := os.ReadFile(filepath.Join(module.Dir, "testdata/openapi/swagger.json"))
 	if err != nil {
 		return nil, err
 	}

@@ -139,6 +139,7 @@ func TestForgedAliveIsNotConfirmed(t *testing.T) {
 		}
 	}
 	meet(t, a, b)
+	a.await(3*time.Second, "b's overlays", func() bool { return len(a.member("b").Overlays) == 3 })
 	own := a.carried.Load() // its digest is the one that the forger copies
 	claim := card{boot: 7, digest: own.digest, count: len(own.overlays)}
 	nobody, masked := forgery{"nobody", closedPort(t), claim}, forgery{"masked", b.self, claim}

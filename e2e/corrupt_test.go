@@ -222,7 +222,19 @@ func sendTrain(t *testing.T, h *lab.Host, to netip.AddrPort, content []byte, siz
 	}
 }
 
+// corruptTCP takes a connection for each segment that is damaged: the window of one that
+// has lost a train may be smaller than the next.
 func corruptTCP(t *testing.T, r *fastRelay, a, b *lab.Host, to netip.Addr) {
+	tapped := captureTAP(t, a, "blue0")
+	for i, k := range []int{0, 0, 4, 9} {
+		corruptSegment(t, r, a, b, to, k, i == 0)
+	}
+	tapped.merged()
+}
+
+// corruptSegment damages segment k of a train, or, alone, one that has no others beside it.
+func corruptSegment(t *testing.T, r *fastRelay, a, b *lab.Host, to netip.Addr, k int, alone bool) {
+	t.Helper()
 	// An MSS of 212 leaves 200
 	// bytes beside the timestamps.
 	ln, client := listenAndDial(t, a, b, to, 212)
@@ -245,41 +257,33 @@ func corruptTCP(t *testing.T, r *fastRelay, a, b *lab.Host, to netip.Addr) {
 			}
 		}
 	}()
-	received := func() int {
+	content := randomBytes(caught * 200)
+	wrong := kernelCount(t, a, "InCsumErrors")
+	get := catch(t, r, caught, func(_ []byte, h ether.Headers) bool { return h.Proto == ether.ProtoTCP && int(h.Payload) < int(h.End) })
+	if _, err := client.Write(content); err != nil {
+		t.Fatal(err)
+	}
+	train := get()
+	part := train
+	if alone {
+		part = train[:1]
+	}
+	// The segment before the damaged one is in order, and it itself is what a
+	// waits for: whatever passes as right is given to the socket.
+	payloads := sweep(r, part, k, damages, func() {
+		before := kernelCount(t, a, "InCsumErrors")
+		bad := bytes.Clone(train[k])
+		bad[len(bad)-1] ^= 0xff
+		r.send(r.ends[0], bad)
+		eventually(t, 5*time.Second, "a has seen all", func() bool { return kernelCount(t, a, "InCsumErrors") > before })
+	})
+	r.send(r.ends[0], train...)
+	r.through(t, nil) // b hears of it, or sends again
+	eventually(t, 10*time.Second, "all arrives", func() bool {
 		mu.Lock()
 		defer mu.Unlock()
-		return len(got)
-	}
-	const size = 200
-	content := randomBytes(4 * caught * size)
-	tapped := captureTAP(t, a, "blue0")
-	wrong, payloads := kernelCount(t, a, "InCsumErrors"), 0
-	for round, k := range []int{0, 0, 4, 9} {
-		get := catch(t, r, caught, func(_ []byte, h ether.Headers) bool { return h.Proto == ether.ProtoTCP && int(h.Payload) < int(h.End) })
-		have := received()
-		if _, err := client.Write(content[round*caught*size : (round+1)*caught*size]); err != nil {
-			t.Fatal(err)
-		}
-		train := get()
-		part := train
-		if round == 0 {
-			part = train[:1] // alone
-		}
-		// The segment before the damaged one is in order, and it itself is what a
-		// waits for: whatever passes as right is given to the socket.
-		catchUp := func() {
-			before := kernelCount(t, a, "InCsumErrors")
-			bad := bytes.Clone(train[k])
-			bad[len(bad)-1] ^= 0xff
-			r.send(r.ends[0], bad)
-			eventually(t, 5*time.Second, "a has seen all", func() bool { return kernelCount(t, a, "InCsumErrors") > before })
-		}
-		payloads += sweep(r, part, k, damages, catchUp)
-		r.send(r.ends[0], train...)
-		r.through(t, nil) // b hears of it, or sends again
-		eventually(t, 10*time.Second, "all arrives", func() bool { return received() == have+caught*size })
-	}
-	tapped.merged()
+		return len(got) >= len(content)
+	})
 	mu.Lock()
 	defer mu.Unlock()
 	if !bytes.Equal(got, content) {
@@ -289,9 +293,10 @@ func corruptTCP(t *testing.T, r *fastRelay, a, b *lab.Host, to netip.Addr) {
 		}
 		t.Errorf("a socket was given what nobody sent: %d bytes, want %d; they differ from byte %d on", len(got), len(content), at)
 	}
-	if n := int(kernelCount(t, a, "InCsumErrors") - wrong); n < payloads {
-		t.Errorf("the kernel saw %d wrong checksums, want at least the %d of damaged content: this tested less than it should", n, payloads)
-	}
+	// All may have arrived before the last of the damage: a hop limit, say, is nobody's checksum.
+	eventually(t, 5*time.Second, "the kernel has seen as many wrong checksums as content was damaged", func() bool {
+		return int(kernelCount(t, a, "InCsumErrors")-wrong) >= payloads
+	})
 }
 
 // listenAndDial connects b to a with a small MSS.

@@ -128,7 +128,7 @@ func TestDocker(t *testing.T) {
 		if said := b.proc.Log(); strings.Count(said, "give containers --dns 169.254.53.53") != 1 {
 			t.Errorf("b says %s", said)
 		}
-		da.do("exec", "cs", "ping", "-c", "1", "-W", "5", "cb-1")
+		da.pings("cs", "cb-1")
 		if out, err := da.try("exec", "ca", "nslookup", "-type=a", "cb-1"); err == nil {
 			t.Errorf("without a search list the other host's container is found: %s", out)
 		}

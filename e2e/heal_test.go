@@ -1,7 +1,11 @@
 package e2e
 
 import (
+	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -35,6 +39,7 @@ func TestTapOverflow(t *testing.T) {
 	if err := a.proc.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	a.eventually(5*time.Second, "stands still", func() bool { return stopped(t, a.proc.Pid()) })
 	c, err := a.host.Dial(t.Context(), "udp", netip.AddrPortFrom(address(2), 9).String())
 	if err != nil {
 		t.Fatal(err)
@@ -51,6 +56,20 @@ func TestTapOverflow(t *testing.T) {
 	if got := a.status().Drops["tap_overflow"] - before; got == 0 || got > sent {
 		t.Errorf("tap_overflow grew by %d, want some of %d", got, sent)
 	}
+}
+
+// stopped reports whether each thread of a process has taken its SIGSTOP.
+func stopped(t *testing.T, pid int) bool {
+	t.Helper()
+	list, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil || len(list) == 0 {
+		t.Fatalf("threads of %d: %v, %v", pid, list, err)
+	}
+	return !slices.ContainsFunc(list, func(path string) bool {
+		text, _ := os.ReadFile(path)
+		_, rest, _ := strings.Cut(string(text), ") ")
+		return !strings.HasPrefix(rest, "T")
+	})
 }
 
 // TestUnderlayMoves: the underlay's address moves to a bridge, as when somebody

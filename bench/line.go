@@ -5,7 +5,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -71,7 +70,7 @@ func usableCPUs() (list []int) {
 	if unix.SchedGetaffinity(0, &set) != nil {
 		return nil
 	}
-	for cpu := range len(set) * int(8*unsafe.Sizeof(set[0])) {
+	for cpu := 0; len(list) < set.Count(); cpu++ {
 		if set.IsSet(cpu) {
 			list = append(list, cpu)
 		}

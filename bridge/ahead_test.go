@@ -654,7 +654,7 @@ func TestMemoryIsGivenBack(t *testing.T) {
 	})
 }
 
-// counting is a queue of large frames without end but for what is read on.
+// counting is a queue of so many large frames of one flow, one a Read.
 type counting struct {
 	nullDevice
 	left   int

@@ -63,7 +63,7 @@ type Tunnel struct {
 	drops   Drops
 	spoke   atomic.Int64 // when a port last sent more than acknowledgements, in nanos
 	apart   apart        // whose frames have which source ports
-	batches batches
+	batches batches      // what egress workers read on into
 	prover  *prover
 	kicked  chan struct{} // attend has something to do
 	lanes   sync.Pool     // *lane: the memory of egress workers that are awake

@@ -235,8 +235,7 @@ func corruptTCP(t *testing.T, r *fastRelay, a, b *lab.Host, to netip.Addr) {
 // corruptSegment damages segment k of a train, or, alone, one that has no others beside it.
 func corruptSegment(t *testing.T, r *fastRelay, a, b *lab.Host, to netip.Addr, k int, alone bool) {
 	t.Helper()
-	// An MSS of 212 leaves 200
-	// bytes beside the timestamps.
+	// An MSS of 212 leaves 200 bytes beside the timestamps.
 	ln, client := listenAndDial(t, a, b, to, 212)
 	server, err := ln.Accept()
 	if err != nil {

@@ -92,10 +92,9 @@ func TestNoRoomForBell(t *testing.T) {
 		t.Fatal(err)
 	}
 	done := make(chan error, 1)
-	wait := func() { done <- f.Wait() }
 	asleep := func() {
 		t.Helper()
-		go wait()
+		go func() { done <- f.Wait() }()
 		select {
 		case err := <-done:
 			t.Fatalf("Wait() = %v beside no datagram", err)

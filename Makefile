@@ -1,4 +1,4 @@
-# Targets: build demo test race soak ci bench bench-dns bench-docker scale lint cross fuzz deb image docker-plugin tools clean
+# Targets: build demo test race soak ci bench bench-dns bench-docker scale asm lint cross fuzz deb image docker-plugin tools clean
 # Everything but Go, gcc, git and make is installed by `make tools` (Debian packages; needs root).
 
 SHELL      := /bin/bash
@@ -15,7 +15,7 @@ PACKAGES   := iproute2 iputils-ping iperf3 ethtool tshark openvswitch-switch qem
               docker.io docker-compose smcroute
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test race soak ci bench bench-dns bench-docker scale lint cross fuzz deb image docker-plugin tools clean
+.PHONY: build demo test race soak ci bench bench-dns bench-docker scale asm lint cross fuzz deb image docker-plugin tools clean
 
 build: bin/tulle
 
@@ -47,11 +47,19 @@ soak: tools bin/tulle
 	TULLE_IPAM_HISTORIES=30000 go test -timeout 30m -count 1 $$(git grep -l internal/proptest -- '*_test.go' | xargs -n 1 dirname | sort -u | sed 's,^,./,') -rapid.seed=$$(date +%s) -rapid.checks=1000
 	./.ci/fuzz $(FUZZTIME)
 
+# The assembly of the AEADs, which a module of its own generates.
+AEAD := crypto/aead
+ASM  := chacha gcm
+asm:
+	@for a in $(ASM); do f=$(AEAD)/$${a}_amd64.s; go -C $(AEAD)/asm run ./$$a >$$f.new && mv $$f.new $$f || exit 1; done
+
 lint:
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
 	go vet ./...
 	go vet -tags soak ./e2e/...
 	go tool staticcheck ./...
+	go -C $(AEAD)/asm vet ./...
+	@for a in $(ASM); do go -C $(AEAD)/asm run ./$$a | cmp - $(AEAD)/$${a}_amd64.s || { echo "$${a}_amd64.s is not what $(AEAD)/asm makes: make asm"; exit 1; }; done
 
 cross:
 	@for a in amd64 arm64 arm riscv64; do echo "build linux/$$a"; \

@@ -1,12 +1,11 @@
 package crypto
 
 import (
-	"crypto/aes"
 	stdcipher "crypto/cipher"
 	"fmt"
 	"strings"
 
-	"golang.org/x/crypto/chacha20poly1305"
+	"github.com/tulle-net/tulle/crypto/aead"
 	"golang.org/x/sys/cpu"
 )
 
@@ -44,13 +43,9 @@ func (c Cipher) aead(key Key) (stdcipher.AEAD, error) {
 	}
 	switch c {
 	case ChaCha20Poly1305:
-		return chacha20poly1305.New(key.Bytes())
+		return aead.NewChaCha20Poly1305(key.Bytes())
 	case AES256GCM:
-		block, err := aes.NewCipher(key.Bytes())
-		if err != nil {
-			return nil, fmt.Errorf("crypto: %v: %w", c, err)
-		}
-		return stdcipher.NewGCM(block)
+		return aead.NewAES256GCM(key.Bytes())
 	}
 	return nil, fmt.Errorf("crypto: %w: %v is unknown to this release", ErrMalformed, c)
 }

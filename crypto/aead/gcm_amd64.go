@@ -1,0 +1,76 @@
+package aead
+
+import "crypto/cipher"
+
+// gcm is AES-256-GCM (NIST SP 800-38D). It is never changed: any number of
+// goroutines may use it.
+type gcm struct {
+	table  gcmTable
+	narrow cipher.AEAD // for what does not fit
+}
+
+// gcmTable is what the assembly makes of a key: the 15 round keys of AES-256, a block
+// that is empty, the powers of the hash key from the 96th down to the first, and two
+// blocks that a load of the last of them may touch. Its generator has the offsets.
+type gcmTable [(16 + 96 + 2) * 16]byte
+
+// newGCM returns the AEAD of key, 32 bytes. narrow is of the same key.
+func newGCM(key []byte, narrow cipher.AEAD) cipher.AEAD {
+	g := &gcm{narrow: narrow}
+	gcmExpand(&g.table, &key[0])
+	return g
+}
+
+func (*gcm) NonceSize() int { return nonceLen }
+
+func (*gcm) Overhead() int { return tagLen }
+
+// Seal is as of [cipher.AEAD].
+func (g *gcm) Seal(dst, nonce, plaintext, additional []byte) []byte {
+	if !fits(nonce, plaintext, additional) {
+		return g.narrow.Seal(dst, nonce, plaintext, additional)
+	}
+	n := len(plaintext)
+	whole, out := grow(dst, n+tagLen)
+	if misplaced(out, plaintext, additional) {
+		return g.narrow.Seal(dst, nonce, plaintext, additional) // panics
+	}
+	gcmSeal(&g.table, &out[0], &plaintext[0], n, &nonce[0], &additional[0], len(additional))
+	return whole
+}
+
+// Open is as of [cipher.AEAD]. If the tag is wrong it clears what it would have
+// written, as the libraries do.
+func (g *gcm) Open(dst, nonce, ciphertext, additional []byte) ([]byte, error) {
+	n := max(len(ciphertext)-tagLen, 0)
+	if !fits(nonce, ciphertext[:n], additional) {
+		return g.narrow.Open(dst, nonce, ciphertext, additional)
+	}
+	whole, out := grow(dst, n)
+	if misplaced(out, ciphertext, additional) {
+		return g.narrow.Open(dst, nonce, ciphertext, additional) // panics
+	}
+	if !gcmOpen(&g.table, &out[0], &ciphertext[0], n, &nonce[0], &additional[0], len(additional)) {
+		clear(out)
+		return nil, errOpen
+	}
+	return whole, nil
+}
+
+// gcmExpand fills table from key, 32 bytes.
+//
+//go:noescape
+func gcmExpand(table *gcmTable, key *byte)
+
+// gcmSeal encrypts the n bytes of src, 1 to 65535, to dst, and puts the tag, 16
+// bytes, behind them. dst is src or does not overlap it. nonce is 12 bytes, aad
+// has aadLen, 1 to 16.
+//
+//go:noescape
+func gcmSeal(table *gcmTable, dst, src *byte, n int, nonce, aad *byte, aadLen int)
+
+// gcmOpen reports whether the 16 bytes behind the n of src are their tag, and if
+// so decrypts them to dst; if not, it writes nothing. The rest is as in gcmSeal.
+//
+//go:noescape
+func gcmOpen(table *gcmTable, dst, src *byte, n int, nonce, aad *byte, aadLen int) (ok bool)

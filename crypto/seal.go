@@ -46,11 +46,11 @@ type Scratch struct {
 // Sealer seals the datagrams of one session, in one direction. It is safe for
 // concurrent use, each worker with a Scratch of its own.
 //
-// It makes no copy of its key but the AEAD's own: for AES256GCM the key schedule
-// and the table of GHASH in memory of the standard library, for ChaCha20Poly1305
-// the key in memory of golang.org/x/crypto. Nobody outside can overwrite those:
-// after Zero they are unreachable, and gone when the collector uses their memory
-// again.
+// It makes no copy of its key but the AEAD's own: what package aead and the
+// libraries behind it make of it, the key itself for ChaCha20Poly1305, the key
+// schedule and powers of the hash key for AES256GCM. Nobody outside can overwrite
+// those: after Zero they are unreachable, and gone when the collector uses their
+// memory again.
 type Sealer struct {
 	aead   atomic.Pointer[stdcipher.AEAD] // nil after Zero
 	cipher Cipher

@@ -8,6 +8,7 @@ import (
 
 	"github.com/mmcloughlin/avo/attr"
 	. "github.com/mmcloughlin/avo/build"
+	"github.com/mmcloughlin/avo/ir"
 	. "github.com/mmcloughlin/avo/operand"
 	. "github.com/mmcloughlin/avo/reg"
 )
@@ -78,8 +79,7 @@ func seal() {
 	crypt(text{pointer("dst"), pointer("src"), pointer("n")}, pointer("key"), rec, func(ks Register) {
 		saveOneTime(ks, rec)
 	})
-	VZEROUPPER()
-	RET()
+	end()
 }
 
 // tag writes the function that authenticates what chachaSeal has encrypted.
@@ -90,8 +90,7 @@ func tag() {
 	for i, half := range poly(pointer("rec"), pointer("src")) {
 		MOVQ(half, Mem{Base: to, Disp: 8 * i})
 	}
-	VZEROUPPER()
-	RET()
+	end()
 }
 
 // open writes the function that authenticates all of the ciphertext, before it
@@ -113,6 +112,16 @@ func open() {
 		JNE(LabelRef("done"))
 	})
 	Label("done")
+	end()
+}
+
+// end returns. What is of a key must not stay in registers that nothing else in a
+// Go program uses.
+func end() {
+	for _, z := range []VecPhysical{Z16, Z17, Z18, Z19, Z20, Z21, Z22, Z23, Z24, Z25, Z26, Z27, Z28, Z29, Z30, Z31} {
+		// Not VPXORQ(z, z, z), which would keep z from use all through the function.
+		Instruction(&ir.Instruction{Opcode: "VPXORQ", Operands: []Op{z, z, z}, ISA: []string{"AVX512F"}})
+	}
 	VZEROUPPER()
 	RET()
 }

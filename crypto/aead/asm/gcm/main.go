@@ -521,8 +521,7 @@ func seal() {
 	})
 	ADDQ(left, dst)
 	VMOVDQU(low.AsX(), at(dst, 0))
-	VZEROUPPER()
-	RET()
+	end()
 }
 
 // open writes the function that opens a record. While it hashes the end it makes
@@ -553,6 +552,15 @@ func open() {
 	JA(LabelRef("stream"))
 	rest("stream", cover)
 	Label("done")
+	end()
+}
+
+// end returns. Round keys must not stay in registers that nothing else in a Go
+// program uses: they would outlive their session.
+func end() {
+	for _, z := range append(key[:len(key):len(key)], mask) {
+		VPXORQ(z, z, z)
+	}
 	VZEROUPPER()
 	RET()
 }

@@ -17,7 +17,7 @@ const (
 	// special instructions.
 	ChaCha20Poly1305 Cipher = 1
 	// AES256GCM is NIST SP 800-38D with a key of 256 bits. Where the CPU has
-	// instructions for it, it is two to four times as fast as ChaCha20Poly1305;
+	// instructions for it, it is some two to four times as fast as ChaCha20Poly1305;
 	// elsewhere many times slower, in a time that depends on the key.
 	AES256GCM Cipher = 2
 )

@@ -6,8 +6,12 @@
 // elsewhere, and for what a datagram never is, they are those of
 // golang.org/x/crypto and of the standard library, byte for byte the same.
 //
-// It does not choose between them, hold keys or count nonces: that is package
-// crypto's.
+// Opening reads a record twice, to authenticate and then to decrypt it, so nobody
+// may write to it meanwhile. What a key became goes with the AEAD, when the collector
+// uses its memory again; the stack keeps the last record's key stream until it is
+// used for something else.
+//
+// It does not choose between ciphers nor count nonces: that is package crypto's.
 package aead
 
 import (

@@ -168,14 +168,15 @@ func TestNonces(t *testing.T) {
 func TestForged(t *testing.T) {
 	each(t, func(t *testing.T, i int) {
 		s := newSource(byte(i))
-		here, _ := pair(t, i, s.bytes(keyLen))
+		here, narrow := pair(t, i, s.bytes(keyLen))
+		_, forged := narrow.Open(nil, make([]byte, nonceLen), make([]byte, 100), nil)
 		nonce, additional := s.bytes(nonceLen), s.bytes(16)
 		refused := func(what string, at int, sealed, nonce, additional []byte) {
 			t.Helper()
 			b := append(bytes.Clone(sealed), 0xaa)
 			got, err := here.Open(b[:0:len(sealed)], nonce, b[:len(sealed)], additional)
-			if err == nil || got != nil {
-				t.Fatalf("%s %d: Open = %x, want an error", what, at, got)
+			if err == nil || err.Error() != forged.Error() || got != nil {
+				t.Fatalf("%s %d: Open = %x, %v, want %v", what, at, got, err, forged)
 			}
 			if n := len(sealed) - tagLen; n > 0 && !bytes.Equal(b[:n], make([]byte, n)) || b[len(sealed)] != 0xaa {
 				t.Fatalf("%s %d: Open left %x", what, at, b)
@@ -263,6 +264,10 @@ func TestMisuse(t *testing.T) {
 			"text one byte before, Open": func(a cipher.AEAD) { _, _ = a.Open(room[:1], nonce, room[:100], text[:16]) },
 			"text under the tag, Seal":   func(a cipher.AEAD) { a.Seal(room[:0], nonce, room[115:215], text[:16]) },
 			"text behind the tag, Seal":  func(a cipher.AEAD) { a.Seal(room[:0], nonce, room[116:216], text[:16]) },
+			"a byte of text, Seal":       func(a cipher.AEAD) { a.Seal(room[99:99], nonce, room[:100], text[:16]) },
+			"a byte of data, Seal":       func(a cipher.AEAD) { a.Seal(room[15:15], nonce, text, room[:16]) },
+			"a byte of data, Open":       func(a cipher.AEAD) { _, _ = a.Open(room[15:15], nonce, text, room[:16]) },
+			"the tag alone, Open":        func(a cipher.AEAD) { _, _ = a.Open(room[90:90:300], nonce, room[:100], text[:16]) },
 			"text in front, Seal":        func(a cipher.AEAD) { a.Seal(room[100:100], nonce, room[:100], text[:16]) },
 			"data is dst, Seal":          func(a cipher.AEAD) { a.Seal(room[:0], nonce, text, room[:16]) },
 			"data is dst, Open":          func(a cipher.AEAD) { _, _ = a.Open(room[:0], nonce, text, room[:16]) },
@@ -326,7 +331,7 @@ func FuzzSame(f *testing.F) {
 		check(t, here, narrow, nonce, text, additional)
 		got, err := here.Open(nil, nonce, text, additional)
 		want, wantErr := narrow.Open(nil, nonce, text, additional)
-		if (err == nil) != (wantErr == nil) || !bytes.Equal(got, want) {
+		if fmt.Sprint(err) != fmt.Sprint(wantErr) || !bytes.Equal(got, want) {
 			t.Fatalf("Open = %x, %v, want %x, %v", got, err, want, wantErr)
 		}
 	})

@@ -26,7 +26,7 @@ func (c *chacha) Seal(dst, nonce, plaintext, additional []byte) []byte {
 	n := len(plaintext)
 	whole, out := grow(dst, n+tagLen)
 	if misplaced(out, plaintext, additional) {
-		return c.narrow.Seal(dst, nonce, plaintext, additional) // panics
+		return c.narrow.Seal(dst, nonce, plaintext, additional)
 	}
 	var rec chachaRecord
 	rec.set(nonce, additional, n)
@@ -44,13 +44,13 @@ func (c *chacha) Open(dst, nonce, ciphertext, additional []byte) ([]byte, error)
 	}
 	whole, out := grow(dst, n)
 	if misplaced(out, ciphertext, additional) {
-		return c.narrow.Open(dst, nonce, ciphertext, additional) // panics
+		return c.narrow.Open(dst, nonce, ciphertext, additional)
 	}
 	var rec chachaRecord
 	rec.set(nonce, additional, n)
 	if !chachaOpen(&out[0], &ciphertext[0], n, &c.key, &rec) {
 		clear(out)
-		return nil, errOpen
+		return nil, errChaCha
 	}
 	return whole, nil
 }
@@ -107,7 +107,8 @@ func maskTo(n int) [2]uint64 {
 // 0, 4, 1, 5, 2, 6, 3, 7.
 var lanesFrom = [vectorBlocks]uint8{0xff, 0xfe, 0xfa, 0xea, 0xaa, 0xa8, 0xa0, 0x80}
 
-// chachaSeal encrypts n bytes from src to dst, and sets rec.oneTime.
+// chachaSeal encrypts n bytes from src to dst, sets rec.oneTime and moves
+// rec.counter: a rec is for one record.
 //
 //go:noescape
 func chachaSeal(dst, src *byte, n int, key *[keyLen]byte, rec *chachaRecord)
@@ -118,7 +119,7 @@ func chachaSeal(dst, src *byte, n int, key *[keyLen]byte, rec *chachaRecord)
 func chachaTag(tag *[tagLen]byte, src *byte, rec *chachaRecord)
 
 // chachaOpen decrypts n bytes from src to dst, and reports true, if the tag behind
-// them is right; else it writes nothing. It sets rec.oneTime.
+// them is right; else it writes nothing. It sets rec.oneTime and moves rec.counter.
 //
 //go:noescape
 func chachaOpen(dst, src *byte, n int, key *[keyLen]byte, rec *chachaRecord) bool

@@ -59,7 +59,7 @@ TEXT ·chachaSeal(SB), $1600-40
 chunk:
 	LEAQ            (BX)(R9*1), R8
 	CMPQ            R8, $0x00000200
-	JG              over2
+	JG              many
 	VBROADCASTI32X4 sigma<>+0(SB), Z0
 	VBROADCASTI32X4 (SI), Z1
 	VBROADCASTI32X4 16(SI), Z2
@@ -173,7 +173,7 @@ rounds2:
 	VMOVDQA64  Z2, 448(DI)
 	JMP        generated
 
-over2:
+many:
 	VBROADCASTI32X4 sigma<>+0(SB), Z0
 	VBROADCASTI32X4 (SI), Z1
 	VBROADCASTI32X4 16(SI), Z2
@@ -535,6 +535,22 @@ applied:
 	ADDL   $0x18, 32(AX)
 	TESTQ  BX, BX
 	JNZ    chunk
+	VPXOR  X0, X0, X0
+	VPXOR  X1, X1, X1
+	VPXOR  X2, X2, X2
+	VPXOR  X3, X3, X3
+	VPXOR  X4, X4, X4
+	VPXOR  X5, X5, X5
+	VPXOR  X6, X6, X6
+	VPXOR  X7, X7, X7
+	VPXOR  X8, X8, X8
+	VPXOR  X9, X9, X9
+	VPXOR  X10, X10, X10
+	VPXOR  X11, X11, X11
+	VPXOR  X12, X12, X12
+	VPXOR  X13, X13, X13
+	VPXOR  X14, X14, X14
+	VPXOR  X15, X15, X15
 	VPXORQ Z16, Z16, Z16
 	VPXORQ Z17, Z17, Z17
 	VPXORQ Z18, Z18, Z18
@@ -1095,6 +1111,22 @@ poly_sum:
 	ADCQ          24(CX), BX
 	MOVQ          DX, (AX)
 	MOVQ          BX, 8(AX)
+	VPXOR         X0, X0, X0
+	VPXOR         X1, X1, X1
+	VPXOR         X2, X2, X2
+	VPXOR         X3, X3, X3
+	VPXOR         X4, X4, X4
+	VPXOR         X5, X5, X5
+	VPXOR         X6, X6, X6
+	VPXOR         X7, X7, X7
+	VPXOR         X8, X8, X8
+	VPXOR         X9, X9, X9
+	VPXOR         X10, X10, X10
+	VPXOR         X11, X11, X11
+	VPXOR         X12, X12, X12
+	VPXOR         X13, X13, X13
+	VPXOR         X14, X14, X14
+	VPXOR         X15, X15, X15
 	VPXORQ        Z16, Z16, Z16
 	VPXORQ        Z17, Z17, Z17
 	VPXORQ        Z18, Z18, Z18
@@ -1129,7 +1161,7 @@ TEXT ·chachaOpen(SB), $1600-41
 chunk:
 	LEAQ            (DX)(R9*1), R8
 	CMPQ            R8, $0x00000200
-	JG              over2
+	JG              many
 	VBROADCASTI32X4 sigma<>+0(SB), Z0
 	VBROADCASTI32X4 (SI), Z1
 	VBROADCASTI32X4 16(SI), Z2
@@ -1243,7 +1275,7 @@ rounds2:
 	VMOVDQA64  Z2, 448(DI)
 	JMP        generated
 
-over2:
+many:
 	VBROADCASTI32X4 sigma<>+0(SB), Z0
 	VBROADCASTI32X4 (SI), Z1
 	VBROADCASTI32X4 16(SI), Z2
@@ -2148,6 +2180,22 @@ applied:
 	JNZ   chunk
 
 done:
+	VPXOR  X0, X0, X0
+	VPXOR  X1, X1, X1
+	VPXOR  X2, X2, X2
+	VPXOR  X3, X3, X3
+	VPXOR  X4, X4, X4
+	VPXOR  X5, X5, X5
+	VPXOR  X6, X6, X6
+	VPXOR  X7, X7, X7
+	VPXOR  X8, X8, X8
+	VPXOR  X9, X9, X9
+	VPXOR  X10, X10, X10
+	VPXOR  X11, X11, X11
+	VPXOR  X12, X12, X12
+	VPXOR  X13, X13, X13
+	VPXOR  X14, X14, X14
+	VPXOR  X15, X15, X15
 	VPXORQ Z16, Z16, Z16
 	VPXORQ Z17, Z17, Z17
 	VPXORQ Z18, Z18, Z18

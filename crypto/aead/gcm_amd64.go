@@ -9,10 +9,10 @@ type gcm struct {
 	narrow cipher.AEAD // for what does not fit
 }
 
-// gcmTable is what the assembly makes of a key: the 15 round keys of AES-256, a block
-// that is empty, the powers of the hash key from the 96th down to the first, and two
-// blocks that a load of the last of them may touch. Its generator has the offsets.
-type gcmTable [(16 + 96 + 2) * 16]byte
+// gcmTable is what the assembly makes of a key: the 15 round keys of AES-256, the
+// powers of the hash key from the 96th down to the first, and two blocks that a load
+// of the last of them may touch, whatever they hold. Its generator has the offsets.
+type gcmTable [(15 + 96 + 2) * 16]byte
 
 // newGCM returns the AEAD of key, 32 bytes. narrow is of the same key.
 func newGCM(key []byte, narrow cipher.AEAD) cipher.AEAD {
@@ -33,7 +33,7 @@ func (g *gcm) Seal(dst, nonce, plaintext, additional []byte) []byte {
 	n := len(plaintext)
 	whole, out := grow(dst, n+tagLen)
 	if misplaced(out, plaintext, additional) {
-		return g.narrow.Seal(dst, nonce, plaintext, additional) // panics
+		return g.narrow.Seal(dst, nonce, plaintext, additional)
 	}
 	gcmSeal(&g.table, &out[0], &plaintext[0], n, &nonce[0], &additional[0], len(additional))
 	return whole
@@ -48,11 +48,11 @@ func (g *gcm) Open(dst, nonce, ciphertext, additional []byte) ([]byte, error) {
 	}
 	whole, out := grow(dst, n)
 	if misplaced(out, ciphertext, additional) {
-		return g.narrow.Open(dst, nonce, ciphertext, additional) // panics
+		return g.narrow.Open(dst, nonce, ciphertext, additional)
 	}
 	if !gcmOpen(&g.table, &out[0], &ciphertext[0], n, &nonce[0], &additional[0], len(additional)) {
 		clear(out)
-		return nil, errOpen
+		return nil, errGCM
 	}
 	return whole, nil
 }
@@ -62,7 +62,7 @@ func (g *gcm) Open(dst, nonce, ciphertext, additional []byte) ([]byte, error) {
 //go:noescape
 func gcmExpand(table *gcmTable, key *byte)
 
-// gcmSeal encrypts the n bytes of src, 1 to 65535, to dst, and puts the tag, 16
+// gcmSeal encrypts the n bytes of src, at least 1, to dst, and puts the tag, 16
 // bytes, behind them. dst is src or does not overlap it. nonce is 12 bytes, aad
 // has aadLen, 1 to 16.
 //

@@ -115,12 +115,19 @@ func open() {
 	end()
 }
 
-// end returns. What is of a key must not stay in registers that nothing else in a
-// Go program uses.
+// end clears all vectors and returns: nothing else in a Go program uses the upper
+// 16, and what they hold of a key would outlive it.
 func end() {
-	for _, z := range []VecPhysical{Z16, Z17, Z18, Z19, Z20, Z21, Z22, Z23, Z24, Z25, Z26, Z27, Z28, Z29, Z30, Z31} {
-		// Not VPXORQ(z, z, z), which would keep z from use all through the function.
-		Instruction(&ir.Instruction{Opcode: "VPXORQ", Operands: []Op{z, z, z}, ISA: []string{"AVX512F"}})
+	for i, z := range []VecPhysical{
+		Z0, Z1, Z2, Z3, Z4, Z5, Z6, Z7, Z8, Z9, Z10, Z11, Z12, Z13, Z14, Z15,
+		Z16, Z17, Z18, Z19, Z20, Z21, Z22, Z23, Z24, Z25, Z26, Z27, Z28, Z29, Z30, Z31,
+	} {
+		// Not VPXORQ(z, z, z), for which avo would keep z from use from the start.
+		opcode, v, isa := "VPXORQ", Op(z), "AVX512F"
+		if i < 16 {
+			opcode, v, isa = "VPXOR", z.AsX(), "AVX"
+		}
+		Instruction(&ir.Instruction{Opcode: opcode, Operands: []Op{v, v, v}, ISA: []string{isa}})
 	}
 	VZEROUPPER()
 	RET()
@@ -161,13 +168,12 @@ type group struct{ a, b, c, d VecVirtual }
 
 // keystream writes code for a chunk, or as much of it as has n bytes, at ks.
 func keystream(key, rec, ks, n Register) {
-	for _, size := range []int{2} {
-		CMPQ(n, U32(size*groupLen*blockLen))
-		JG(LabelRef(fmt.Sprintf("over%d", size)))
-		blocks(key, rec, ks, size)
-		JMP(LabelRef("generated"))
-		Label(fmt.Sprintf("over%d", size))
-	}
+	const few = 2 // one takes no less time: its steps wait for each other
+	CMPQ(n, U32(few*groupLen*blockLen))
+	JG(LabelRef("many"))
+	blocks(key, rec, ks, few)
+	JMP(LabelRef("generated"))
+	Label("many")
 	blocks(key, rec, ks, chunkLen/groupLen)
 	Label("generated")
 }
@@ -258,8 +264,8 @@ func storeGroup(g group, ks Register, offset int) {
 
 // xor applies what ks holds behind the first skip bytes, and moves t on. Its last
 // bytes are taken first and stored last, as a whole register that overlaps what
-// is in front: a masked store that crosses into another page takes the time of a
-// whole record.
+// is in front: a masked access that reaches into a page that is not there takes as
+// long as a record.
 func xor(t text, ks, skip Register) {
 	at, n, z, tail, end := GP64(), GP64(), ZMM(), ZMM(), GP64()
 	LEAQ(Mem{Base: ks, Index: skip, Scale: 1}, at)
@@ -288,7 +294,7 @@ func xor(t text, ks, skip Register) {
 	VMOVDQU64(tail, Mem{Base: end})
 	JMP(LabelRef("applied"))
 
-	Label("short") // of one register; its mask may be 0
+	Label("short") // of one register
 	mask, bits := K(), GP64()
 	MOVQ(I32(-1), bits)
 	BZHIQ(n, bits, bits)

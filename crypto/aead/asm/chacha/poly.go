@@ -250,7 +250,8 @@ func part(rec, at Register, offset int) (halves [2]VecVirtual) {
 
 // first loads the first vector: lanes without a block, the additional data, text,
 // and the lengths if there is no further one. What is in front of the text is not
-// touched, not even with a mask: that is slow where no page is.
+// touched, not even with a mask, for a buffer may begin there, and a page that is
+// not there is slow. Behind it is the tag.
 func (m modulus) first(rec, src Register, above VecVirtual) limbs {
 	text := part(rec, src, atFirst)
 	shift := ZMM()

@@ -38,7 +38,7 @@ const (
 	group    = 8 * vector
 	rounds   = 14
 	powers   = 96
-	atPowers = 16 * block
+	atPowers = (rounds + 1) * block
 	atEnd    = atPowers + powers*block
 
 	// A text of so many bytes is one chunk: the additional data and the lengths
@@ -107,7 +107,6 @@ func lanes(name string, lo, hi uint64) Mem {
 }
 
 func main() {
-	ConstraintExpr("amd64")
 	constants()
 	expand()
 	seal()
@@ -125,8 +124,7 @@ func expand() {
 	schedule(X0, X1, X2, X3)
 	hashKey(X0, X1, X2)
 	fillPowers()
-	VZEROUPPER()
-	RET()
+	end()
 }
 
 // schedule writes the round keys of AES-256 (FIPS 197 section 5.2). An instruction
@@ -178,8 +176,6 @@ func hashKey(h, carry, top VecPhysical) {
 func fillPowers() {
 	by, now := Z0, Z1
 	LEAQ(at(table, atEnd), pow)
-	VPXOR(now.AsY(), now.AsY(), now.AsY())
-	VMOVDQU(now.AsY(), at(pow, 0)) // what the last vector of text may load, in vain
 	VMOVDQA64(by, now)
 	VMOVDQU(now.AsX(), at(pow, -block))
 	for i := 2; i <= 4; i++ {
@@ -302,7 +298,8 @@ func encrypt() code {
 }
 
 // cover does the last round of n vectors and adds src to them, and writes them to
-// dst. If partial, the last has only the bytes of tail, and zeros behind.
+// dst. If partial, the last has only the bytes of tail, and zeros behind; where the
+// rest of it reaches into a page that is not there, that takes as long as a record.
 func cover(n int, partial bool) {
 	for i, v := range text[:n] {
 		from, last := at(src, i*vector), spare[i%len(spare)]
@@ -555,9 +552,12 @@ func open() {
 	end()
 }
 
-// end returns. Round keys must not stay in registers that nothing else in a Go
-// program uses: they would outlive their session.
+// end clears all vectors and returns: nothing else in a Go program uses the upper
+// 16, and what they hold of a key would outlive it.
 func end() {
+	for _, x := range []VecPhysical{X0, X1, X2, X3, X4, X5, X6, X7, X8, X9, X10, X11, X12, X13, X14, X15} {
+		VPXOR(x, x, x)
+	}
 	for _, z := range append(key[:len(key):len(key)], mask) {
 		VPXORQ(z, z, z)
 	}

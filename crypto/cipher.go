@@ -1,7 +1,6 @@
 package crypto
 
 import (
-	stdcipher "crypto/cipher"
 	"fmt"
 	"strings"
 
@@ -37,7 +36,7 @@ func (c Cipher) String() string {
 }
 
 // aead returns c's AEAD: nonce of 12 bytes, tag of TagLen. key is borrowed.
-func (c Cipher) aead(key Key) (stdcipher.AEAD, error) {
+func (c Cipher) aead(key Key) (aead.AEAD, error) {
 	if !key.live() {
 		return nil, fmt.Errorf("crypto: %v: %w: no key, or one that was dropped", c, ErrMalformed)
 	}

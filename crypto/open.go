@@ -1,10 +1,10 @@
 package crypto
 
 import (
-	stdcipher "crypto/cipher"
 	"encoding/binary"
 	"sync/atomic"
 
+	"github.com/tulle-net/tulle/crypto/aead"
 	"golang.org/x/sys/cpu"
 )
 
@@ -34,7 +34,7 @@ const SessionForgeries = 1 << 32
 // concurrent use, each worker with a Scratch of its own, and takes no lock. For
 // its key the same holds as for a Sealer's.
 type Opener struct {
-	aead   atomic.Pointer[stdcipher.AEAD] // nil after Zero
+	aead   atomic.Pointer[aead.AEAD] // nil after Zero
 	cipher Cipher
 	index  uint32
 
@@ -48,12 +48,12 @@ type Opener struct {
 // NewOpener returns the opener of the session that this node chose index for.
 // k is borrowed until return; zero it then.
 func NewOpener(k Key, c Cipher, index uint32) (*Opener, error) {
-	aead, err := c.aead(k)
+	a, err := c.aead(k)
 	if err != nil {
 		return nil, err
 	}
 	o := &Opener{cipher: c, index: index}
-	o.aead.Store(&aead)
+	o.aead.Store(&a)
 	return o, nil
 }
 
@@ -84,13 +84,13 @@ func (o *Opener) Open(w *Scratch, d []byte) (plaintext []byte, flags byte, count
 		o.replays.Add(1)
 		return nil, 0, 0, ErrSealedReplay
 	}
-	aead := o.aead.Load()
-	if aead == nil {
+	a := o.aead.Load()
+	if a == nil {
 		return nil, 0, 0, ErrSealedDropped
 	}
 	binary.BigEndian.PutUint64(w.nonce[nonceLen-8:], counter)
 	flags = d[1]
-	plaintext, err = (*aead).Open(d[SealedHeaderLen:SealedHeaderLen], w.nonce[:], d[SealedHeaderLen:], d[:SealedHeaderLen])
+	plaintext, err = (*a).OpenNext(&w.ahead, d[SealedHeaderLen:SealedHeaderLen], w.nonce[:], d[SealedHeaderLen:], d[:SealedHeaderLen])
 	if err != nil {
 		if o.forgeries.Add(1) >= SessionForgeries {
 			o.Zero()

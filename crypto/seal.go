@@ -1,10 +1,10 @@
 package crypto
 
 import (
-	stdcipher "crypto/cipher"
 	"encoding/binary"
 	"sync/atomic"
 
+	"github.com/tulle-net/tulle/crypto/aead"
 	"golang.org/x/sys/cpu"
 )
 
@@ -38,9 +38,12 @@ const (
 
 // Scratch is the memory that one worker seals and opens with: what goes through
 // an interface would be allocated otherwise. The zero Scratch is ready. It must
-// not be shared, nor live on a stack that grows: keep it in the worker.
+// not be shared, nor live on a stack that grows: keep it in the worker. It may hold
+// key stream for a few counters that are to come, also of a session that was dropped,
+// until there is some of another.
 type Scratch struct {
 	nonce [nonceLen]byte // the first four bytes stay zero
+	ahead aead.Ahead
 }
 
 // Sealer seals the datagrams of one session, in one direction. It is safe for
@@ -52,7 +55,7 @@ type Scratch struct {
 // those: after Zero they are unreachable, and gone when the collector uses their
 // memory again.
 type Sealer struct {
-	aead   atomic.Pointer[stdcipher.AEAD] // nil after Zero
+	aead   atomic.Pointer[aead.AEAD] // nil after Zero
 	cipher Cipher
 	index  uint32
 
@@ -65,12 +68,12 @@ type Sealer struct {
 // A key must never be given to two sealers: they would use its counters twice. k
 // is borrowed until return; zero it then.
 func NewSealer(k Key, c Cipher, index uint32) (*Sealer, error) {
-	aead, err := c.aead(k)
+	a, err := c.aead(k)
 	if err != nil {
 		return nil, err
 	}
 	s := &Sealer{cipher: c, index: index}
-	s.aead.Store(&aead)
+	s.aead.Store(&a)
 	return s, nil
 }
 
@@ -98,8 +101,8 @@ func (s *Sealer) Seal(w *Scratch, dst []byte, counter uint64, flags byte, plaint
 	if counter >= SessionDatagrams || flags&^knownSealedFlags != 0 {
 		panic("crypto: counter that was not reserved, or a flag that there is not")
 	}
-	aead := s.aead.Load()
-	if aead == nil {
+	a := s.aead.Load()
+	if a == nil {
 		return 0
 	}
 	n := SealedOverhead + len(plaintext)
@@ -108,7 +111,7 @@ func (s *Sealer) Seal(w *Scratch, dst []byte, counter uint64, flags byte, plaint
 	binary.BigEndian.PutUint32(dst[4:], s.index)
 	binary.BigEndian.PutUint64(dst[8:], counter)
 	binary.BigEndian.PutUint64(w.nonce[nonceLen-8:], counter)
-	(*aead).Seal(dst[SealedHeaderLen:SealedHeaderLen], w.nonce[:], plaintext, dst[:SealedHeaderLen])
+	(*a).SealNext(&w.ahead, dst[SealedHeaderLen:SealedHeaderLen], w.nonce[:], plaintext, dst[:SealedHeaderLen])
 	return n
 }
 

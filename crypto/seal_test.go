@@ -2,13 +2,14 @@ package crypto
 
 import (
 	"bytes"
-	stdcipher "crypto/cipher"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"github.com/tulle-net/tulle/crypto/aead"
 )
 
 func session(t testing.TB, c Cipher, index uint32) (*Sealer, *Opener) {
@@ -186,13 +187,13 @@ func TestOpenOthers(t *testing.T) {
 
 // meanwhile is an AEAD that lets something happen before it opens.
 type meanwhile struct {
-	stdcipher.AEAD
+	aead.AEAD
 	happens func()
 }
 
-func (m meanwhile) Open(dst, nonce, ciphertext, additional []byte) ([]byte, error) {
+func (m meanwhile) OpenNext(w *aead.Ahead, dst, nonce, ciphertext, additional []byte) ([]byte, error) {
 	m.happens()
-	return m.AEAD.Open(dst, nonce, ciphertext, additional)
+	return m.AEAD.OpenNext(w, dst, nonce, ciphertext, additional)
 }
 
 // TestOpenMeanwhile: of two workers that verify the same datagram at the same
@@ -202,7 +203,7 @@ func TestOpenMeanwhile(t *testing.T) {
 	var w Scratch
 	d := make([]byte, SealedOverhead+8)
 	s.Seal(&w, d, 3, 0, []byte("the text"))
-	var other stdcipher.AEAD = meanwhile{*o.aead.Load(), func() { o.window.accept(3) }}
+	var other aead.AEAD = meanwhile{*o.aead.Load(), func() { o.window.accept(3) }}
 	o.aead.Store(&other)
 	if p, _, _, err := o.Open(&w, d); err != ErrSealedReplay || p != nil || o.Replays() != 1 || bytes.Contains(d, []byte("the text")) {
 		t.Errorf("Open = %q, %v, %d replays; left is %q", p, err, o.Replays(), d)

@@ -27,19 +27,40 @@ const (
 	tagLen   = 16
 )
 
+// AEAD is a [cipher.AEAD] for records whose nonces count: the last eight bytes of
+// a nonce are a big-endian number, and that of the next record is mostly one more.
+type AEAD interface {
+	cipher.AEAD
+	// SealNext is Seal with what w, of the caller alone, has ready.
+	SealNext(w *Ahead, dst, nonce, plaintext, additional []byte) []byte
+	// OpenNext is Open with what w, of the caller alone, has ready.
+	OpenNext(w *Ahead, dst, nonce, ciphertext, additional []byte) ([]byte, error)
+}
+
+// library is an AEAD that gets nothing ready.
+type library struct{ cipher.AEAD }
+
+func (l library) SealNext(_ *Ahead, dst, nonce, plaintext, additional []byte) []byte {
+	return l.Seal(dst, nonce, plaintext, additional)
+}
+
+func (l library) OpenNext(_ *Ahead, dst, nonce, ciphertext, additional []byte) ([]byte, error) {
+	return l.Open(dst, nonce, ciphertext, additional)
+}
+
 // NewChaCha20Poly1305 returns the AEAD of RFC 8439. key is 32 bytes, borrowed
 // until return; the error says that it is not.
-func NewChaCha20Poly1305(key []byte) (cipher.AEAD, error) {
+func NewChaCha20Poly1305(key []byte) (AEAD, error) {
 	narrow, err := chacha20poly1305.New(key)
 	if err != nil {
 		return nil, err
 	}
-	return widenChaCha(key, narrow), nil
+	return widenChaCha(key, library{narrow}), nil
 }
 
 // NewAES256GCM returns AES-256-GCM. key is 32 bytes, borrowed until return; the
 // error says that it is not.
-func NewAES256GCM(key []byte) (cipher.AEAD, error) {
+func NewAES256GCM(key []byte) (AEAD, error) {
 	if len(key) != keyLen {
 		return nil, aes.KeySizeError(len(key))
 	}
@@ -51,5 +72,5 @@ func NewAES256GCM(key []byte) (cipher.AEAD, error) {
 	if err != nil {
 		return nil, err
 	}
-	return widenGCM(key, narrow), nil
+	return widenGCM(key, library{narrow}), nil
 }

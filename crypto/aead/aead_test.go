@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/aes"
 	"crypto/cipher"
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"syscall"
@@ -14,8 +15,9 @@ import (
 
 // ciphers are both, as this package has them and as the libraries have.
 var ciphers = []struct {
-	name         string
-	here, narrow func(key []byte) (cipher.AEAD, error)
+	name   string
+	here   func(key []byte) (AEAD, error)
+	narrow func(key []byte) (cipher.AEAD, error)
 }{
 	{"chacha20-poly1305", NewChaCha20Poly1305, chacha20poly1305.New},
 	{"aes-256-gcm", NewAES256GCM, func(key []byte) (cipher.AEAD, error) {
@@ -42,7 +44,7 @@ func (s source) bytes(n int) []byte {
 }
 
 // pair returns the AEAD of this package and the library's, with one key.
-func pair(t testing.TB, i int, key []byte) (here, narrow cipher.AEAD) {
+func pair(t testing.TB, i int, key []byte) (here AEAD, narrow cipher.AEAD) {
 	t.Helper()
 	here, err := ciphers[i].here(key)
 	if err != nil {
@@ -158,6 +160,75 @@ func TestNonces(t *testing.T) {
 					nonce[at] = b
 					check(t, here, narrow, nonce, text, text[:16])
 				}
+			}
+		}
+	})
+}
+
+// TestNext: records in the order that a worker meets them: nonces that count, with
+// some missing, repeated and late, some that do not, records of all sizes, and two
+// keys in turn, with the same nonces.
+func TestNext(t *testing.T) {
+	each(t, func(t *testing.T, i int) {
+		s := newSource(byte(i))
+		var here [2]AEAD
+		var narrow [2]cipher.AEAD
+		for k := range here {
+			here[k], narrow[k] = pair(t, i, s.bytes(keyLen))
+		}
+		var seals, opens Ahead
+		additional := s.bytes(16)
+		random := rand.New(s)
+		number, k := uint64(0), 0
+		for range 50_000 {
+			switch random.IntN(20) {
+			case 0:
+				number += uint64(random.IntN(9))
+			case 1:
+				number -= uint64(random.IntN(9))
+			case 2:
+				number = uint64(random.IntN(40))
+			case 3:
+				k = random.IntN(2)
+			case 4:
+				number = -uint64(random.IntN(9))
+			default:
+				number++
+			}
+			n := random.IntN(230)
+			if random.IntN(30) == 0 {
+				n = random.IntN(3000)
+			}
+			nonce := binary.BigEndian.AppendUint64(make([]byte, 4, nonceLen), number)
+			if random.IntN(50) == 0 {
+				nonce[random.IntN(4)]++
+			}
+			text := s.bytes(n)
+			want := narrow[k].Seal(nil, nonce, text, additional)
+			b := append(bytes.Clone(text), make([]byte, tagLen+1)...)
+			if random.IntN(2) == 0 { // in place, or not
+				text = b[:n]
+			}
+			if got := here[k].SealNext(&seals, b[:0], nonce, text, additional); !bytes.Equal(got, want) || b[len(want)] != 0 {
+				t.Fatalf("number %d, %d bytes: SealNext = %x, want %x", number, n, got, want)
+			}
+			if random.IntN(10) == 0 {
+				b[random.IntN(len(want))] ^= 1 << random.IntN(8)
+				if got, err := here[k].OpenNext(&opens, b[:0:n], nonce, b[:len(want)], additional); err == nil || got != nil {
+					t.Fatalf("number %d, %d bytes: OpenNext of a forgery = %x", number, n, got)
+				}
+				if !bytes.Equal(b[:n], make([]byte, n)) {
+					t.Fatalf("number %d, %d bytes: OpenNext of a forgery left %x", number, n, b)
+				}
+				copy(b, want)
+			}
+			text = narrow[k].Seal(nil, nonce, b[:0], nil)[:0] // of its own
+			if random.IntN(2) == 0 {
+				text = b[:0]
+			}
+			got, err := here[k].OpenNext(&opens, text, nonce, b[:len(want)], additional)
+			if plain, _ := narrow[k].Open(nil, nonce, want, additional); err != nil || !bytes.Equal(got, plain) {
+				t.Fatalf("number %d, %d bytes: OpenNext = %x, %v, want %x", number, n, got, err, plain)
 			}
 		}
 	})
@@ -302,7 +373,13 @@ func TestNoAllocs(t *testing.T) {
 	each(t, func(t *testing.T, i int) {
 		here, _ := pair(t, i, make([]byte, keyLen))
 		b, nonce, additional := make([]byte, 1418+tagLen), make([]byte, nonceLen), make([]byte, 16)
+		var seals, opens Ahead
 		n := testing.AllocsPerRun(100, func() {
+			nonce[nonceLen-1]++
+			here.SealNext(&seals, b[:0], nonce, b[:80], additional)
+			if _, err := here.OpenNext(&opens, b[:0], nonce, b[:80+tagLen], additional); err != nil {
+				t.Fatal(err)
+			}
 			here.Seal(b[:0], nonce, b[:1418], additional)
 			if _, err := here.Open(b[:0], nonce, b, additional); err != nil {
 				t.Fatal(err)
@@ -355,6 +432,17 @@ func BenchmarkRecord(b *testing.B) {
 						a.Seal(buf[:0], nonce, buf[:n], additional)
 					}
 				})
+				if next, ok := a.AEAD.(AEAD); ok {
+					b.Run(fmt.Sprintf("%s/%d/next/%s", c.name, n, a.name), func(b *testing.B) {
+						var w Ahead
+						b.SetBytes(int64(n))
+						for number := uint64(0); b.Loop(); number++ {
+							binary.BigEndian.PutUint64(nonce[4:], number)
+							next.SealNext(&w, buf[:0], nonce, buf[:n], additional)
+						}
+						clear(nonce)
+					})
+				}
 				b.Run(fmt.Sprintf("%s/%d/open/%s", c.name, n, a.name), func(b *testing.B) {
 					b.SetBytes(int64(n))
 					for b.Loop() {

@@ -1,24 +1,29 @@
 package aead
 
-import "crypto/cipher"
+import "sync/atomic"
 
 // chacha is ChaCha20-Poly1305 (RFC 8439 section 2.8). It is never changed: any
 // number of goroutines may use it.
 type chacha struct {
 	key    [keyLen]byte
-	narrow cipher.AEAD // for what does not fit
+	number uint64
+	narrow AEAD // for what does not fit
 }
 
+// numbers is how many there are. An Ahead knows them by number: an address may be
+// another's one day.
+var numbers atomic.Uint64
+
 // newChaCha returns the AEAD of key, 32 bytes. narrow is of the same key.
-func newChaCha(key []byte, narrow cipher.AEAD) cipher.AEAD {
-	return &chacha{[keyLen]byte(key), narrow}
+func newChaCha(key []byte, narrow AEAD) AEAD {
+	return &chacha{[keyLen]byte(key), numbers.Add(1), narrow}
 }
 
 func (*chacha) NonceSize() int { return nonceLen }
 
 func (*chacha) Overhead() int { return tagLen }
 
-// Seal is as of [cipher.AEAD].
+// Seal is as of [crypto/cipher.AEAD].
 func (c *chacha) Seal(dst, nonce, plaintext, additional []byte) []byte {
 	if !fits(nonce, plaintext, additional) {
 		return c.narrow.Seal(dst, nonce, plaintext, additional)
@@ -35,7 +40,7 @@ func (c *chacha) Seal(dst, nonce, plaintext, additional []byte) []byte {
 	return whole
 }
 
-// Open is as of [cipher.AEAD]. If the tag is wrong it clears what it would have
+// Open is as of [crypto/cipher.AEAD]. If the tag is wrong it clears what it would have
 // written, as the libraries do.
 func (c *chacha) Open(dst, nonce, ciphertext, additional []byte) ([]byte, error) {
 	n := max(len(ciphertext)-tagLen, 0)
@@ -117,6 +122,12 @@ func chachaSeal(dst, src *byte, n int, key *[keyLen]byte, rec *chachaRecord)
 //
 //go:noescape
 func chachaTag(tag *[tagLen]byte, src *byte, rec *chachaRecord)
+
+// chachaAhead makes four blocks of key stream of each of some records, from the
+// first block of each. rows have their counter of blocks, 0, and their nonce.
+//
+//go:noescape
+func chachaAhead(ks *[aheadRecords][aheadLen]byte, key *[keyLen]byte, rows *[aheadRecords][16]byte)
 
 // chachaOpen decrypts n bytes from src to dst, and reports true, if the tag behind
 // them is right; else it writes nothing. It sets rec.oneTime and moves rec.counter.

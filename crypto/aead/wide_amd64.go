@@ -1,7 +1,6 @@
 package aead
 
 import (
-	"crypto/cipher"
 	"errors"
 	"unsafe"
 
@@ -21,14 +20,14 @@ var (
 	errGCM    = errors.New("cipher: message authentication failed")
 )
 
-func widenChaCha(key []byte, narrow cipher.AEAD) cipher.AEAD {
+func widenChaCha(key []byte, narrow AEAD) AEAD {
 	if !wide {
 		return narrow
 	}
 	return newChaCha(key, narrow)
 }
 
-func widenGCM(key []byte, narrow cipher.AEAD) cipher.AEAD {
+func widenGCM(key []byte, narrow AEAD) AEAD {
 	if !wide {
 		return narrow
 	}

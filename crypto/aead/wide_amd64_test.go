@@ -1,7 +1,7 @@
 package aead
 
 import (
-	"crypto/cipher"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"regexp"
@@ -27,7 +27,7 @@ func TestWide(t *testing.T) {
 }
 
 // refusing is an AEAD that nothing must come to.
-type refusing struct{ cipher.AEAD }
+type refusing struct{ AEAD }
 
 // TestDatagramIsWide: on a CPU for it, it is the assembly that seals and opens a
 // datagram, between its header and its tag, of any length.
@@ -36,7 +36,7 @@ func TestDatagramIsWide(t *testing.T) {
 		t.Log("this CPU has no AVX-512: there is nothing to test")
 		return
 	}
-	for _, a := range []cipher.AEAD{widenChaCha(make([]byte, keyLen), refusing{}), widenGCM(make([]byte, keyLen), refusing{})} {
+	for _, a := range []AEAD{widenChaCha(make([]byte, keyLen), refusing{}), widenGCM(make([]byte, keyLen), refusing{})} {
 		for _, n := range []int{1, 64, 1418, 9000, maxText} {
 			nonce, room := make([]byte, nonceLen), make([]byte, 16+n+tagLen+n)
 			d, text := room[:16+n+tagLen], room[16+n+tagLen:]
@@ -50,9 +50,53 @@ func TestDatagramIsWide(t *testing.T) {
 	}
 }
 
+// TestAhead: key stream is made ahead once nonces count, and used while it lasts.
+func TestAhead(t *testing.T) {
+	if !wide {
+		t.Log("this CPU has no AVX-512: there is nothing to test")
+		return
+	}
+	c := newChaCha(make([]byte, keyLen), refusing{}).(*chacha)
+	var a Ahead
+	nonce := func(n uint64) []byte { return binary.BigEndian.AppendUint64(make([]byte, 4), n) }
+	for _, tt := range []struct {
+		n     uint64
+		ready bool
+		first uint64 // of what is made now
+	}{
+		{7, false, 0}, {8, true, 8}, {9, true, 8}, {13, true, 8}, {14, true, 14}, {18, true, 14}, {17, true, 14},
+		{20, true, 20}, {21, true, 20}, {26, false, 20}, {30, true, 30}, {30, true, 30}, {34, true, 30}, {34, true, 30}, {33, true, 30}, {40, false, 30},
+	} {
+		if ks := a.stream(c, nonce(tt.n)); (ks != nil) != tt.ready || a.first != tt.first {
+			t.Fatalf("%d: ready %t, made from %d on, want %t, %d", tt.n, ks != nil, a.first, tt.ready, tt.first)
+		}
+	}
+	// What overlaps is still the library's to judge; it is not asked about the rest.
+	b := make([]byte, 200)
+	a.stream(c, nonce(41))
+	c.SealNext(&a, b[:0], nonce(42), b[:80], b[120:136])
+	for what, misuse := range map[string]func(){
+		"SealNext": func() { c.SealNext(&a, b[90:90], nonce(43), b[:80], b[120:136]) },
+		"OpenNext": func() { _, _ = c.OpenNext(&a, b[1:1], nonce(43), b[:80], b[120:136]) },
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s did not ask", what)
+				}
+			}()
+			misuse()
+		}()
+	}
+	other := newChaCha(make([]byte, keyLen), refusing{}).(*chacha)
+	if a.stream(other, nonce(44)) != nil || a.stream(c, nonce(45)) != nil || a.stream(c, append([]byte{1}, nonce(46)[1:]...)) != nil {
+		t.Error("key stream of another key or nonce was used")
+	}
+}
+
 // TestVectorsAreCleared: each function clears all 32 before it returns.
 func TestVectorsAreCleared(t *testing.T) {
-	for file, functions := range map[string]int{"chacha_amd64.s": 3, "gcm_amd64.s": 3} {
+	for file, functions := range map[string]int{"chacha_amd64.s": 4, "gcm_amd64.s": 3} {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)

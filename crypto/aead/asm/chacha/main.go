@@ -43,6 +43,7 @@ func main() {
 	seal()
 	tag()
 	open()
+	ahead()
 	Generate()
 }
 
@@ -133,6 +134,28 @@ func end() {
 	RET()
 }
 
+// ahead writes the function that makes key stream of several records, a group of
+// each: of one small record it takes as long, for its steps wait for each other.
+func ahead() {
+	TEXT("chachaAhead", 0, "func(ks, key, rows *byte)")
+	Doc("chachaAhead makes the first four blocks of six records.")
+	ks, rows := pointer("ks"), pointer("rows")
+	start := newStart(pointer("key"))
+	var gs []group
+	for i := range chunkLen / groupLen {
+		VBROADCASTI32X4(Mem{Base: rows, Disp: 16 * i}, start.d)
+		VPADDD(lanes, start.d, start.d)
+		gs = append(gs, start.copy())
+	}
+	rounds(gs, "rounds_ahead")
+	for i, g := range gs {
+		VBROADCASTI32X4(Mem{Base: rows, Disp: 16 * i}, start.d)
+		VPADDD(lanes, start.d, start.d)
+		finishGroup(g, start, ks, i)
+	}
+	end()
+}
+
 // crypt applies the key stream to a text, chunk after chunk; once the first is
 // there, and before any of it is used, begin is run.
 func crypt(t text, key, rec Register, begin func(ks Register)) {
@@ -178,50 +201,67 @@ func keystream(key, rec, ks, n Register) {
 	Label("generated")
 }
 
-// blocks computes size groups (RFC 8439 section 2.3), their steps in turn so that
-// none waits for itself.
-func blocks(key, rec, ks Register, size int) {
+// newStart returns the start of a group but for row d.
+func newStart(key Register) group {
 	start := group{ZMM(), ZMM(), ZMM(), ZMM()}
 	VBROADCASTI32X4(sigma, start.a)
 	VBROADCASTI32X4(Mem{Base: key}, start.b)
 	VBROADCASTI32X4(Mem{Base: key, Disp: 16}, start.c)
+	return start
+}
+
+func (g group) copy() group {
+	c := group{ZMM(), ZMM(), ZMM(), ZMM()}
+	VMOVDQA64(g.a, c.a)
+	VMOVDQA64(g.b, c.b)
+	VMOVDQA64(g.c, c.c)
+	VMOVDQA64(g.d, c.d)
+	return c
+}
+
+// blocks computes size groups of one record.
+func blocks(key, rec, ks Register, size int) {
+	start := newStart(key)
 	VBROADCASTI32X4(Mem{Base: rec, Disp: atCounter}, start.d)
 	VPADDD(lanes, start.d, start.d)
-
 	var gs []group
 	for i := range size {
-		g := group{ZMM(), ZMM(), ZMM(), ZMM()}
-		VMOVDQA64(start.a, g.a)
-		VMOVDQA64(start.b, g.b)
-		VMOVDQA64(start.c, g.c)
-		if i == 0 {
-			VMOVDQA64(start.d, g.d)
-		} else {
+		g := start.copy()
+		if i > 0 {
 			VPADDD(four, gs[i-1].d, g.d)
 		}
 		gs = append(gs, g)
 	}
+	rounds(gs, fmt.Sprintf("rounds%d", size))
+	for i, g := range gs {
+		finishGroup(g, start, ks, i)
+		if i < size-1 {
+			VPADDD(four, start.d, start.d)
+		}
+	}
+}
 
-	left, loop := GP64(), fmt.Sprintf("rounds%d", size)
+// rounds are the 20 of RFC 8439 section 2.3, the groups' steps in turn so that none
+// waits for itself.
+func rounds(gs []group, label string) {
+	left := GP64()
 	MOVQ(U32(10), left)
-	Label(loop)
+	Label(label)
 	round(gs)
 	diagonal(gs, 0x39, 0x4e, 0x93)
 	round(gs)
 	diagonal(gs, 0x93, 0x4e, 0x39)
 	DECQ(left)
-	JNZ(LabelRef(loop))
+	JNZ(LabelRef(label))
+}
 
-	for i, g := range gs {
-		VPADDD(start.a, g.a, g.a)
-		VPADDD(start.b, g.b, g.b)
-		VPADDD(start.c, g.c, g.c)
-		VPADDD(start.d, g.d, g.d)
-		if i < size-1 {
-			VPADDD(four, start.d, start.d)
-		}
-		storeGroup(g, ks, i*groupLen*blockLen)
-	}
+// finishGroup adds the start, and writes the blocks to their place in ks.
+func finishGroup(g, start group, ks Register, i int) {
+	VPADDD(start.a, g.a, g.a)
+	VPADDD(start.b, g.b, g.b)
+	VPADDD(start.c, g.c, g.c)
+	VPADDD(start.d, g.d, g.d)
+	storeGroup(g, ks, i*groupLen*blockLen)
 }
 
 // round is a quarter round of all columns.
@@ -257,7 +297,7 @@ func storeGroup(g group, ks Register, offset int) {
 		VSHUFI32X4(U8(lanes), g.d, g.c, cd)
 		for i, pick := range []uint8{0x88, 0xdd} {
 			VSHUFI32X4(U8(pick), cd, ab, z)
-			VMOVDQA64(z, Mem{Base: ks, Disp: offset + (2*half+i)*blockLen})
+			VMOVDQU64(z, Mem{Base: ks, Disp: offset + (2*half+i)*blockLen})
 		}
 	}
 }

@@ -10,7 +10,7 @@ type chacha struct {
 	narrow AEAD // for what does not fit
 }
 
-// numbers is how many there are. An Ahead knows them by number: an address may be
+// numbers counts those that were made. An Ahead knows them by number: an address may be
 // another's one day.
 var numbers atomic.Uint64
 

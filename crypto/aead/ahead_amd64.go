@@ -1,9 +1,6 @@
 package aead
 
-import (
-	"crypto/subtle"
-	"encoding/binary"
-)
+import "encoding/binary"
 
 // How many records key stream is made for at once, and how much for each: the block
 // that Poly1305's key is of, and three blocks for a text.
@@ -26,9 +23,10 @@ type Ahead struct {
 }
 
 // stream returns the first blocks of the key stream for nonce, of which the last
-// eight bytes are a number; nil if numbers do not count, or something else does.
+// eight bytes are a number; nil if numbers do not count, or something else does, and
+// of a nil Ahead.
 func (a *Ahead) stream(c *chacha, nonce []byte) *[aheadLen]byte {
-	if binary.BigEndian.Uint32(nonce) != 0 {
+	if a == nil || binary.BigEndian.Uint32(nonce) != 0 {
 		return nil
 	}
 	n := binary.BigEndian.Uint64(nonce[4:])
@@ -52,53 +50,4 @@ func (a *Ahead) stream(c *chacha, nonce []byte) *[aheadLen]byte {
 	}
 	chachaAhead(&a.ks, &c.key, &rows)
 	return &a.ks[0]
-}
-
-// SealNext is Seal, with key stream of a if it is of this record.
-func (c *chacha) SealNext(a *Ahead, dst, nonce, plaintext, additional []byte) []byte {
-	n := len(plaintext)
-	if n > aheadText || !fits(nonce, plaintext, additional) {
-		return c.Seal(dst, nonce, plaintext, additional)
-	}
-	ks := a.stream(c, nonce)
-	if ks == nil {
-		return c.Seal(dst, nonce, plaintext, additional)
-	}
-	whole, out := grow(dst, n+tagLen)
-	if misplaced(out, plaintext, additional) {
-		return c.narrow.Seal(dst, nonce, plaintext, additional)
-	}
-	subtle.XORBytes(out, plaintext, ks[64:])
-	var rec chachaRecord
-	rec.set(nonce, additional, n)
-	rec.oneTime = [32]byte(ks[:])
-	chachaTag((*[tagLen]byte)(out[n:]), &out[0], &rec)
-	return whole
-}
-
-// OpenNext is Open, with key stream of a if it is of this record.
-func (c *chacha) OpenNext(a *Ahead, dst, nonce, ciphertext, additional []byte) ([]byte, error) {
-	n := max(len(ciphertext)-tagLen, 0)
-	if n > aheadText || !fits(nonce, ciphertext[:n], additional) {
-		return c.Open(dst, nonce, ciphertext, additional)
-	}
-	ks := a.stream(c, nonce)
-	if ks == nil {
-		return c.Open(dst, nonce, ciphertext, additional)
-	}
-	whole, out := grow(dst, n)
-	if misplaced(out, ciphertext, additional) {
-		return c.narrow.Open(dst, nonce, ciphertext, additional)
-	}
-	var rec chachaRecord
-	rec.set(nonce, additional, n)
-	rec.oneTime = [32]byte(ks[:])
-	var tag [tagLen]byte
-	chachaTag(&tag, &ciphertext[0], &rec)
-	if subtle.ConstantTimeCompare(tag[:], ciphertext[n:]) == 0 {
-		clear(out)
-		return nil, errChaCha
-	}
-	subtle.XORBytes(out, ciphertext[:n], ks[64:])
-	return whole, nil
 }

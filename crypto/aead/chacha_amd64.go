@@ -1,6 +1,9 @@
 package aead
 
-import "sync/atomic"
+import (
+	"crypto/subtle"
+	"sync/atomic"
+)
 
 // chacha is ChaCha20-Poly1305 (RFC 8439 section 2.8). It is never changed: any
 // number of goroutines may use it.
@@ -25,6 +28,11 @@ func (*chacha) Overhead() int { return tagLen }
 
 // Seal is as of [crypto/cipher.AEAD].
 func (c *chacha) Seal(dst, nonce, plaintext, additional []byte) []byte {
+	return c.SealNext(nil, dst, nonce, plaintext, additional)
+}
+
+// SealNext is as of [AEAD]; w may be nil.
+func (c *chacha) SealNext(w *Ahead, dst, nonce, plaintext, additional []byte) []byte {
 	if !fits(nonce, plaintext, additional) {
 		return c.narrow.Seal(dst, nonce, plaintext, additional)
 	}
@@ -35,14 +43,24 @@ func (c *chacha) Seal(dst, nonce, plaintext, additional []byte) []byte {
 	}
 	var rec chachaRecord
 	rec.set(nonce, additional, n)
-	chachaSeal(&out[0], &plaintext[0], n, &c.key, &rec)
+	if ks := c.ready(w, nonce, n); ks != nil {
+		rec.oneTime = [32]byte(ks[:])
+		subtle.XORBytes(out, plaintext, ks[64:])
+	} else {
+		chachaSeal(&out[0], &plaintext[0], n, &c.key, &rec)
+	}
 	chachaTag((*[tagLen]byte)(out[n:]), &out[0], &rec)
 	return whole
 }
 
-// Open is as of [crypto/cipher.AEAD]. If the tag is wrong it clears what it would have
-// written, as the libraries do.
+// Open is as of [crypto/cipher.AEAD].
 func (c *chacha) Open(dst, nonce, ciphertext, additional []byte) ([]byte, error) {
+	return c.OpenNext(nil, dst, nonce, ciphertext, additional)
+}
+
+// OpenNext is as of [AEAD]; w may be nil. If the tag is wrong it clears what it
+// would have written, as the libraries do.
+func (c *chacha) OpenNext(w *Ahead, dst, nonce, ciphertext, additional []byte) ([]byte, error) {
 	n := max(len(ciphertext)-tagLen, 0)
 	if !fits(nonce, ciphertext[:n], additional) {
 		return c.narrow.Open(dst, nonce, ciphertext, additional)
@@ -53,11 +71,30 @@ func (c *chacha) Open(dst, nonce, ciphertext, additional []byte) ([]byte, error)
 	}
 	var rec chachaRecord
 	rec.set(nonce, additional, n)
-	if !chachaOpen(&out[0], &ciphertext[0], n, &c.key, &rec) {
+	right := false
+	if ks := c.ready(w, nonce, n); ks != nil {
+		rec.oneTime = [32]byte(ks[:])
+		var tag [tagLen]byte
+		chachaTag(&tag, &ciphertext[0], &rec)
+		if right = subtle.ConstantTimeCompare(tag[:], ciphertext[n:]) == 1; right {
+			subtle.XORBytes(out, ciphertext[:n], ks[64:])
+		}
+	} else {
+		right = chachaOpen(&out[0], &ciphertext[0], n, &c.key, &rec)
+	}
+	if !right {
 		clear(out)
 		return nil, errChaCha
 	}
 	return whole, nil
+}
+
+// ready returns key stream of w for a record with a text of n bytes, or nil.
+func (c *chacha) ready(w *Ahead, nonce []byte, n int) *[aheadLen]byte {
+	if n > aheadText {
+		return nil
+	}
+	return w.stream(c, nonce)
 }
 
 // Poly1305 has blocks of blockLen bytes, and the assembly vectorBlocks of them at a time.

@@ -74,7 +74,15 @@ func TestAhead(t *testing.T) {
 	// What overlaps is still the library's to judge; it is not asked about the rest.
 	b := make([]byte, 200)
 	a.stream(c, nonce(41))
-	c.SealNext(&a, b[:0], nonce(42), b[:80], b[120:136])
+	for _, records := range []func(){
+		func() { c.SealNext(&a, b[:0], nonce(42), b[:80], b[120:136]) },
+		func() { _, _ = c.OpenNext(&a, b[:0], nonce(42), b[:96], b[120:136]) },
+	} {
+		a.first, a.last, a.made = 0, 41, false
+		if records(); !a.made || a.first != 42 {
+			t.Error("a record that counts made no key stream")
+		}
+	}
 	for what, misuse := range map[string]func(){
 		"SealNext": func() { c.SealNext(&a, b[90:90], nonce(43), b[:80], b[120:136]) },
 		"OpenNext": func() { _, _ = c.OpenNext(&a, b[1:1], nonce(43), b[:80], b[120:136]) },
